@@ -1,0 +1,57 @@
+# The two commands of this project are `make up` and `make test`; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+# The first interpreter that runs and is new enough (a name on PATH may be a shim without one behind it).
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+RUN := $(VENV)/.installed
+RUN_DEV := $(VENV)/.installed-dev
+
+.PHONY: help up test lint format docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+up: $(RUN)  ## install what is missing, get the default model, start router + prefill + decode (ARGS="--port 9000 ...")
+	@$(BIN)/python -m compileall -q pd_serve
+	@exec $(BIN)/pd-serve up $(ARGS)
+
+test: lint  ## lint, types, generated docs, and all tests (ARGS="-k router ...")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(RUN_DEV)  ## ruff, mypy, and whether docs/configuration.md is up to date
+	@$(BIN)/python -m compileall -q pd_serve
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pd_serve.config --check docs/configuration.md
+
+format: $(RUN_DEV)  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(RUN)  ## write docs/configuration.md anew
+	@$(BIN)/python -m pd_serve.config docs/configuration.md
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "pd-serve needs Python 3.11, 3.12 or 3.13: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing pd-serve into $(VENV) (about a minute the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing pd-serve and its test tools into $(VENV) (about a minute the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@touch $@ $(RUN)

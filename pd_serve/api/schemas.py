@@ -1,0 +1,403 @@
+"""Request bodies: what is accepted, and a message that says what to change for everything else.
+
+``parse`` turns bytes into one of the request models or raises APIError. Fields that OpenAI's API has and that
+cannot change the text are accepted and ignored; fields that would change the answer and are not
+supported are errors, because an answer that silently ignores them would be wrong. Checks that need the
+model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and :mod:`pd_serve.api.prompts`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pd_serve.api.errors import APIError, bad_request
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKENS = 128
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+
+_Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+_Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+_INT64 = 2**63
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    # OpenAI's and vLLM's fields that have no effect on the text: accepted, ignored.
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    # Fields that would change the answer: only the values listed (those without effect) are accepted.
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            raise pydantic_core.PydanticCustomError("body", "the request body must be a JSON object")
+        kept = {}
+        for name, value in body.items():
+            if name in cls.ignored:
+                continue
+            if name in cls.unsupported:
+                if value is None or value in cls.unsupported[name]:
+                    continue
+                raise pydantic_core.PydanticCustomError("unsupported", _UNSUPPORTED, {"field": name})
+            if name not in cls.model_fields:
+                hint = _nearest(name, [*cls.model_fields, *cls.ignored])
+                raise pydantic_core.PydanticCustomError("unknown", _UNKNOWN, {"field": name[:80], "hint": hint})
+            kept[name] = value
+        return kept
+
+
+_UNSUPPORTED = "'{field}' is not supported with this value: remove it from the request"
+_UNKNOWN = "unknown field '{field}'{hint}: remove it from the request or correct its name"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name[:80].lower(), known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+class StreamOptions(_Body):
+    ignored = frozenset({"include_obfuscation"})
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
+    include_usage: bool | None = None
+
+
+class _Sampled(_Body):
+    """What both kinds of generation requests share. ``None`` always means the default."""
+
+    model: str = ""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
+    min_p: _Unit | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=2 * _INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: list[str] | None = None  # a single string is accepted, too
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, str) else value
+        if items is None:
+            return None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise pydantic_core.PydanticCustomError("stop", "must be a string or a list of strings")
+        if len(items) > MAX_STOP_STRINGS:
+            raise pydantic_core.PydanticCustomError(
+                "stop", "at most {limit} stop strings are allowed, got {got}", {"limit": MAX_STOP_STRINGS, "got": len(items)}
+            )
+        if not all(items):
+            raise pydantic_core.PydanticCustomError("stop", "a stop string must not be empty")
+        if any(len(item) > MAX_STOP_CHARACTERS for item in items):
+            raise pydantic_core.PydanticCustomError(
+                "stop", "a stop string may have at most {limit} characters", {"limit": MAX_STOP_CHARACTERS}
+            )
+        return items
+
+    @field_validator("stop_token_ids", mode="after")
+    @classmethod
+    def _stop_tokens(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(value) > MAX_STOP_TOKENS:
+            raise pydantic_core.PydanticCustomError("stop", "at most {limit} stop tokens are allowed", {"limit": MAX_STOP_TOKENS})
+        return value
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _logit_bias(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is None:
+            return None
+        if len(value) > MAX_LOGIT_BIAS:
+            raise pydantic_core.PydanticCustomError("bias", "may have at most {limit} entries", {"limit": MAX_LOGIT_BIAS})
+        for key, bias in value.items():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise pydantic_core.PydanticCustomError(
+                    "bias", "keys must be token ids (decimal numbers as strings), got '{key}'", {"key": key[:40]}
+                )
+            if not -100.0 <= bias <= 100.0:
+                raise pydantic_core.PydanticCustomError("bias", "values must be between -100 and 100")
+        return value
+
+    @model_validator(mode="after")
+    def _stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise pydantic_core.PydanticCustomError("stream", "'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+_COMMON_IGNORED = frozenset(
+    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store", "metadata"}
+    | {"request_id", "priority", "spaces_between_special_tokens"}
+)
+_TEXT_FORMAT = {"type": "text"}
+_COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "response_format": (_TEXT_FORMAT,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_logprobs": (),
+    "logits_processors": ([],),
+    "kv_transfer_params": (),
+    "mm_processor_kwargs": (),
+    "cache_salt": (),
+}
+
+
+class CompletionRequest(_Sampled):
+    ignored = _COMMON_IGNORED
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_COMMON_UNSUPPORTED, "suffix": ("",), "prompt_embeds": ()}
+
+    prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array"}]})
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list) and value:
+            if all(isinstance(item, str) for item in value) or _token_ids(value):
+                return value
+            if all(isinstance(item, list) and item and _token_ids(item) for item in value):
+                return value
+        if value in ([], None) or (isinstance(value, list) and any(item == [] for item in value)):
+            raise pydantic_core.PydanticCustomError("prompt", "must not be empty")
+        raise pydantic_core.PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids (whole numbers), or a list of those"
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.best_of is not None and self.best_of > self.choices:
+            raise pydantic_core.PydanticCustomError("best_of", "'best_of' greater than 'n' is not supported: set best_of = n")
+        if self.max_tokens == 0 and not self.echo:
+            raise pydantic_core.PydanticCustomError("max_tokens", "'max_tokens' must be at least 1 (0 only with 'echo': true)")
+        return self
+
+
+def _token_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    function: Function
+
+
+class Message(_Body):
+    ignored = frozenset({"refusal", "annotations"})
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Any = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content(cls, value: Any) -> Any:
+        """A string or a list of text parts; parts are joined by line breaks."""
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise pydantic_core.PydanticCustomError("content", "must be a string or a list of text parts")
+        texts = []
+        for part in value:
+            if isinstance(part, str):
+                texts.append(part)
+            elif isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+                texts.append(part["text"])
+            else:
+                kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
+                raise pydantic_core.PydanticCustomError(
+                    "content", "only text parts are supported, got a part of type '{kind}'", {"kind": kind}
+                )
+        return "\n".join(texts)
+
+
+class ChatCompletionRequest(_Sampled):
+    ignored = _COMMON_IGNORED | {"parallel_tool_calls", "prediction"}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_COMMON_UNSUPPORTED,
+        "audio": (),
+        "modalities": (["text"],),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+        "moderation": (),
+        "echo": (False,),
+        "chat_template": (),
+        "documents": ([],),
+        "best_of": (1,),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("tool_choice", mode="after")
+    @classmethod
+    def _tool_choice(cls, value: Any) -> Any:
+        if value not in (None, "auto", "none"):
+            raise pydantic_core.PydanticCustomError("tool_choice", "only 'auto' and 'none' are supported")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise pydantic_core.PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs': true")
+        check_continuation(self.messages, self.add_generation_prompt, self.continue_final_message)
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise pydantic_core.PydanticCustomError(
+                "max_tokens", "'max_tokens' and 'max_completion_tokens' differ: give one of them"
+            )
+        return self
+
+
+def check_continuation(messages: list[Message], generation: bool | None, continuation: bool | None) -> None:
+    if not continuation:
+        return
+    if generation:
+        raise pydantic_core.PydanticCustomError(
+            "continuation", "'add_generation_prompt' and 'continue_final_message' cannot both be true"
+        )
+    if not isinstance(messages[-1].content, str):
+        raise pydantic_core.PydanticCustomError(
+            "continuation", "'continue_final_message' needs a final message whose content is a string"
+        )
+
+
+class TokenizeRequest(_Body):
+    """vLLM's shape: either ``prompt`` or ``messages``."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise pydantic_core.PydanticCustomError("prompt", "give either 'prompt' or 'messages'")
+        if self.messages is not None:
+            check_continuation(self.messages, self.add_generation_prompt, self.continue_final_message)
+        return self
+
+
+class DetokenizeRequest(_Body):
+    model: str = ""
+    tokens: list[int]
+
+
+class NodeRequest(_Body):
+    """POST and DELETE /nodes."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)]
+
+
+_B = TypeVar("_B", bound=_Body)
+
+
+def parse(kind: type[_B], body: bytes) -> _B:
+    """Raises APIError(400) whose message names the field, what is wrong and what to change."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the request body is not valid UTF-8 (byte {error.start}): encode it as UTF-8") from None
+    try:
+        # NaN and Infinity are read so that the message can name the field instead of a column.
+        document = pydantic_core.from_json(text, allow_inf_nan=True, cache_strings="keys")
+    except ValueError as error:
+        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error) from None
+    except RecursionError:
+        raise bad_request("the request body is nested too deeply") from None
+
+
+def _explain(error: ValidationError) -> APIError:
+    first = error.errors(include_url=False, include_context=True)[0]
+    place = ".".join(str(part) for part in first["loc"]) or None
+    message = first["msg"]
+    if first["type"] in ("unknown", "unsupported"):
+        context = first.get("ctx", {})
+        param = f"{place}.{context['field']}" if place else str(context["field"])
+        return bad_request(f"{place}: {message}" if place else message, param, f"{first['type']}_field")
+    if first["type"] == "missing":
+        return bad_request(f"the field '{place}' is required", place, "missing_field")
+    if first["type"] == "finite_number":
+        message = "must be a finite number"
+    return bad_request(f"{place}: {message}" if place else message, place, "invalid_value")

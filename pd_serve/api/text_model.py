@@ -1,0 +1,157 @@
+"""A served model's text side: prompts of requests become token ids, checked against the model's limits.
+
+Built by the router from a node's ``ModelBundle`` and ``ModelInfo``; shared by all requests for the model.
+Its methods may be slow for long texts and may run in a thread; they keep no state of a request.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from pd_serve.api.chat_template import ChatTemplates
+from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest, Tool
+from pd_serve.api.tokenizer import TextTokenizer
+from pd_serve.wire.link import ModelInfo
+from pd_serve.wire.model import ModelBundle
+
+MAX_SEQUENCES = 1024  # prompts x n of one request
+_INT32 = 2**31
+
+
+class Prompt(NamedTuple):
+    ids: list[int]
+    text: str | None  # as the client wrote it; None where it gave token ids
+
+
+class TextModel:
+    def __init__(self, bundle: ModelBundle, info: ModelInfo) -> None:
+        """Raises ModelError when the bundle's tokenizer cannot be loaded."""
+        self.info = info
+        self.name = info.name
+        self.tokenizer = TextTokenizer(
+            bundle.tokenizer_json, bos_token=bundle.special_tokens.get("bos_token"), add_bos_token=bundle.add_bos_token
+        )
+        self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
+        self.eos_ids = frozenset(info.eos_token_ids)
+
+    def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
+        """One entry a prompt, each within the vocabulary and the model's length. Raises APIError(400)."""
+        prompt = request.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        if len(prompt) * request.choices > MAX_SEQUENCES:
+            raise bad_request(f"at most {MAX_SEQUENCES} sequences (prompts x n) fit into a request: split it", "prompt")
+        special = request.add_special_tokens is not False
+        limit = 1 if request.max_tokens is None else request.max_tokens
+        found = []
+        for item in prompt:
+            if isinstance(item, str):
+                entry = Prompt(self.encode(item, special, "prompt"), item)
+            else:
+                self.check_ids(item, "prompt")
+                entry = Prompt(item, None)
+            self.check_length(len(entry.ids), limit, "prompt", "max_tokens")
+            found.append(entry)
+        return found
+
+    def chat_prompt(self, request: ChatCompletionRequest) -> Prompt:
+        tools = None if request.tool_choice == "none" else request.tools
+        text = self.render(
+            request.messages,
+            tools,
+            request.add_generation_prompt,
+            request.continue_final_message,
+            request.chat_template_kwargs,
+        )
+        ids = self.encode(text, bool(request.add_special_tokens), "messages")
+        limit = request.max_completion_tokens or request.max_tokens or 1
+        self.check_length(len(ids), limit, "messages", "max_tokens")
+        return Prompt(ids, text)
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[Tool] | None,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+        extra: dict[str, Any] | None,
+    ) -> str:
+        return self.templates.render(
+            [_plain(message) for message in messages],
+            tools=[tool.model_dump(exclude_unset=True) for tool in tools] if tools else None,
+            add_generation_prompt=add_generation_prompt is not False,
+            continue_final_message=bool(continue_final_message),
+            extra=extra,
+        )
+
+    def tokenize(self, request: TokenizeRequest) -> list[int]:
+        if request.messages is not None:
+            text = self.render(
+                request.messages,
+                request.tools,
+                request.add_generation_prompt,
+                request.continue_final_message,
+                request.chat_template_kwargs,
+            )
+            return self.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+        assert request.prompt is not None  # the schema saw to it
+        return self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+
+    def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not ids:
+            raise bad_request("the prompt is empty: it must have at least one token", param, "empty_prompt")
+        return ids
+
+    def check_ids(self, ids: list[int], param: str) -> None:
+        low, high = min(ids), max(ids)
+        limit = min(self.info.vocab_size, _INT32)
+        if low < 0 or high >= limit:
+            wrong = low if low < 0 else high
+            raise bad_request(f"token id {wrong} is out of range: this model's are 0 to {limit - 1}", param)
+
+    def check_length(self, prompt_tokens: int, max_tokens: int, param: str, tokens_param: str) -> None:
+        limit = self.info.max_model_len
+        if prompt_tokens + max(1, max_tokens) <= limit:
+            return
+        code = "context_length_exceeded"
+        if prompt_tokens + 1 > limit:
+            raise bad_request(
+                f"the prompt has {prompt_tokens} tokens, this model takes {limit} in all (prompt and output): "
+                "shorten the prompt",
+                param,
+                code,
+            )
+        raise bad_request(
+            f"the prompt has {prompt_tokens} tokens and '{tokens_param}' asks for {max_tokens}, this model takes {limit} "
+            f"in all: lower '{tokens_param}' to at most {limit - prompt_tokens} or shorten the prompt",
+            tokens_param,
+            code,
+        )
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    plain = message.model_dump(exclude_unset=True)
+    calls = plain.get("tool_calls")
+    if calls:
+        # Clients send the arguments as JSON text; templates are written for objects.
+        plain["tool_calls"] = [_call(call) for call in calls]
+    return plain
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def unknown_model(name: str, known: list[str]) -> APIError:
+    served = ", ".join(sorted(known))
+    return APIError(404, f"the model '{name[:200]}' is not served here; served: {served}", param="model", code="model_not_found")

@@ -1,0 +1,70 @@
+"""docs/configuration.md, made of the settings in :mod:`pd_serve.config`. Run as ``python -m pd_serve.config``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from pd_serve.config import Setting, settings
+
+_INTRO = """\
+# Configuration
+
+<!-- Written by `make docs` from pd_serve/config.py; `make test` checks that it is up to date. -->
+
+Every setting can be given in three ways. The first that names it wins:
+
+1. a flag: `pd-serve up --kv-cache-memory 4GiB`
+2. a variable: `PD_SERVE_KV_CACHE_MEMORY=4GiB pd-serve up`
+3. a YAML file, one setting a line, given with `--config FILE` or `PD_SERVE_CONFIG`: `kv_cache_memory: 4GiB`
+
+A setting or variable that does not exist is an error that names the nearest one that does. Variables of
+other commands may be set as well; a file holds settings of one command only.
+
+Sizes are bytes, or numbers with `KiB`, `MiB`, `GiB`, `TiB` (powers of 1024) or `KB` ... `TB` (powers of 1000).
+Lists are separated by commas; YAML lists work too.
+"""
+
+_SECTIONS = (
+    ("up", "pd-serve up", "A router and its nodes on this machine; settings of nodes apply to all of them."),
+    ("decode", "pd-serve prefill, pd-serve decode", "One node."),
+    ("router", "pd-serve router", "One router."),
+)
+
+
+def render() -> str:
+    """The whole file."""
+    parts = [_INTRO]
+    for command, title, about in _SECTIONS:
+        parts.append(f"\n## {title}\n\n{about}\n")
+        by_group = itertools.groupby(settings(command), key=lambda setting: setting.group)
+        for group, members in by_group:
+            parts.append(f"\n### {group}\n\n| Flag | Variable | YAML key | Default | Unit | Meaning |\n")
+            parts.append("| --- | --- | --- | --- | --- | --- |\n")
+            parts.extend(_row(setting) for setting in members)
+    return "".join(parts)
+
+
+def _row(setting: Setting) -> str:
+    flag = setting.flag
+    flag = f"`{flag}`, `--no-{flag[2:]}`" if setting.kind.is_flag else f"`{flag} {setting.kind.shape}`"
+    default = f"`{setting.default_text}`" if setting.default_text else ""
+    only = f"({setting.only.capitalize()} nodes only.)" if setting.only else ""
+    meaning = " ".join(part for part in (setting.help, setting.reason, only) if part)
+    cells = (flag, f"`{setting.variable}`", f"`{setting.name}`", default, setting.unit, meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``FILE`` writes it; ``--check FILE`` fails when it differs from what would be written."""
+    check = "--check" in arguments
+    path = Path(next((argument for argument in arguments if argument != "--check"), "docs/configuration.md"))
+    content = render()
+    if not check:
+        path.write_text(content, encoding="utf-8")
+        return 0
+    if not path.exists() or path.read_text(encoding="utf-8") != content:
+        print(f"{path} is out of date: run `make docs` and commit the result")
+        return 1
+    return 0

@@ -1,0 +1,143 @@
+"""What a decode engine does beyond computing: it takes over prompts that a prefill node computed.
+
+Runs on the engine's main thread; the pull itself is the inbox's, on the transfer thread. Blocks are
+taken when the first of the prefill node's are ready, so that a queue there holds no memory here, and
+go back only when the inbox says that no transfer can write them any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from pd_serve.decode.inbox import Arrived, Drained, Failed, Inbox, Offered
+from pd_serve.engine.scheduler import Scheduler
+from pd_serve.engine.sequence import Sequence, State
+from pd_serve.kv.manager import KVManager
+from pd_serve.wire.link import Failure, Output, Peers
+
+
+class DecodeRole:
+    def __init__(self, kv: KVManager, scheduler: Scheduler, inbox: Inbox, local_prefill_tokens: int) -> None:
+        self._kv = kv
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._local_prefill_tokens = local_prefill_tokens
+        self._expected: dict[str, Sequence] = {}  # until the inbox has ended them, aborted ones included
+        self._offered: deque[Sequence] = deque()  # their KV is ready; no blocks here yet
+        self._placed = 0  # sequences with blocks whose KV is under way
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def submitted(self, seq: Sequence) -> Output | None:
+        if seq.source is None:
+            return None
+        missing = seq.num_tokens - self._kv.match(seq.tokens, seq.num_tokens - 1).num_tokens
+        if missing <= self._local_prefill_tokens and seq.sampling.prompt_logprobs < 0:
+            return Output(id=seq.id, index=seq.output_index, tokens=[], event="local")
+        seq.state = State.PULLING
+        self._expected[seq.id] = seq
+        self._inbox.expect(seq.id, seq.source)
+        return None
+
+    def computed(self, seq: Sequence, token: int | None) -> None:
+        """Nothing leaves a decode node but tokens."""
+
+    def ended(self, seq: Sequence, reason: str) -> None:
+        if seq.state is State.PULLING:
+            seq.state = State.FINISHED
+            self._inbox.cancel(seq.id)
+
+    def abandoned(self, key: str) -> None:
+        """A decode node holds nothing for a sequence that has ended."""
+
+    def events(self) -> Iterator[tuple[Sequence, Output]]:
+        for event in self._inbox.events():
+            seq = self._expected.get(event.key)
+            if seq is None:
+                continue
+            match event:
+                case Offered():
+                    if seq.state is State.PULLING:
+                        self._offered.append(seq)
+                case Arrived():
+                    if (output := self._arrived(seq, event)) is not None:
+                        yield seq, output
+                case Failed():
+                    if seq.state is State.PULLING:
+                        seq.state = State.FINISHED
+                        failure = Failure("transfer", f"{event.kind}: {event.message}")
+                        yield seq, Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure)
+                case Drained():
+                    self._forget(seq)
+                    self._scheduler.close_blocks(seq)
+        self._place()
+
+    def _place(self) -> None:
+        """Gives blocks to offered sequences, first come first served, preempted ones before them."""
+        while self._offered and not self._scheduler.waiting:
+            seq = self._offered[0]
+            if seq.state is not State.PULLING:
+                self._offered.popleft()
+                continue
+            if len(self._scheduler.running) + self._placed >= self._scheduler.limits.max_num_seqs:
+                return
+            match = self._kv.match(seq.tokens, seq.num_tokens)
+            blocks = self._kv.open(match)
+            reserve = len(self._scheduler.running) + self._placed
+            if not self._kv.can_extend(blocks, seq.num_tokens, reserve, live_only=True):
+                self._kv.close(blocks)
+                return
+            self._kv.extend(blocks, seq.num_tokens, live_only=True)
+            seq.blocks = blocks
+            seq.num_cached = min(match.num_tokens, seq.num_prompt)
+            self._scheduler.prefix_queries += seq.num_tokens
+            self._scheduler.prefix_hits += seq.num_cached
+            self._placed += 1
+            self._offered.popleft()
+            cached = match.num_tokens // self._kv.layout.block_size
+            groups = range(len(self._kv.layout.groups))
+            first = [max(cached, self._kv.layout.first_live_block(g, seq.num_tokens)) for g in groups]
+            self._inbox.accept(seq.id, [t[: blocks.num_blocks].copy() for t in blocks.tables], first)
+
+    def _arrived(self, seq: Sequence, event: Arrived) -> Output | None:
+        """The KV is here and its lease was valid to the end: the sequence may run."""
+        self._forget(seq)
+        if seq.state is not State.PULLING:  # aborted while the last message was on its way
+            self._scheduler.close_blocks(seq)
+            return None
+        assert seq.blocks is not None
+        seq.num_computed = seq.num_tokens
+        self._kv.commit(seq.blocks, seq.tokens, seq.num_computed)
+        output = Output(id=seq.id, index=seq.output_index, tokens=[], event="arrived", num_cached=seq.num_cached)
+        seq.append(event.first_token)
+        self._scheduler.join(seq)
+        return output
+
+    def _forget(self, seq: Sequence) -> None:
+        del self._expected[seq.id]
+        if seq.blocks is not None:
+            self._placed -= 1
+
+    def peers(self, peers: Peers) -> None:
+        for source in peers.sources:
+            self._inbox.connect(source)
+
+    @property
+    def queued(self) -> int:
+        return len(self._expected) - self._placed
+
+    @property
+    def leases(self) -> int:
+        return 0
+
+    @property
+    def pulling(self) -> int:
+        return len(self._expected)
+
+    def counters(self) -> dict[str, float]:
+        return self._inbox.counters()
+
+    def close(self) -> None:
+        self._inbox.close()

@@ -1,0 +1,211 @@
+"""The engine process from its first line to its last: configuration in, parts built, loop, parts closed.
+
+``python -m pd_serve.prefill`` and ``python -m pd_serve.decode`` call :func:`main` with what makes them
+one or the other. Torch is imported only after threads and cores are set, and errors that a user can
+mend reach the node as ``EngineFailed``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from pd_serve.engine.channel import Channel
+from pd_serve.errors import ConfigError, PDServeError
+from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
+from pd_serve.wire.link import ModelInfo
+
+if TYPE_CHECKING:
+    from pd_serve.engine.core import Engine
+    from pd_serve.engine.role import Role
+    from pd_serve.engine.scheduler import Scheduler
+    from pd_serve.kv.layout import KVLayout
+    from pd_serve.kv.manager import KVManager
+    from pd_serve.transfer.base import Region
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a role is built from."""
+
+    config: EngineConfig
+    epoch: str
+    model: ModelInfo
+    layout: KVLayout
+    kv: KVManager
+    scheduler: Scheduler
+    regions: list[Region]
+
+
+@dataclass(frozen=True)
+class BuiltRole:
+    role: Role
+    peer_address: str
+    transport: str
+
+
+RoleFactory = Callable[[Parts], BuiltRole]
+
+
+class Stopwatch:
+    """Seconds of each phase of the start, since the process began."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def main(make_role: RoleFactory) -> int:
+    """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {config.role}-engine %(name)s: %(message)s",
+    )
+    _end_with_parent()
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
+        signal.signal(ignored, signal.SIG_IGN)
+    if config.cpus:
+        os.sched_setaffinity(0, config.cpus)
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with contextlib.ExitStack() as stack:
+        stack.callback(context.term)
+        channel = stack.enter_context(Channel(context, config.address))
+        try:
+            engine, ready, close = build(config, channel, make_role)
+        except PDServeError as error:
+            channel.send_node(EngineFailed(str(error)))
+            return 1
+        except Exception as error:
+            log.exception("the engine cannot start")
+            channel.send_node(EngineFailed(f"the engine cannot start: {type(error).__name__}: {error}"))
+            return 1
+        stack.callback(close)
+        channel.send_node(ready)
+        engine.run()
+    return 0
+
+
+def build(
+    config: EngineConfig, channel: Channel, make_role: RoleFactory
+) -> tuple[Engine, EngineReady, Callable[[], None]]:
+    """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
+    watch = Stopwatch()
+    import torch
+
+    torch.set_num_threads(config.threads)
+    torch.set_grad_enabled(False)
+
+    from pd_serve.engine.core import Engine
+    from pd_serve.engine.runner import Runner
+    from pd_serve.engine.sampler import Sampler
+    from pd_serve.engine.scheduler import Limits, Scheduler
+    from pd_serve.kv.layout import KVLayout
+    from pd_serve.kv.manager import KVManager
+    from pd_serve.memory.pool import HostPool
+    from pd_serve.models.config import ModelConfig, fingerprint
+    from pd_serve.models.decoder import load_decoder
+
+    watch.lap("import")
+    directory = Path(config.model)
+    model = ModelConfig.from_directory(directory)
+    decoder = load_decoder(directory, model, config.dtype, config.load_format)
+    watch.lap("load")
+
+    layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
+    num_blocks = _num_blocks(layout, config.kv_cache_bytes)
+    capacity = (num_blocks - 1) * config.block_size
+    max_model_len = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    if capacity < max_model_len:
+        if config.max_model_len:
+            raise ConfigError(
+                f"max_model_len {max_model_len} does not fit the KV cache of {capacity} tokens: "
+                f"raise --kv-cache-memory or lower --max-model-len"
+            )
+        log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, max_model_len)
+        max_model_len = capacity
+    counts = (num_blocks,) * len(layout.groups)
+    pool = HostPool(layout, counts)
+    kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
+    runner = Runner(decoder, model, layout, pool.tensors(), config.threads)
+    runner.warm_up()
+    watch.lap("warm_up")
+
+    info = ModelInfo(
+        name=config.served_name,
+        fingerprint=fingerprint(directory, config.dtype),
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        eos_token_ids=list(model.eos_token_ids),
+    )
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_queue, max_model_len)
+    scheduler = Scheduler(kv, limits)
+    epoch = uuid.uuid4().hex
+    built = make_role(Parts(config, epoch, info, layout, kv, scheduler, pool.regions()))
+    watch.lap("transfer")
+    engine = Engine(
+        kv=kv,
+        scheduler=scheduler,
+        runner=runner,
+        sampler=Sampler(model.vocab_size, model.eos_token_ids),
+        role=built.role,
+        channel=channel,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.vocab_size,
+    )
+    ready = EngineReady(
+        model=info,
+        layout=layout.fingerprint(),
+        layout_text=layout.describe(),
+        epoch=epoch,
+        peer_address=built.peer_address,
+        transport=built.transport,
+        load=engine.load(),
+        start_s=watch.phases,
+    )
+    return engine, ready, built.role.close
+
+
+def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
+    """Blocks of every group, the null block included. Windowed groups get as many as the others: short prompts
+    need them, and what long ones leave over keeps prefixes."""
+    each = sum(layout.block_bytes(group) for group in range(len(layout.groups)))
+    count = kv_cache_bytes // each
+    if count < 3:
+        raise ConfigError(
+            f"a KV cache of {kv_cache_bytes} bytes has room for {count} blocks of {each} bytes; "
+            f"raise --kv-cache-memory to at least {64 * each}"
+        )
+    return count
+
+
+def _end_with_parent() -> None:
+    """The kernel ends this process when the node that started it dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before the line above
+        sys.exit(1)

@@ -1,0 +1,328 @@
+"""The engine's loop: take messages, plan a step, compute it, say what came out.
+
+One thread, one device. Sleeps in ``poll`` when there is nothing to do. Everything that a client is
+owed leaves through ``Output`` messages: every admitted sequence ends in exactly one of a finish reason,
+a failure, or an abort asked for by its router.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import zmq
+from torch import Tensor
+
+from pd_serve.engine.batch import Batch
+from pd_serve.engine.channel import Channel
+from pd_serve.engine.plan import Work, build_batch
+from pd_serve.engine.role import Role
+from pd_serve.engine.sampler import Sampler
+from pd_serve.engine.scheduler import Scheduler
+from pd_serve.engine.sequence import Sequence, State
+from pd_serve.kv.manager import KVManager
+from pd_serve.wire import engine as wire
+from pd_serve.wire import link
+
+log = logging.getLogger(__name__)
+
+STATUS_INTERVAL_S = 1.0
+
+
+class Compute(Protocol):
+    def execute(self, batch: Batch) -> Tensor:
+        """Runs the model over a batch: ``[N, vocab]`` float32 logits of ``batch.logits_rows``."""
+
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        kv: KVManager,
+        scheduler: Scheduler,
+        runner: Compute,
+        sampler: Sampler,
+        role: Role,
+        channel: Channel,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+    ) -> None:
+        self._kv = kv
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._role = role
+        self._channel = channel
+        self._eos = frozenset(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._seqs: dict[str, Sequence] = {}
+        self._outbound: defaultdict[int, list[link.Output]] = defaultdict(list)
+        self._stopping = False
+        self._draining = False
+        self._drained_sent = False
+        self._checked_idle = True
+        self._status_due_s = 0.0
+        self._counters: defaultdict[str, float] = defaultdict(float)
+
+    # --- the loop -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serves until the node says ``Shutdown``."""
+        poller = zmq.Poller()
+        poller.register(self._channel.socket, zmq.POLLIN)
+        poller.register(self._role.fileno(), zmq.POLLIN)
+        worked = False
+        while not self._stopping:
+            # after an empty plan only a message or a transfer event can change anything
+            wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
+            poller.poll(wait_s * 1000)
+            self._receive()
+            for seq, output in self._role.events():
+                self._emit(seq, output)
+                if output.failure is not None:
+                    self._seqs.pop(seq.id, None)
+            worked = self._step()
+            self._flush()
+            self._report()
+
+    def _step(self) -> bool:
+        """Computes one step; False when there was nothing to compute."""
+        plan = self._scheduler.plan()
+        if not plan:
+            return False
+        self._checked_idle = False
+        started_s = time.perf_counter()
+        try:
+            batch = build_batch(plan, self._kv.layout.block_size, len(self._kv.layout.groups))
+            logits = self._runner.execute(batch)
+            samplers = [w for w in plan if w.samples]
+            if any(w.wants_prompt_logprobs for w in plan):
+                logits = self._prompt_logprobs(plan, logits)
+            sampled = self._sampler.sample(logits, [w.seq for w in samplers]) if samplers else None
+        except Exception:
+            log.exception("a step failed; its %d sequences are given back to their routers", len(plan))
+            self._counters["step_failures"] += 1
+            for work in plan:
+                self._fail(work.seq, link.Failure("internal", "the node failed to compute this step; see its log"))
+            return True
+        at = 0
+        for work in plan:
+            samples = work.samples
+            self._scheduler.advance(work)
+            if not samples:
+                self._role.computed(work.seq, None)
+                continue
+            assert sampled is not None
+            self._token(work.seq, sampled.tokens[at], sampled.logprobs[at])
+            at += 1
+        self._counters["steps"] += 1
+        self._counters["step_seconds"] += time.perf_counter() - started_s
+        self._counters["computed_tokens"] += batch.num_tokens
+        return True
+
+    def _prompt_logprobs(self, plan: list[Work], logits: Tensor) -> Tensor:
+        """Books log-probabilities of prompt tokens; returns the rows that are sampled from."""
+        keep, row = [], 0
+        for work in plan:
+            seq = work.seq
+            if not work.wants_prompt_logprobs:
+                keep += [row] * work.samples
+                row += int(work.samples)
+                continue
+            begin = seq.num_computed
+            count = min(work.num_tokens, seq.num_prompt - 1 - begin)  # the last prompt token predicts output
+            if seq.prompt_logprobs is None:
+                seq.prompt_logprobs = [None]
+            if count > 0:
+                targets = seq.tokens[begin + 1 : begin + 1 + count].tolist()
+                seq.prompt_logprobs += self._sampler.prompt_logprobs(
+                    logits[row : row + count], targets, seq.sampling.prompt_logprobs
+                )
+            row += work.num_tokens
+            keep += [row - 1] * work.samples
+        return logits[keep]
+
+    def _token(self, seq: Sequence, token: int, logprob: link.TokenLogprob | None) -> None:
+        """A token was sampled for ``seq``."""
+        output = link.Output(
+            id=seq.id,
+            index=seq.output_index,
+            tokens=[token],
+            logprobs=None if logprob is None else [logprob],
+            num_cached=seq.num_cached,
+            prompt_logprobs=seq.prompt_logprobs,
+        )
+        seq.prompt_logprobs = None
+        seq.append(token)
+        self._counters["sampled_tokens"] += 1
+        params = seq.sampling
+        if token in self._eos and not params.ignore_eos:
+            output.finish = "stop"
+        elif token in params.stop_token_ids:
+            output.finish, output.stop_token = "stop", token
+        elif seq.output_index >= params.max_tokens or seq.num_tokens >= self._scheduler.limits.max_model_len:
+            output.finish = "length"
+        self._emit(seq, output)
+        if output.finish is not None:
+            self._end(seq, "finished")
+            return
+        self._role.computed(seq, token)
+        if seq.state is State.FINISHED:
+            self._seqs.pop(seq.id, None)
+
+    # --- messages -----------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        for origin, payload in self._channel.receive():
+            try:
+                if origin:
+                    self._from_router(origin, link.decode_to_node(payload))
+                else:
+                    self._from_node(wire.decode_to_engine(payload))
+            except msgspec.DecodeError as error:
+                log.warning("dropped a message that cannot be read: %s", error)
+
+    def _from_router(self, origin: int, message: link.ToNode) -> None:
+        match message:
+            case link.Submit():
+                self._submit(origin, message)
+            case link.Abort():
+                for id in message.ids:
+                    if (seq := self._seqs.get(id)) is None:
+                        self._role.abandoned(id)
+                    else:
+                        self._counters["aborts"] += 1
+                        self._end(seq, "aborted")
+            case link.Peers():
+                self._role.peers(message)
+
+    def _from_node(self, message: wire.ToEngine) -> None:
+        match message:
+            case wire.Drop():
+                for seq in [s for s in self._seqs.values() if s.origin == message.origin]:
+                    self._counters["aborts"] += 1
+                    self._end(seq, "its router is gone")
+            case wire.Drain():
+                self._draining = True
+                self._status_due_s = 0.0
+            case wire.Shutdown():
+                self._stopping = True
+            case link.Peers():
+                self._role.peers(message)
+
+    def _submit(self, origin: int, submit: link.Submit) -> None:
+        failure = self._refusal(submit)
+        if failure is not None:
+            self._counters[f"failures_{failure.kind}"] += 1
+            output = link.Output(id=submit.id, index=submit.num_output, tokens=[], failure=failure)
+            self._outbound[origin].append(output)
+            return
+        tokens = np.frombuffer(submit.tokens, dtype="<i4")
+        limit = self._scheduler.limits.max_model_len
+        seq = Sequence(
+            submit.id,
+            origin,
+            tokens,
+            len(tokens) - submit.num_output,
+            submit.sampling,
+            capacity=min(limit, len(tokens) - submit.num_output + submit.sampling.max_tokens) + 1,
+            handoff=submit.handoff,
+            source=submit.source,
+            arrival_s=time.monotonic(),
+        )
+        self._seqs[seq.id] = seq
+        self._counters["requests"] += 1
+        self._counters["prompt_tokens"] += seq.num_prompt
+        output = self._role.submitted(seq)
+        if output is not None:
+            self._emit(seq, output)
+        if seq.state is State.WAITING:
+            self._scheduler.add(seq)
+
+    def _refusal(self, submit: link.Submit) -> link.Failure | None:
+        """Why this attempt cannot be taken. Routers check first; a node never relies on it."""
+        if self._draining:
+            return link.Failure("refused", "this node is shutting down", retry_after_s=1.0)
+        if submit.id in self._seqs:
+            return link.Failure("invalid", f"attempt {submit.id} is running already")
+        if not submit.tokens or len(submit.tokens) % 4:
+            return link.Failure("invalid", "the prompt has no tokens")
+        tokens = np.frombuffer(submit.tokens, dtype="<i4")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
+            return link.Failure("invalid", f"token ids must be between 0 and {self._vocab_size - 1}")
+        limit = self._scheduler.limits.max_model_len
+        if len(tokens) >= limit:
+            return link.Failure("invalid", f"{len(tokens)} tokens leave no room to answer: {limit} is the limit here")
+        if not 0 <= submit.num_output < min(len(tokens), submit.sampling.max_tokens):
+            return link.Failure("invalid", "num_output does not fit tokens and max_tokens")
+        return self._scheduler.refuses(self._role.queued)
+
+    # --- ends ---------------------------------------------------------------------------------------
+
+    def _end(self, seq: Sequence, reason: str) -> None:
+        """Ends a sequence for good on this engine; its blocks go back now, or when its pull has stopped."""
+        self._seqs.pop(seq.id, None)
+        self._role.ended(seq, reason)
+        if seq.state in (State.WAITING, State.RUNNING):
+            self._scheduler.remove(seq)
+
+    def _fail(self, seq: Sequence, failure: link.Failure) -> None:
+        self._counters[f"failures_{failure.kind}"] += 1
+        self._emit(seq, link.Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure))
+        self._end(seq, failure.message)
+
+    def _emit(self, seq: Sequence, output: link.Output) -> None:
+        self._outbound[seq.origin].append(output)
+
+    def _flush(self) -> None:
+        for origin, outputs in self._outbound.items():
+            self._channel.send_router(origin, link.Outputs(outputs))
+        self._outbound.clear()
+
+    # --- status -------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        now_s = time.monotonic()
+        idle = not self._seqs and not self._role.leases and not self._role.pulling
+        if now_s >= self._status_due_s:
+            self._status_due_s = now_s + STATUS_INTERVAL_S
+            if idle and not self._checked_idle:
+                self._check_idle()
+            self._channel.send_node(link.Status(self.load(), self._counter_snapshot()))
+        if self._draining and idle and not self._drained_sent:
+            self._drained_sent = True
+            self._channel.send_node(wire.Drained())
+
+    def _check_idle(self) -> None:
+        """Nothing runs: every block must be back. A leak is loud, counted, and shows in the metrics."""
+        self._checked_idle = True
+        try:
+            self._kv.check(idle=True)
+        except ValueError as error:
+            self._counters["leaks"] += 1
+            log.error("KV blocks are not where they should be while idle: %s", error)
+
+    def load(self) -> link.Load:
+        return link.Load(
+            waiting=len(self._scheduler.waiting) + self._role.queued,
+            running=len(self._scheduler.running),
+            waiting_tokens=self._scheduler.waiting_tokens,
+            groups=self._kv.usage(),
+            leases=self._role.leases,
+            pulling=self._role.pulling,
+            draining=self._draining,
+        )
+
+    def _counter_snapshot(self) -> dict[str, float]:
+        return {
+            "leaks": 0.0,
+            **self._counters,
+            "preemptions": self._scheduler.num_preemptions,
+            "prefix_query_tokens": self._scheduler.prefix_queries,
+            "prefix_hit_tokens": self._scheduler.prefix_hits,
+            **self._role.counters(),
+        }

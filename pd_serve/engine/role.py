@@ -1,0 +1,52 @@
+"""What makes an engine a prefill or a decode engine: the hooks that the engine calls on its main thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from pd_serve.engine.sequence import Sequence
+from pd_serve.wire.link import Output, Peers
+
+
+class Role(Protocol):
+    def fileno(self) -> int:
+        """Readable while :meth:`events` has something; the engine sleeps on it."""
+
+    def submitted(self, seq: Sequence) -> Output | None:
+        """Takes over a new sequence (its state is then not WAITING) or leaves it to be computed here.
+
+        May answer with an output at once.
+        """
+
+    def computed(self, seq: Sequence, token: int | None) -> None:
+        """``seq.num_computed`` tokens have their KV; ``token``: the one sampled, if this step reached the end.
+
+        A role that takes the blocks over sets ``seq.blocks`` to None and the state to FINISHED.
+        """
+
+    def ended(self, seq: Sequence, reason: str) -> None:
+        """The sequence is over for this engine (aborted, failed, finished) before ``computed`` took it over."""
+
+    def abandoned(self, key: str) -> None:
+        """A router aborts an attempt that this engine has finished with: a role may still hold blocks for it."""
+
+    def events(self) -> Iterator[tuple[Sequence, Output]]:
+        """Handles what has come in from the transfer thread; yields what the routers are to be told."""
+
+    def peers(self, peers: Peers) -> None:
+        """The prefill nodes that a router knows."""
+
+    @property
+    def queued(self) -> int:
+        """Sequences this role holds that have no blocks yet."""
+
+    @property
+    def leases(self) -> int: ...
+
+    @property
+    def pulling(self) -> int: ...
+
+    def counters(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...

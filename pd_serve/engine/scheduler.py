@@ -1,0 +1,186 @@
+"""Which sequences compute what in the next step.
+
+One queue, one running list, continuous batching (Orca, OSDI'22) with chunked prefill (Sarathi-Serve,
+OSDI'24) under a token budget. Admission is by blocks: a sequence starts when its whole prompt has room.
+When a running sequence finds no block to grow into, the youngest gives its blocks back and is computed
+again later (recompute preemption, vLLM, SOSP'23); the client sees a pause.
+
+Called by the engine's main thread only. Never touches tensors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from pd_serve.engine.plan import Work
+from pd_serve.engine.sequence import Sequence, State
+from pd_serve.kv.manager import KVManager
+from pd_serve.kv.prefix import PrefixNode, block_keys
+from pd_serve.wire.link import Failure
+
+# Logits of prompt rows are wanted in float32 over the whole vocabulary: few rows at a time.
+PROMPT_LOGPROBS_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue: int
+    max_model_len: int
+
+
+class Scheduler:
+    def __init__(self, kv: KVManager, limits: Limits) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
+        self.prefix_hits = 0  # of these, found
+
+    # --- in and out ---------------------------------------------------------------------------------
+
+    def refuses(self, queued_elsewhere: int = 0) -> Failure | None:
+        """Why one more request is not admitted now. ``queued_elsewhere``: requests that wait for KV to arrive."""
+        if len(self.waiting) + queued_elsewhere < self.limits.max_queue:
+            return None
+        return Failure("refused", f"the queue of this node is full ({self.limits.max_queue} requests)", retry_after_s=1.0)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence that is to be computed here."""
+        seq.state = State.WAITING
+        self.waiting.append(seq)
+
+    def join(self, seq: Sequence) -> None:
+        """Lets a sequence run whose KV has arrived in ``seq.blocks``."""
+        seq.state = State.RUNNING
+        self.running.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Ends a waiting or running sequence and gives its blocks back."""
+        if seq.state is State.WAITING:
+            self.waiting.remove(seq)
+        elif seq.state is State.RUNNING:
+            self.running.remove(seq)
+        self.close_blocks(seq)
+        seq.state = State.FINISHED
+
+    def detach(self, seq: Sequence) -> None:
+        """Ends a running sequence whose blocks somebody else takes over."""
+        self.running.remove(seq)
+        seq.state = State.FINISHED
+
+    def close_blocks(self, seq: Sequence) -> None:
+        if seq.blocks is not None:
+            self.kv.close(seq.blocks)
+            seq.blocks = None
+
+    # --- a step -------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Work]:
+        """The next step's work, rows of one token first; empty when nothing can be done."""
+        works = self._plan_decodes()
+        budget = self.limits.max_num_batched_tokens - len(works)
+        prefills = [s for s in self.running if s.num_computed + 1 < s.num_tokens or s.num_computed == 0]
+        for seq in prefills:
+            budget = self._plan_prefill(works, seq, budget)
+        if self.waiting and budget > 0:
+            self._admit(works, prefills, budget)
+        works.sort(key=lambda w: w.num_tokens != 1)
+        return works
+
+    def _plan_decodes(self) -> list[Work]:
+        works = []
+        for seq in tuple(self.running):
+            if seq.state is not State.RUNNING or seq.num_computed == 0 or seq.num_computed + 1 != seq.num_tokens:
+                continue
+            assert seq.blocks is not None  # running sequences hold blocks
+            while not self.kv.can_extend(seq.blocks, seq.num_tokens):
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    break
+            else:
+                self.kv.extend(seq.blocks, seq.num_tokens)
+                works.append(Work(seq, 1))
+        return works
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.close_blocks(seq)
+        seq.num_computed = 0
+        seq.state = State.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _plan_prefill(self, works: list[Work], seq: Sequence, budget: int) -> int:
+        """Adds as much of ``seq`` as the budget allows; returns what is left of it."""
+        count = min(seq.num_tokens - seq.num_computed, budget)
+        if seq.sampling.prompt_logprobs >= 0 and seq.num_computed < seq.num_prompt:
+            count = min(count, PROMPT_LOGPROBS_CHUNK)
+        if count > 0:
+            works.append(Work(seq, count))
+        return budget - count
+
+    def _admit(self, works: list[Work], prefills: list[Sequence], budget: int) -> None:
+        computing = {key for s in prefills if (key := self._next_block(s)) is not None}
+        later: deque[Sequence] = deque()
+        while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            seq = self.waiting.popleft()
+            if not self._open(seq):
+                self.waiting.appendleft(seq)
+                break
+            key = self._next_block(seq)
+            if key in computing:  # the same prompt is being computed: wait for the prefix cache to have it
+                self.close_blocks(seq)
+                later.append(seq)
+                continue
+            assert seq.blocks is not None
+            self.kv.extend(seq.blocks, seq.num_tokens)
+            if seq.output_index == 0:
+                self.prefix_queries += seq.num_tokens
+                self.prefix_hits += seq.num_cached
+            if key is not None:
+                computing.add(key)
+            self.join(seq)
+            budget = self._plan_prefill(works, seq, budget)
+        self.waiting.extendleft(reversed(later))
+
+    def _open(self, seq: Sequence) -> bool:
+        """Gives a waiting sequence its cached prefix, if the rest of its prompt has room too."""
+        # the last token is always computed: its logits are wanted
+        limit = 0 if seq.sampling.prompt_logprobs >= 0 else seq.num_tokens - 1
+        match = self.kv.match(seq.tokens, limit)
+        blocks = self.kv.open(match)
+        if not self.kv.can_extend(blocks, seq.num_tokens, reserve=len(self.running)):
+            self.kv.close(blocks)
+            return False
+        seq.blocks = blocks
+        seq.num_computed = match.num_tokens
+        seq.num_cached = min(match.num_tokens, seq.num_prompt)
+        return True
+
+    def _next_block(self, seq: Sequence) -> tuple[PrefixNode, bytes] | None:
+        """The prefix-tree place of the next full block that ``seq`` computes; None where it has none."""
+        assert seq.blocks is not None
+        first, size = seq.blocks.num_committed, self.kv.layout.block_size
+        if not self.kv.prefix_caching or (first + 1) * size > seq.num_tokens - 1:
+            return None
+        return seq.blocks.node, block_keys(seq.tokens, size, first, first + 1)[0]
+
+    def advance(self, work: Work) -> None:
+        """Books a computed piece of work: its KV is in its blocks now."""
+        seq = work.seq
+        assert seq.blocks is not None
+        seq.num_computed += work.num_tokens
+        self.kv.commit(seq.blocks, seq.tokens, seq.num_computed)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens still to be computed before the sequences here can decode."""
+        return sum(s.num_tokens - s.num_computed for s in self.waiting) + sum(
+            max(0, s.num_tokens - s.num_computed - 1) for s in self.running
+        )

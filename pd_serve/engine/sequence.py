@@ -1,0 +1,88 @@
+"""A sequence: one attempt at one choice of a request, from admission to its end.
+
+Data only. The scheduler moves it between states, the KV manager owns ``blocks``, the sampler reads
+``sampling`` and the tokens.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from pd_serve.kv.manager import SequenceBlocks
+from pd_serve.wire.link import SamplingParams, Source
+
+
+class State(Enum):
+    WAITING = "waiting"  # admitted; holds no blocks (or was preempted)
+    PULLING = "pulling"  # decode node: its KV is expected from a prefill node
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """``tokens[:num_tokens]`` is prompt then output; the first ``num_computed`` have their KV in blocks."""
+
+    __slots__ = (
+        "_tokens",
+        "arrival_s",
+        "blocks",
+        "handoff",
+        "id",
+        "num_cached",
+        "num_computed",
+        "num_prompt",
+        "num_tokens",
+        "origin",
+        "prompt_logprobs",
+        "sampler_state",
+        "sampling",
+        "source",
+        "state",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        origin: int,
+        tokens: npt.NDArray[np.int32],
+        num_prompt: int,
+        sampling: SamplingParams,
+        *,
+        capacity: int,
+        handoff: bool = False,
+        source: Source | None = None,
+        arrival_s: float = 0.0,
+    ) -> None:
+        self.id = id
+        self.origin = origin  # which router asked
+        self._tokens = np.empty(max(capacity, len(tokens)), dtype=np.int32)
+        self._tokens[: len(tokens)] = tokens
+        self.num_tokens = len(tokens)
+        self.num_prompt = num_prompt  # the client's prompt; what follows is output (of any attempt)
+        self.num_computed = 0
+        self.num_cached = 0
+        self.sampling = sampling
+        self.handoff = handoff
+        self.source = source
+        self.arrival_s = arrival_s
+        self.state = State.WAITING
+        self.blocks: SequenceBlocks | None = None
+        self.sampler_state: object | None = None  # the sampler's own (penalty counts), made on first use
+        self.prompt_logprobs: list[object] | None = None
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """``[num_tokens]`` int32 view: prompt, then output."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def output_index(self) -> int:
+        """Output index of the next token to be sampled."""
+        return self.num_tokens - self.num_prompt
+
+    def append(self, token: int) -> None:
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1

@@ -1,0 +1,209 @@
+"""Which sequence holds which blocks: allocation, prefix hits, sliding windows.
+
+Used by the scheduler only, on the engine's main thread. All groups of a sequence have the same logical
+blocks; a group with a window gives back those that no later token can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pd_serve.errors import PoolExhausted
+from pd_serve.kv.layout import KVLayout
+from pd_serve.kv.pool import BlockPool
+from pd_serve.kv.prefix import PrefixNode, PrefixTree, block_keys
+from pd_serve.wire.link import GroupUsage
+
+Tokens = npt.NDArray[np.int32]
+Slot = tuple[PrefixNode, int]  # a node and the group whose block it lost or holds
+
+
+class SequenceBlocks:
+    """A sequence's block tables. ``tables[group][i]`` is the pool block of logical block ``i``, 0 = none."""
+
+    __slots__ = ("first", "node", "num_blocks", "num_committed", "tables")
+
+    def __init__(self, num_groups: int, capacity: int, root: PrefixNode) -> None:
+        self.tables = [np.zeros(capacity, dtype=np.int32) for _ in range(num_groups)]
+        self.num_blocks = 0  # logical blocks, from 0
+        self.first = [0] * num_groups  # first logical block still held, a group
+        self.node = root  # prefix node of the last committed block
+        self.num_committed = 0
+
+
+@dataclass(frozen=True)
+class PrefixMatch:
+    """``num_tokens`` of a prompt (whole blocks) are in the cache, along ``path``."""
+
+    num_tokens: int
+    path: tuple[PrefixNode, ...]
+
+
+class KVManager:
+    """``num_blocks[group]`` counts the null block. ``capacity_tokens``: the longest sequence there can be."""
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: tuple[int, ...], capacity_tokens: int, *, prefix_caching: bool = True
+    ) -> None:
+        self.layout = layout
+        self.prefix_caching = prefix_caching
+        self._capacity = layout.blocks_for(capacity_tokens)
+        self._tree = PrefixTree(len(layout.groups))
+        self._pools: list[BlockPool[Slot]] = [BlockPool(n, self._evicted) for n in num_blocks]
+
+    def _evicted(self, slot: Slot) -> None:
+        node, group = slot
+        node.blocks[group] = 0
+        self._tree.prune(node)
+
+    def match(self, tokens: Tokens, limit: int) -> PrefixMatch:
+        """The longest cached prefix of at most ``limit`` tokens. Holds nothing yet."""
+        size = self.layout.block_size
+        if not self.prefix_caching or limit < size:
+            return PrefixMatch(0, ())
+        path = self._tree.walk(block_keys(tokens, size, 0, limit // size))
+        count = len(path)
+        for group, g in enumerate(self.layout.groups):
+            if g.window is None:
+                count = next((i for i, n in enumerate(path[:count]) if not n.blocks[group]), count)
+        while count and not self._window_cached(path, count):
+            count -= 1
+        return PrefixMatch(count * size, tuple(path[:count]))
+
+    def _window_cached(self, path: list[PrefixNode], count: int) -> bool:
+        """Whether every windowed group holds what a token after ``count`` blocks attends to."""
+        for group, g in enumerate(self.layout.groups):
+            if g.window is not None:
+                first = self.layout.first_live_block(group, count * self.layout.block_size)
+                if not all(node.blocks[group] for node in path[first:count]):
+                    return False
+        return True
+
+    def open(self, match: PrefixMatch) -> SequenceBlocks:
+        """Tables that hold the matched blocks, and nothing else yet."""
+        blocks = SequenceBlocks(len(self._pools), self._capacity, self._tree.root)
+        count = len(match.path)
+        if count:
+            for group, pool in enumerate(self._pools):
+                first = self.layout.first_live_block(group, match.num_tokens)
+                blocks.first[group] = first
+                for i in range(first, count):
+                    block = match.path[i].blocks[group]
+                    pool.hold(block)
+                    blocks.tables[group][i] = block
+            blocks.num_blocks = blocks.num_committed = count
+            blocks.node = match.path[-1]
+        blocks.node.users += 1
+        return blocks
+
+    def can_extend(self, blocks: SequenceBlocks, num_tokens: int, reserve: int = 0, *, live_only: bool = False) -> bool:
+        """Whether :meth:`extend` would succeed and leave ``reserve`` blocks available in every group."""
+        target = self.layout.blocks_for(num_tokens)
+        return all(
+            target - self._start(blocks, group, num_tokens, live_only) + reserve <= pool.available
+            for group, pool in enumerate(self._pools)
+        )
+
+    def extend(self, blocks: SequenceBlocks, num_tokens: int, *, live_only: bool = False) -> None:
+        """Gives the tables room for ``num_tokens`` positions.
+
+        ``live_only``: windowed groups get only the blocks that the token after those positions still
+        attends to (what a pull needs); otherwise all (what computing the positions needs).
+        Raises PoolExhausted, and takes nothing.
+        """
+        target = self.layout.blocks_for(num_tokens)
+        if target > self._capacity:
+            raise ValueError(f"{num_tokens} tokens are more than a sequence can have here")
+        if not self.can_extend(blocks, num_tokens, live_only=live_only):
+            raise PoolExhausted("not enough KV blocks")
+        for group, pool in enumerate(self._pools):
+            start = self._start(blocks, group, num_tokens, live_only)
+            if start < target:
+                blocks.tables[group][start:target] = pool.take(target - start)
+            if live_only:
+                self._forget_before(blocks, group, self.layout.first_live_block(group, num_tokens))
+        blocks.num_blocks = max(blocks.num_blocks, target)
+
+    def _start(self, blocks: SequenceBlocks, group: int, num_tokens: int, live_only: bool) -> int:
+        """First logical block that extending to ``num_tokens`` has to take in ``group``."""
+        start = blocks.num_blocks
+        if live_only:
+            start = max(start, self.layout.first_live_block(group, num_tokens))
+        return start
+
+    def commit(self, blocks: SequenceBlocks, tokens: Tokens, num_computed: int) -> None:
+        """Offers the blocks that ``num_computed`` tokens have filled to later prompts, and leaves the window."""
+        size = self.layout.block_size
+        full = num_computed // size
+        if self.prefix_caching and full > blocks.num_committed:
+            node = blocks.node
+            node.users -= 1
+            for i, key in enumerate(block_keys(tokens, size, blocks.num_committed, full), blocks.num_committed):
+                node = self._tree.child(node, key)
+                for group, pool in enumerate(self._pools):
+                    block = int(blocks.tables[group][i])
+                    if block and not node.blocks[group] and pool.owner(block) is None:
+                        node.blocks[group] = block
+                        pool.own(block, (node, group))
+            node.users += 1
+            blocks.node, blocks.num_committed = node, full
+        for group, g in enumerate(self.layout.groups):
+            if g.window is not None:
+                self._forget_before(blocks, group, self.layout.first_live_block(group, num_computed))
+
+    def _forget_before(self, blocks: SequenceBlocks, group: int, first: int) -> None:
+        old = blocks.first[group]
+        if first > old:
+            table = blocks.tables[group]
+            self._pools[group].release(int(b) for b in table[old:first] if b)
+            table[old:first] = 0
+            blocks.first[group] = first
+
+    def close(self, blocks: SequenceBlocks) -> None:
+        """Gives everything back, the end of the sequence first, so that prefixes outlive their tails."""
+        for group, pool in enumerate(self._pools):
+            table = blocks.tables[group]
+            held = table[blocks.first[group] : blocks.num_blocks][::-1]
+            pool.release(int(b) for b in held if b)
+            table[:] = 0
+        blocks.num_blocks = blocks.num_committed = 0
+        blocks.node.users -= 1
+        self._tree.prune(blocks.node)
+
+    def drop_cached(self) -> None:
+        """Forgets all prefixes that no sequence holds."""
+        for pool in self._pools:
+            pool.drop_cached()
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that one sequence alone could have in this pool."""
+        return (min(p.num_blocks for p in self._pools) - 1) * self.layout.block_size
+
+    def usage(self) -> list[GroupUsage]:
+        return [pool.usage() for pool in self._pools]
+
+    def check(self, *, idle: bool = False) -> None:
+        """Raises ValueError where the books do not balance; ``idle``: also where a block is still held."""
+        for group, pool in enumerate(self._pools):
+            pool.check()
+            if idle and pool.usage().used:
+                raise ValueError(f"{pool.usage().used} KV blocks of group {group} are held although nothing runs")
+        self._check_tree()
+
+    def _check_tree(self) -> None:
+        stack, seen = list(self._tree.root.children.values()), 0
+        while stack:
+            node = stack.pop()
+            seen += 1
+            stack.extend(node.children.values())
+            for group, block in enumerate(node.blocks):
+                if block and self._pools[group].owner(block) != (node, group):
+                    raise ValueError(f"prefix node and pool disagree on block {block} of group {group}")
+            if not node.children and not node.users and not any(node.blocks):
+                raise ValueError("an empty prefix node was kept")
+        if seen != self._tree.num_nodes:
+            raise ValueError(f"{seen} prefix nodes are reachable, {self._tree.num_nodes} exist")

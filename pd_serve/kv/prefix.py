@@ -1,0 +1,66 @@
+"""The prefix cache: a tree of token blocks.
+
+A node stands for one full block of tokens after its parent's; its identity is the whole chain from
+the root, and a child is found by its parent *and* its exact tokens. That is the chained block hash of
+vLLM (https://docs.vllm.ai/en/latest/design/prefix_caching/) with the comparison built in: the
+dictionary hashes a block's bytes and then compares them, so a collision costs a comparison and can
+never serve another prompt's KV.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+class PrefixNode:
+    """``blocks[group]``: the pool block that holds this content, 0 = none. ``users``: sequences standing here."""
+
+    __slots__ = ("blocks", "children", "key", "parent", "users")
+
+    def __init__(self, parent: PrefixNode | None, key: bytes, num_groups: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.children: dict[bytes, PrefixNode] = {}
+        self.blocks = [0] * num_groups
+        self.users = 0
+
+
+class PrefixTree:
+    def __init__(self, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.root = PrefixNode(None, b"", num_groups)
+        self.num_nodes = 0
+
+    def walk(self, keys: list[bytes]) -> list[PrefixNode]:
+        """The nodes along ``keys``, as far as they exist."""
+        node, path = self.root, []
+        for key in keys:
+            child = node.children.get(key)
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return path
+
+    def child(self, node: PrefixNode, key: bytes) -> PrefixNode:
+        """The child with these tokens, made if it is not there."""
+        child = node.children.get(key)
+        if child is None:
+            child = node.children[key] = PrefixNode(node, key, self.num_groups)
+            self.num_nodes += 1
+        return child
+
+    def prune(self, node: PrefixNode) -> None:
+        """Removes ``node`` and its ancestors as far as nothing needs them."""
+        while node.parent is not None and not node.children and not node.users and not any(node.blocks):
+            del node.parent.children[node.key]
+            self.num_nodes -= 1
+            node = node.parent
+
+
+def block_keys(tokens: npt.NDArray[np.int32], block_size: int, first: int, last: int) -> list[bytes]:
+    """Keys of the logical blocks ``first .. last - 1`` of a sequence: their tokens' bytes."""
+    step = block_size * 4
+    data = tokens[first * block_size : last * block_size].tobytes()
+    return [data[i : i + step] for i in range(0, len(data), step)]

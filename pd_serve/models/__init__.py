@@ -1,0 +1,1 @@
+"""Decoder definitions, model configuration, weights, GGUF conversion, tokenizer files."""

@@ -1,0 +1,1 @@
+"""The node's asyncio process: routers' links, registration, metrics, draining. Imports no torch."""

@@ -1,0 +1,183 @@
+"""The node's end of its engine process: starts it, forwards frames, knows its status, sees it die.
+
+Used by the node's main loop and its links. Never decodes what routers and engine say to each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from pd_serve.processes import Child, describe_exit
+from pd_serve.wire import engine as wire
+from pd_serve.wire.link import Load, Peers, Status
+
+log = logging.getLogger(__name__)
+
+# Messages an engine may leave unread. It reads between any two steps: beyond this it hangs.
+MAX_UNREAD = 100_000
+# An engine reports at least once a second, but not during a step: a step that takes longer is a fault.
+STALE_S = 30.0
+_SHUTDOWN_S = 2.0
+
+
+class EngineProcess:
+    """Owns the engine process and the socket to it. Frames from the engine go to ``deliver(origin, payload)``.
+
+    ``arguments`` replaces the command line of the real engine in tests.
+    """
+
+    def __init__(self, deliver: Callable[[int, bytes], None], changed: Callable[[Status], None]) -> None:
+        self._deliver = deliver
+        self._changed = changed
+        self._directory = Path(tempfile.mkdtemp(prefix="pd-serve-"))
+        self.address = f"ipc://{self._directory}/engine"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD)
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # always read at once; the links bound what waits
+        self._socket.bind(self.address)
+        self._child: Child | None = None
+        self.ready: wire.EngineReady | None = None
+        self.status: Status | None = None
+        self._heard_s = time.monotonic()
+        self._started: asyncio.Event = asyncio.Event()
+        self._drained: asyncio.Event = asyncio.Event()
+        self._failure: str | None = None
+
+    def start(self, config: wire.EngineConfig, *, arguments: list[str] | None = None) -> None:
+        """Starts the process; on the main thread, before anything slow, because it takes longest."""
+        command = arguments or [sys.executable, "-m", f"pd_serve.{config.role}"]
+        self._child = Child(command, stdin=msgspec.json.encode(config))
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begins to read what the engine says."""
+        loop.add_reader(self._socket.fileno(), self._read)
+        loop.call_soon(self._read)
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
+    @property
+    def load(self) -> Load | None:
+        return self.status.load if self.status is not None else None
+
+    def answering(self) -> bool:
+        """Whether the engine has spoken lately."""
+        alive = self._child is not None and self._child.returncode() is None
+        return alive and self.ready is not None and time.monotonic() - self._heard_s < STALE_S
+
+    async def wait_ready(self) -> wire.EngineReady | None:
+        """Waits for the start to end: what the engine says of itself, or None when it failed (see ``failure``)."""
+        await self._started.wait()
+        return self.ready
+
+    @property
+    def failure(self) -> str:
+        return self._failure or "the engine ended without a word; its output is above"
+
+    def send(self, origin: int, payload: bytes) -> None:
+        """Raises zmq.Again when the engine has stopped reading."""
+        self._socket.send_multipart((origin.to_bytes(4, "little"), payload), zmq.NOBLOCK)
+        # ZeroMQ's descriptor signals edges, and sending may consume one.
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            asyncio.get_running_loop().call_soon(self._read)
+
+    def tell(self, message: wire.ToEngine) -> None:
+        """Sends a message of the node itself. An engine that does not read is beyond telling."""
+        try:
+            self.send(0, wire.encoder.encode(message))
+        except zmq.Again:
+            log.error("the engine does not read its messages: %s is lost", type(message).__name__)
+
+    def forward_peers(self, peers: Peers) -> None:
+        self.tell(peers)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Asks the engine to finish; False when it had not after ``timeout_s``."""
+        self.tell(wire.Drain())
+        try:
+            await asyncio.wait_for(self._drained.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def wait_end(self) -> str:
+        """Waits for the process to end; says how, in words."""
+        assert self._child is not None
+        status = await self._child.wait()
+        self._read()  # its last words may have come first
+        self._started.set()
+        self._drained.set()
+        return describe_exit(status)
+
+    async def stop(self) -> None:
+        """Ends the process, politely first. Idempotent."""
+        if self._child is None or self._child.returncode() is not None:
+            return
+        self.tell(wire.Shutdown())
+        try:
+            await asyncio.wait_for(self._child.wait(), _SHUTDOWN_S)
+        except TimeoutError:
+            log.warning("the engine did not end within %g s: it is killed", _SHUTDOWN_S)
+            self.kill()
+            await self._child.wait()
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Closes the socket and removes its directory. The process must have ended."""
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                origin, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except (zmq.ZMQError, ValueError):
+                log.exception("the engine's socket failed")
+                return
+            self._heard_s = time.monotonic()
+            number = int.from_bytes(origin, "little")
+            if number:
+                self._deliver(number, payload)
+            else:
+                self._hear(wire.decode_from_engine(payload))
+
+    def _hear(self, message: wire.FromEngine) -> None:
+        match message:
+            case Status():
+                self.status = message
+                self._changed(message)
+            case wire.EngineReady():
+                self.ready = message
+                self.status = Status(message.load)
+                self._started.set()
+            case wire.EngineFailed():
+                self._failure = message.message
+                self._started.set()
+            case wire.Drained():
+                self._drained.set()
+
+
+def default_threads(cpus: tuple[int, ...]) -> int:
+    """One compute thread for each core that the engine may use."""
+    return len(cpus) or len(os.sched_getaffinity(0))

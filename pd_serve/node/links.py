@@ -1,0 +1,160 @@
+"""Routers' links to this node: one WebSocket each, forwarded to and from the engine.
+
+Called by the HTTP application (a link begins), by the engine process (frames for a link) and by the
+node's main loop (status, closing). Frames are forwarded as they came; a router can neither crash the
+node with garbage nor fill its memory by not reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from starlette.websockets import WebSocket
+
+from pd_serve.node.engine_process import EngineProcess
+from pd_serve.wire import link as wire
+from pd_serve.wire.engine import NODE, Drop
+
+log = logging.getLogger(__name__)
+
+# Thousands of tokens a second are a few MB: a router that is so far behind is stuck.
+MAX_QUEUED_BYTES = 32 << 20
+_CLOSE_WAIT_S = 1.0
+_NODE = int.from_bytes(NODE, "little")
+
+GOING_AWAY = 1001  # WebSocket close codes
+POLICY = 1008
+INTERNAL = 1011
+TRY_AGAIN = 1013
+
+
+class Link:
+    """One router's connection. ``offer`` never waits; what it was given is sent in order."""
+
+    def __init__(self, origin: int, websocket: WebSocket) -> None:
+        self.origin = origin
+        self._websocket = websocket
+        self._frames: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._close = (GOING_AWAY, "")
+        client = websocket.client
+        self.peer = f"{client.host}:{client.port}" if client else "unknown"
+
+    def offer(self, frame: bytes) -> None:
+        if self._ended.is_set():
+            return
+        self._frames.append(frame)
+        self._queued_bytes += len(frame)
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            log.warning("router %s does not read: closing its link with %d bytes unsent", self.peer, self._queued_bytes)
+            self._frames.clear()
+            self.end(POLICY, "this router reads too slowly")
+        self._wake.set()
+
+    def end(self, code: int, reason: str) -> None:
+        """Closes the link after what was offered before, without waiting long for a router that does not read."""
+        if not self._ended.is_set():
+            self._close = (code, reason[:120])  # a close frame holds at most 123 bytes
+            self._ended.set()
+            self._wake.set()
+
+    async def run(self, received: Callable[[Link, bytes], None]) -> None:
+        """Sends and receives until either side ends it."""
+        sender = asyncio.create_task(self._send())
+        tasks = {sender, asyncio.create_task(self._receive(received)), asyncio.create_task(self._ended.wait())}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._ended.is_set():
+                await asyncio.wait({sender}, timeout=_CLOSE_WAIT_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):  # the router may be gone already
+            await asyncio.wait_for(self._websocket.close(*self._close), _CLOSE_WAIT_S)
+        for result in results:
+            if isinstance(result, Exception) and not isinstance(result, RuntimeError | OSError):
+                log.error("the link of router %s failed", self.peer, exc_info=result)
+
+    async def _send(self) -> None:
+        while True:
+            while self._frames:
+                frame = self._frames.popleft()
+                self._queued_bytes -= len(frame)
+                await self._websocket.send_bytes(frame)
+            if self._ended.is_set():
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _receive(self, received: Callable[[Link, bytes], None]) -> None:
+        while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+            frame = message.get("bytes")
+            if frame is None:
+                self.end(POLICY, "frames must be binary")
+                return
+            received(self, frame)
+
+
+class Links:
+    """All links of the node; the numbers that the engine knows them by."""
+
+    def __init__(self) -> None:
+        self._links: dict[int, Link] = {}
+        self._origins = itertools.count(1)
+        self.lost = asyncio.Event()  # a link ended; whoever waits for it clears it
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    async def serve(self, websocket: WebSocket, hello: wire.Hello, engine: EngineProcess) -> None:
+        """Runs one link, from its greeting to its end. The engine ends the attempts that came through it."""
+        await websocket.accept()
+        link = Link(next(self._origins), websocket)
+        link.offer(wire.encoder.encode(hello))
+        self._links[link.origin] = link
+        log.info("router %s linked", link.peer)
+        try:
+            await link.run(lambda _, frame: self._forward(link, frame, engine))
+        finally:
+            del self._links[link.origin]
+            engine.tell(Drop(link.origin))
+            self.lost.set()
+            log.info("router %s unlinked", link.peer)
+
+    def _forward(self, link: Link, frame: bytes, engine: EngineProcess) -> None:
+        try:
+            message = wire.decode_to_node(frame)
+        except msgspec.DecodeError as error:
+            log.warning("router %s sent what is not a message (%s): closing its link", link.peer, error)
+            link.end(POLICY, f"not a message: {error}")
+            return
+        try:
+            engine.send(_NODE if isinstance(message, wire.Peers) else link.origin, frame)
+        except zmq.Again:
+            log.error("the engine does not read: closing the link of router %s", link.peer)
+            link.end(INTERNAL, "the engine does not read")
+
+    def deliver(self, origin: int, frame: bytes) -> None:
+        """A frame of the engine to the router it is for; to nobody if that router has gone."""
+        link = self._links.get(origin)
+        if link is not None:
+            link.offer(frame)
+
+    def broadcast(self, message: wire.Status) -> None:
+        frame = wire.encoder.encode(message)
+        for link in self._links.values():
+            link.offer(frame)
+
+    def close(self, code: int, reason: str) -> None:
+        for link in self._links.values():
+            link.end(code, reason)

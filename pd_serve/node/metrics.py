@@ -1,0 +1,59 @@
+"""The node's metrics in Prometheus' text format, made of the engine's last status when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+from pd_serve.wire.engine import EngineReady
+from pd_serve.wire.link import Status
+
+PREFIX = "pd_serve_node_"
+_LOAD = {
+    "waiting": "Requests admitted that hold no KV blocks yet",
+    "running": "Sequences being computed",
+    "waiting_tokens": "Prompt tokens not computed yet",
+    "leases": "Requests whose blocks are leased to decode nodes",
+    "pulling": "Requests whose blocks are being pulled from prefill nodes",
+}
+
+
+class _Collector:
+    def __init__(self, status: Status | None, ready: EngineReady | None, links: int, draining: bool) -> None:
+        self._status = status
+        self._ready = ready
+        self._links = links
+        self._draining = draining
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(PREFIX + "links", "Routers linked", value=self._links)
+        yield GaugeMetricFamily(PREFIX + "draining", "1 while the node takes nothing new", value=self._draining)
+        if self._ready is not None:
+            info = {
+                "model": self._ready.model.name,
+                "transport": self._ready.transport,
+                "layout": self._ready.layout,
+                "epoch": self._ready.epoch,
+            }
+            yield InfoMetricFamily(PREFIX + "engine", "What the engine serves, and how", value=info)
+        if self._status is None:
+            return
+        load = self._status.load
+        for name, text in _LOAD.items():
+            yield GaugeMetricFamily(PREFIX + name, text, value=getattr(load, name))
+        blocks = GaugeMetricFamily(PREFIX + "kv_blocks", "KV blocks by layer group and state", labels=["group", "state"])
+        for number, group in enumerate(load.groups):
+            for state in ("used", "cached", "free"):
+                blocks.add_metric([str(number), state], getattr(group, state))
+        yield blocks
+        for name, value in sorted(self._status.counters.items()):
+            yield CounterMetricFamily(PREFIX + name, "Counted by the engine since it started", value=value)
+
+
+def render(status: Status | None, ready: EngineReady | None, *, links: int, draining: bool) -> bytes:
+    """The body of ``GET /metrics``."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(status, ready, links, draining))
+    return generate_latest(registry)

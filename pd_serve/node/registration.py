@@ -1,0 +1,88 @@
+"""Telling routers that this node is there, for as long as it is.
+
+One task a router. A router that restarts has forgotten its nodes, so registering is repeated; when a
+link breaks, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import httpx
+
+log = logging.getLogger(__name__)
+
+REPEAT_S = 5.0
+RETRY_S = (0.2, 0.5, 1.0, 2.0)  # the last one for ever
+_TIMEOUT_S = 5.0
+_LEAVE_TIMEOUT_S = 1.0
+
+
+class Registration:
+    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended."""
+
+    def __init__(self, routers: Sequence[str], advertise_url: str, lost: asyncio.Event) -> None:
+        self._routers = routers
+        self._url = advertise_url
+        self._lost = lost
+        self._client = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
+        self._wakers = [asyncio.Event() for _ in routers]
+        self._tasks = [
+            asyncio.create_task(self._keep(router, waker)) for router, waker in zip(routers, self._wakers, strict=True)
+        ]
+        self._tasks.append(asyncio.create_task(self._watch_links()))
+
+    async def _watch_links(self) -> None:
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            for waker in self._wakers:
+                waker.set()
+
+    async def _keep(self, router: str, waker: asyncio.Event) -> None:
+        failures = 0
+        while True:
+            problem = await self._register(router)
+            if problem is None:
+                if failures:
+                    log.info("router %s is back", router)
+                failures = 0
+                delay_s = REPEAT_S
+            else:
+                delay_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
+                failures += 1
+                if failures == 3:  # a router that starts together with its nodes is not worth a warning
+                    log.warning("cannot register with router %s (%s); trying on", router, problem)
+            try:
+                await asyncio.wait_for(waker.wait(), delay_s)
+            except TimeoutError:
+                pass
+            else:
+                waker.clear()
+                await asyncio.sleep(RETRY_S[0])  # whatever broke the link may take a moment
+
+    async def _register(self, router: str) -> str | None:
+        """None, or what went wrong."""
+        try:
+            response = await self._client.post(f"{router}/nodes", json={"url": self._url})
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return str(error) or type(error).__name__
+        if response.is_success:
+            return None
+        return f"HTTP {response.status_code}: {response.text[:200]}"
+
+    async def leave(self) -> None:
+        """Stops registering and says good-bye, without waiting long for a router that does not listen."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*map(self._deregister, self._routers))
+        await self._client.aclose()
+
+    async def _deregister(self, router: str) -> None:
+        try:
+            await self._client.request("DELETE", f"{router}/nodes", json={"url": self._url}, timeout=_LEAVE_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            log.info("could not deregister from router %s (%s)", router, error)

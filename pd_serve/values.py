@@ -1,0 +1,162 @@
+"""How the values of settings are read and written: numbers, sizes, lists, choices, URLs.
+
+Used by :mod:`pd_serve.config` alone. A ``Kind`` accepts text (a flag, a variable) and what YAML makes of
+the same text, and raises ``ValueError`` with the words that finish the sentence "<setting> ...".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}ib": 1024**n for n, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}b": 1000**n for n, letter in enumerate("kmgt", 1)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``shape`` is what --help and the documentation show, e.g. ``auto|float32`` or ``URL,URL,...``."""
+
+    shape: str
+    parse: Callable[[object], object]
+    is_flag: bool = False
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"must be text, not {value!r}")
+    return str(value).strip()
+
+
+TEXT = Kind("TEXT", _text)
+
+
+def _url(value: object) -> str:
+    raw = _text(value).rstrip("/")
+    if not raw:
+        return ""
+    try:
+        parts = urlsplit(raw)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid or parts.path or parts.query:
+        raise ValueError(f"must be a URL like http://10.0.0.1:8000, not {raw!r}")
+    return raw
+
+
+URL = Kind("URL", _url)
+
+
+def _items(value: object) -> list[object]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [item for item in (part.strip() for part in _text(value).split(",")) if item]
+
+
+TEXTS = Kind("TEXT,...", lambda value: tuple(_text(item) for item in _items(value)))
+URLS = Kind("URL,...", lambda value: tuple(_url(item) for item in _items(value)))
+
+
+def _cores(value: object) -> tuple[int, ...]:
+    cores: list[int] = []
+    for item in _items(value):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", _text(item))
+        if match is None or (match[2] and int(match[2]) < int(match[1])) or int(match[2] or match[1]) > 65535:
+            raise ValueError(f"must be core numbers and ranges like 0-3,8, not {item!r}")
+        cores.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(dict.fromkeys(cores))
+
+
+CORES = Kind("CORES", _cores)
+
+
+def _flag(value: object) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if isinstance(value, bool):
+        return value
+    try:
+        return words[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError(f"must be true or false, not {value!r}") from None
+
+
+FLAG = Kind("true|false", _flag, is_flag=True)
+
+
+def integer(low: int, high: int | None = None) -> Kind:
+    """Whole numbers from ``low`` to ``high``."""
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(value: object) -> int:
+        try:
+            number = int(_text(value))
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"must be a whole number {limits}, not {value!r}")
+        return number
+
+    return Kind("N", parse)
+
+
+def decimal(low: float) -> Kind:
+    """Finite numbers of at least ``low``."""
+
+    def parse(value: object) -> float:
+        try:
+            number = float(_text(value))
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < low:
+            raise ValueError(f"must be a number of at least {low:g}, not {value!r}")
+        return number
+
+    return Kind("X", parse)
+
+
+def choice(*options: str | int) -> Kind:
+    """One of ``options``."""
+    by_text = {str(option): option for option in options}
+
+    def parse(value: object) -> str | int:
+        try:
+            return by_text[_text(value).lower()]
+        except KeyError:
+            raise ValueError(f"must be one of {', '.join(by_text)}, not {value!r}") from None
+
+    return Kind("|".join(by_text), parse)
+
+
+def _size(value: object) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", _text(value).lower())
+    unit = _UNITS.get(match[2]) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"must be a size like 512MiB or 4GiB, not {value!r}")
+    return int(float(match[1]) * unit)
+
+
+SIZE = Kind("SIZE", _size)
+
+
+def render(value: object) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def render_size(size: int) -> str:
+    """Bytes as the largest binary unit that divides them: ``1GiB``."""
+    for n, letter in reversed(list(enumerate("KMGT", 1))):
+        if size and size % 1024**n == 0:
+            return f"{size // 1024**n}{letter}iB"
+    return str(size)

@@ -1,0 +1,1 @@
+"""Messages between processes: msgspec structs, encoded as MessagePack. No torch, no behaviour."""

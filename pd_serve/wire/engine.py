@@ -1,0 +1,88 @@
+"""Messages between a node's asyncio process and its engine process (ZeroMQ over a Unix socket).
+
+Every message has two frames: the *origin* (4 bytes, little-endian: which router link; 0 = the node
+itself) and one MessagePack payload. With origin > 0 the payloads are those of :mod:`pd_serve.wire.link`
+(``Submit``, ``Abort`` in; ``Outputs`` out), which the node passes on without decoding them. With origin
+0 they are the unions below. The node binds, the engine connects; the engine's configuration travels
+as JSON on its standard input.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pd_serve.wire.link import Load, ModelInfo, Peers, Status
+
+NODE = (0).to_bytes(4, "little")
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """Everything an engine process needs to know, resolved: no aliases, no "auto"."""
+
+    role: str  # "prefill" | "decode"
+    node_id: str
+    address: str  # ZeroMQ endpoint of the node process, e.g. ipc:///tmp/.../engine.sock
+    model: str  # directory in HuggingFace form
+    served_name: str
+    dtype: str  # "float32" | "bfloat16"
+    load_format: str  # "safetensors" | "dummy"
+    block_size: int  # tokens
+    kv_cache_bytes: int
+    max_model_len: int  # 0: the model's own
+    max_num_seqs: int
+    max_num_batched_tokens: int  # token budget of one step
+    max_queue: int  # admitted requests without blocks; beyond it requests are refused
+    local_prefill_tokens: int
+    threads: int  # compute threads
+    cpus: list[int]  # cores the engine is bound to; empty: not bound
+    peer_host: str  # address the peer channel binds and announces
+    lease_s: float
+    pull_timeout_s: float
+    prefix_caching: bool
+    transports: list[str]
+    log_level: str = "info"
+
+
+class EngineReady(msgspec.Struct, tag="engine_ready"):
+    """Engine to node, once: it can serve."""
+
+    model: ModelInfo
+    layout: str  # KVLayout.fingerprint()
+    layout_text: str  # KVLayout.describe()
+    epoch: str
+    peer_address: str
+    transport: str
+    load: Load
+    start_s: dict[str, float]  # how long each phase of the start took
+
+
+class EngineFailed(msgspec.Struct, tag="engine_failed"):
+    """Engine to node, before it exits: why it cannot serve (a sentence for the user)."""
+
+    message: str
+
+
+class Drop(msgspec.Struct, tag="drop"):
+    """Node to engine: the router with this origin is gone; end its attempts."""
+
+    origin: int
+
+
+class Drain(msgspec.Struct, tag="drain"):
+    """Node to engine: refuse new work; answer ``Drained`` when nothing runs and no lease is held."""
+
+
+class Drained(msgspec.Struct, tag="drained"):
+    """Engine to node."""
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Node to engine: end now."""
+
+
+ToEngine = Drop | Drain | Shutdown | Peers
+FromEngine = EngineReady | EngineFailed | Status | Drained
+
+encoder = msgspec.msgpack.Encoder()
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,21 @@
+"""What all tests share: the real models, converted once into the cache that users have too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pd_serve.models.source import resolve
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in float32, in HuggingFace form."""
+    return Path(resolve("smollm2-135m", "float32", "auto").directory)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Gemma 3 270M (a base model with sliding windows) in float32, in HuggingFace form."""
+    return Path(resolve("gemma3-270m", "float32", "auto").directory)

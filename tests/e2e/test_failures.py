@@ -1,0 +1,240 @@
+"""Real processes, real kills: what a client sees, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.cluster import Cluster, Server, cluster, wait_for
+from tests.e2e.prompts import raw_prompts
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PROMPT = raw_prompts()[20]
+LONG = PROMPT * 6  # several seconds of prefill on one core
+
+
+class Stream:
+    """A streamed greedy completion in a thread: tokens so far, error event, end."""
+
+    def __init__(self, cluster: Cluster, prompt: str = PROMPT, max_tokens: int = 120, **body: object) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.error: dict[str, Any] | None = None
+        self.status = 0
+        self.done = threading.Event()
+        self._close = threading.Event()
+        self.body = {"model": cluster.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+                     "ignore_eos": True, "stream": True, "return_token_ids": True, **body}  # fmt: skip
+        self._url = cluster.url + "/v1/completions"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self.body, timeout=120) as answer:
+                self.status = answer.status_code
+                if answer.status_code != 200:
+                    answer.read()
+                    self.error = answer.json()["error"]
+                    return
+                for line in answer.iter_lines():
+                    if self._close.is_set():
+                        return
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        self.error = event["error"]
+                        continue
+                    for choice in event["choices"]:
+                        self.tokens += choice.get("token_ids") or []
+                        self.text += choice["text"]
+        except httpx.HTTPError as error:
+            self.error = {"message": repr(error), "type": "connection"}
+        finally:
+            self.done.set()
+
+    def abort(self) -> None:
+        """Closes the connection, as a client that has left."""
+        self._close.set()
+
+    def wait(self, timeout_s: float = 60) -> Stream:
+        assert self.done.wait(timeout_s), f"the stream hangs after {len(self.tokens)} tokens"
+        return self
+
+
+@pytest.fixture
+def pair(tmp_path: Path, smollm2: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path, prefill=2, decode=2, model=smollm2, dtype="float32", lease_s=6) as running:
+        yield running
+
+
+def busy(nodes: list[Server], key: str) -> Server | None:
+    return next((n for n in nodes if n.process.poll() is None and n.load()[key]), None)
+
+
+def expected(cluster: Cluster, prompt: str, max_tokens: int) -> str:
+    return str(cluster.complete(prompt, max_tokens, ignore_eos=True)["choices"][0]["text"])
+
+
+def test_decode_node_killed_in_mid_stream(pair: Cluster) -> None:
+    text = expected(pair, PROMPT, 120)
+    streams = [Stream(pair) for _ in range(4)]
+    wait_for(lambda: all(len(s.tokens) > 10 for s in streams), 60, "tokens")
+    victim = busy(pair.decodes, "running")
+    assert victim is not None
+    victim.kill()
+    for stream in streams:
+        stream.wait()
+        assert stream.error is None
+        assert stream.text == text
+        assert len(stream.tokens) == 120
+    pair.assert_idle()
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
+    text = expected(pair, LONG, 60)
+    streams = [Stream(pair, LONG + f" {i}" * 0, 60) for i in range(2)]
+    if moment == "before":
+        time.sleep(0.2)
+    elif moment == "during":
+        wait_for(lambda: busy(pair.decodes, "pulling"), 30, "a pull")
+        time.sleep(0.3)
+    else:
+        wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
+    victim = busy(pair.prefills, "running") or pair.prefills[0]
+    victim.kill()
+    for stream in streams:
+        stream.wait()
+        assert stream.error is None
+        assert stream.text == text
+    pair.assert_idle()
+
+
+def test_without_another_node_there_is_one_clear_error(tmp_path: Path, smollm2: Path) -> None:
+    with cluster(tmp_path, model=smollm2, dtype="float32", lease_s=6) as single:
+        stream = Stream(single, max_tokens=400)
+        wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
+        single.decodes[0].kill()
+        stream.wait(30)
+        assert stream.error is not None and stream.error["message"]
+        assert "Traceback" not in stream.error["message"]
+        refused = httpx.post(single.url + "/v1/completions", json={"model": single_model(stream), "prompt": "x"}, timeout=30)
+        assert refused.status_code == 503
+        assert httpx.get(single.url + "/ready", timeout=5).status_code == 503
+        single.decodes[0] = single.start_node("decode")
+        single.wait_ready()
+        assert single.complete("The capital of France is", 5)["choices"][0]["text"]
+        single.assert_idle()
+
+
+def single_model(stream: Stream) -> str:
+    return str(stream.body["model"])
+
+
+def test_router_restarted(tmp_path: Path, smollm2: Path) -> None:
+    with cluster(tmp_path, model=smollm2, dtype="float32") as one:
+        stream = Stream(one, max_tokens=400)
+        wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
+        one.router.kill()
+        stream.wait(20)
+        one.assert_idle(5)  # the nodes end what the router asked for
+        one.router = one.start_router(one.router.port, {}, 1, 1)
+        one.wait_ready()
+        assert one.complete("The capital of France is", 5)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_paused_node_is_left_and_comes_back(pair: Cluster, role: str) -> None:
+    text = expected(pair, PROMPT, 120)
+    streams = [Stream(pair) for _ in range(2)]
+    nodes = pair.prefills if role == "prefill" else pair.decodes
+    if role == "decode":
+        wait_for(lambda: all(len(s.tokens) > 10 for s in streams), 60, "tokens")
+    victim = busy(nodes, "running") or nodes[0]
+    victim.signal_all(signal.SIGSTOP)
+    try:
+        for stream in streams:
+            stream.wait()
+            assert stream.error is None
+            assert stream.text == text
+    finally:
+        victim.signal_all(signal.SIGCONT)
+    wait_for(lambda: sum(n["state"] == "ready" for n in pair.router.get("/v1/status")["nodes"]) == 4, 30, "all four back")
+    assert expected(pair, PROMPT, 120) == text
+    pair.assert_idle(20)
+
+
+def test_a_client_that_leaves_frees_its_blocks(pair: Cluster) -> None:
+    streams = [Stream(pair, max_tokens=1000) for _ in range(4)]
+    wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
+    for stream in streams:
+        stream.abort()
+    for stream in streams:
+        stream.wait(10)
+    left = time.monotonic()
+    pair.assert_idle(5)
+    assert time.monotonic() - left < 5
+
+
+def test_an_abort_during_prefill_frees_both_nodes(pair: Cluster) -> None:
+    body = {"model": pair.model, "prompt": LONG, "max_tokens": 50}
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(pair.url + "/v1/completions", json=body, timeout=0.4)
+    pair.assert_idle(10)
+
+
+def test_sigterm_finishes_streams_first(pair: Cluster) -> None:
+    text = expected(pair, PROMPT, 60)
+    streams = [Stream(pair, max_tokens=60) for _ in range(4)]
+    wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
+    leaving = [busy(pair.decodes, "running") or pair.decodes[0], pair.prefills[0]]
+    for node in leaving:
+        os.kill(node.pid, signal.SIGTERM)
+    for stream in streams:
+        assert stream.wait().text == text
+    for node in leaving:
+        assert node.process.wait(30) == 0
+    assert pair.complete("The capital of France is", 5)["choices"][0]["text"]
+    pair.assert_idle()
+
+
+def test_a_full_pool_and_queue_answer_429(tmp_path: Path, smollm2: Path) -> None:
+    memory = 737_280 * 64
+    with cluster(tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900, max_queue=2) as small:
+        statuses: list[int] = []
+        answers: list[httpx.Response] = []
+
+        def one() -> None:
+            body = {"model": model, "prompt": PROMPT[:1500], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+            answer = httpx.post(small.url + "/v1/completions", json=body, timeout=120)
+            answers.append(answer)
+            statuses.append(answer.status_code)
+
+        model = small.model
+        threads = [threading.Thread(target=one) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a request hangs"
+        assert set(statuses) == {200, 429}, statuses
+        refused = next(a for a in answers if a.status_code == 429)
+        assert float(refused.headers["retry-after"]) >= 1
+        whole = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
+        assert len(whole) == 1
+        small.assert_idle()
+
+

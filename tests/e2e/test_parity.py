@@ -1,0 +1,113 @@
+"""The served text is the model's: float32 greedy output over the whole path equals transformers'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e import reference
+from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.prompts import chats, raw_prompts
+
+OUTPUT_TOKENS = 48
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("smol"), model=smollm2, dtype="float32") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory, gemma3: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("gemma"), model=gemma3, dtype="float32", max_model_len=2048) as running:
+        yield running
+
+
+def serve(cluster: Cluster, path: str, bodies: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Answers to all bodies, eight at a time."""
+
+    def one(body: dict[str, object]) -> dict[str, object]:
+        body = {"model": cluster.model, "temperature": 0, "ignore_eos": True, "return_token_ids": True, **body}
+        answer = httpx.post(cluster.url + path, json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, bodies))
+
+
+def check(directory: Path, answers: list[dict[str, object]]) -> None:
+    lengths = []
+    for answer in answers:
+        choice = answer["choices"][0]  # type: ignore[index]
+        prompt = choice.get("prompt_token_ids") or answer["prompt_token_ids"]
+        output = choice["token_ids"]
+        assert len(output) == OUTPUT_TOKENS
+        assert reference.first_difference(directory, prompt, output) is None, (len(prompt), choice)
+        lengths.append(len(prompt))
+    assert min(lengths) <= 6 or min(lengths) <= 45  # chat templates add some thirty tokens
+    assert max(lengths) >= 600
+
+
+def test_smollm2_raw(smol: Cluster, smollm2: Path) -> None:
+    bodies: list[dict[str, object]] = [{"prompt": p, "max_tokens": OUTPUT_TOKENS} for p in raw_prompts()]
+    check(smollm2, serve(smol, "/v1/completions", bodies))
+    pulled = smol.decodes[0].get("/v1/status")["counters"]
+    assert pulled["pulls"] >= 24 and pulled["pull_bytes"] > 0
+    smol.assert_idle()
+
+
+def test_smollm2_chat(smol: Cluster, smollm2: Path) -> None:
+    from transformers import AutoTokenizer
+
+    bodies: list[dict[str, object]] = [{"messages": m, "max_tokens": OUTPUT_TOKENS} for m in chats()]
+    answers = serve(smol, "/v1/chat/completions", bodies)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for messages, answer in zip(chats(), answers, strict=True):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert answer["prompt_token_ids"] == ids
+    check(smollm2, answers)
+    smol.assert_idle()
+
+
+def test_gemma3_raw(gemma: Cluster, gemma3: Path) -> None:
+    bodies: list[dict[str, object]] = [{"prompt": p, "max_tokens": OUTPUT_TOKENS} for p in raw_prompts()]
+    answers = serve(gemma, "/v1/completions", bodies)
+    check(gemma3, answers)
+    config = json.loads((gemma3 / "config.json").read_text())
+    longest = max(a["usage"]["prompt_tokens"] for a in answers)  # type: ignore[index]
+    assert longest > config["sliding_window"], "no prompt reached beyond the window"
+    gemma.assert_idle()
+
+
+def test_logprobs(smol: Cluster, smollm2: Path) -> None:
+    body: dict[str, object] = {"prompt": raw_prompts()[17], "max_tokens": 24, "logprobs": 5}
+    (answer,) = serve(smol, "/v1/completions", [body])
+    choice = answer["choices"][0]  # type: ignore[index]
+    prompt = choice.get("prompt_token_ids") or answer["prompt_token_ids"]
+    rows = reference.logprobs(smollm2, prompt, choice["token_ids"])
+    for i, token in enumerate(choice["token_ids"]):
+        assert abs(choice["logprobs"]["token_logprobs"][i] - float(rows[i, token])) < 1e-3
+        best = rows[i].topk(5).values.tolist()
+        served = sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)[:5]
+        assert all(abs(a - b) < 1e-3 for a, b in zip(best, served, strict=False))
+
+
+def test_prompt_logprobs_with_echo(smol: Cluster, smollm2: Path) -> None:
+    text = raw_prompts()[12]
+    (answer,) = serve(smol, "/v1/completions", [{"prompt": text, "max_tokens": 2, "echo": True, "logprobs": 1}])
+    choice = answer["choices"][0]  # type: ignore[index]
+    prompt = choice.get("prompt_token_ids") or answer["prompt_token_ids"]
+    assert choice["text"].startswith(text)
+    rows = reference.logprobs(smollm2, prompt[:1], prompt[1:])
+    served = choice["logprobs"]["token_logprobs"]
+    assert served[0] is None
+    for i, token in enumerate(prompt[1:]):
+        assert abs(served[i + 1] - float(rows[i, token])) < 1e-3

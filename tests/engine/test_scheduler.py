@@ -1,0 +1,168 @@
+"""The scheduler with a real KV manager; a plain function stands for the model."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pd_serve.engine.plan import Work, build_batch
+from pd_serve.engine.scheduler import Limits, Scheduler
+from pd_serve.engine.sequence import Sequence, State
+from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.manager import KVManager
+from pd_serve.wire.link import SamplingParams
+
+BLOCK = 4
+FULL = LayerGroup((0,), num_kv_heads=1, head_dim=8)
+WINDOW = LayerGroup((1,), num_kv_heads=1, head_dim=8, window=7)
+
+
+def scheduler(blocks: int = 64, *, budget: int = 16, seqs: int = 8, groups: tuple[LayerGroup, ...] = (FULL,)) -> Scheduler:
+    kv = KVManager(KVLayout(BLOCK, "float32", groups), (blocks,) * len(groups), 256)
+    return Scheduler(kv, Limits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_queue=100, max_model_len=255))
+
+
+def sequence(id: str, tokens: list[int], max_tokens: int = 4) -> Sequence:
+    array = np.array(tokens, dtype=np.int32)
+    return Sequence(id, 1, array, len(tokens), SamplingParams(max_tokens=max_tokens, seed=0), capacity=256)
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum(tokens) * 31 + len(tokens)) % 1000
+
+
+def step(s: Scheduler) -> list[Work]:
+    """One engine step; finished sequences leave."""
+    plan = s.plan()
+    for work in plan:
+        samples = work.samples
+        s.advance(work)
+        if samples:
+            seq = work.seq
+            seq.append(next_token(seq.tokens.tolist()))
+            if seq.output_index >= seq.sampling.max_tokens:
+                s.remove(seq)
+    return plan
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
+    s = scheduler()
+    short, long = sequence("a", [1, 2, 3], 8), sequence("b", list(range(40)), 2)
+    s.add(short)
+    step(s)
+    s.add(long)
+    plan = s.plan()
+    assert [(w.seq.id, w.num_tokens) for w in plan] == [("a", 1), ("b", 15)]
+
+
+def test_two_prompts_share_a_step_under_the_budget() -> None:
+    s = scheduler(budget=16)
+    s.add(sequence("a", list(range(10))))
+    s.add(sequence("b", list(range(100, 110))))
+    assert [(w.seq.id, w.num_tokens) for w in s.plan()] == [("a", 10), ("b", 6)]
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    s = scheduler(budget=64)
+    prompt = list(range(33))
+    for id in "abcd":
+        s.add(sequence(id, prompt))
+    first, second = step(s), step(s)
+    assert [(w.seq.id, w.num_tokens) for w in first] == [("a", 33)]
+    assert sorted((w.seq.id, w.num_tokens) for w in second) == [("a", 1), ("b", 1), ("c", 1), ("d", 1)]
+
+
+def test_admission_waits_for_room_for_the_whole_prompt() -> None:
+    s = scheduler(blocks=9)  # 8 usable
+    s.add(sequence("a", list(range(20))))
+    s.add(sequence("b", list(range(50, 70))))
+    assert [w.seq.id for w in s.plan()] == ["a"]
+    while s.running:
+        step(s)
+    assert [w.seq.id for w in s.plan()] == ["b"]
+
+
+def test_when_blocks_run_out_the_youngest_is_computed_again() -> None:
+    s = scheduler(blocks=10, budget=64)
+    a, b = sequence("a", list(range(14)), 16), sequence("b", list(range(50, 64)), 16)
+    s.add(a)
+    s.add(b)
+    while s.running or s.waiting:
+        step(s)
+    assert s.num_preemptions > 0
+    assert a.tokens.tolist() == expected(list(range(14)), 16)
+    assert b.tokens.tolist() == expected(list(range(50, 64)), 16)
+    s.kv.check(idle=True)
+
+
+def test_a_full_queue_refuses_with_a_hint() -> None:
+    s = scheduler()
+    for i in range(100):
+        s.add(sequence(str(i), [1]))
+    failure = s.refuses()
+    assert failure is not None
+    assert failure.kind == "refused" and failure.retry_after_s > 0
+
+
+def test_batch_arrays_of_a_mixed_step() -> None:
+    s = scheduler(groups=(FULL, WINDOW))
+    s.add(sequence("a", [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], 8))
+    step(s)
+    s.add(sequence("b", [1, 2, 3]))
+    plan = s.plan()
+    batch = build_batch(plan, BLOCK, 2)
+    a, b = plan[0].seq, plan[1].seq
+    assert batch.num_decode == 1
+    assert batch.tokens.tolist() == [int(a.tokens[-1]), 1, 2, 3]
+    assert batch.positions.tolist() == [10, 0, 1, 2]
+    assert batch.query_start.tolist() == [0, 1, 4]
+    assert batch.seq_lens.tolist() == [11, 3]
+    assert batch.logits_rows.tolist() == [0, 3]
+    assert a.blocks is not None and b.blocks is not None
+    assert batch.slots[0].tolist() == [
+        int(a.blocks.tables[0][2]) * BLOCK + 2,
+        *(int(b.blocks.tables[0][0]) * BLOCK + i for i in range(3)),
+    ]
+    # position 10 sees 4 to 10, and the window is laid before the last whole block: block 0 is still held
+    assert batch.block_tables[1][0].tolist() == a.blocks.tables[1][:3].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 12)), min_size=1, max_size=8),
+    blocks=st.integers(15, 40),
+    budget=st.integers(2, 64),
+    windowed=st.booleans(),
+    aborts=st.sets(st.integers(0, 30)),
+)
+def test_whatever_the_order_every_text_is_its_own(
+    prompts: list[tuple[list[int], int]], blocks: int, budget: int, windowed: bool, aborts: set[int]
+) -> None:
+    s = scheduler(blocks, budget=budget, seqs=4, groups=(FULL, WINDOW) if windowed else (FULL,))
+    seqs = [sequence(str(i), tokens, count) for i, (tokens, count) in enumerate(prompts)]
+    for seq in seqs:
+        s.add(seq)
+    aborted = set()
+    for i in range(3000):
+        if not (s.running or s.waiting):
+            break
+        plan = step(s)
+        assert sum(w.num_tokens for w in plan) <= max(budget, len(plan))
+        s.kv.check()
+        if i in aborts and s.running:
+            aborted.add(s.running[0].id)
+            s.remove(s.running[0])
+    assert not s.running and not s.waiting
+    for seq, (tokens, count) in zip(seqs, prompts, strict=True):
+        assert seq.state is State.FINISHED
+        if seq.id not in aborted:
+            assert seq.tokens.tolist() == expected(tokens, count)
+    s.kv.check(idle=True)
