@@ -26,6 +26,8 @@ from pd_serve.values import Kind, choice, decimal, integer
 
 PREFIX = "PD_SERVE_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+# Read where it is used, and by whatever process comes first: a variable only.
+CACHE_VARIABLE = PREFIX + "CACHE"
 # The order of --help and of the documentation.
 GROUPS = (
     "Model",
@@ -155,13 +157,6 @@ class EngineSettings(Common):
         "A transfer that makes no progress for so long has failed; the prompt is computed again.",
         unit="seconds",
     )
-    drain_timeout_s: float = _setting(
-        30.0,
-        decimal(0.0),
-        "Processes",
-        "After SIGTERM, the longest wait for running streams and leased blocks.",
-        unit="seconds",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +176,14 @@ class NodeConfig(EngineSettings):
         values.TEXT,
         "Network",
         "Address at which other nodes' engines reach this one's.",
-        reason="Empty: the host of advertise_url.",
+        reason="Empty: the host it listens on.",
+    )
+    drain_timeout_s: float = _setting(
+        30.0,
+        decimal(0.0),
+        "Processes",
+        "After SIGTERM, the longest wait for running streams and leased blocks.",
+        unit="seconds",
     )
 
 
@@ -352,7 +354,8 @@ def _read_file(command: str, path: str, known: Mapping[str, Setting]) -> dict[st
 
 def _check_variables(environ: Mapping[str, str]) -> None:
     """A variable that no command knows is a mistake; one that only another command knows is not."""
-    every = {setting.variable for command in COMMANDS for setting in settings(command)} | {CONFIG_VARIABLE}
+    every = {setting.variable for command in COMMANDS for setting in settings(command)}
+    every |= {CONFIG_VARIABLE, CACHE_VARIABLE}
     for variable in environ:
         if variable.startswith(PREFIX) and variable not in every:
             raise ConfigError(f"unknown variable {variable}{_nearest(variable, sorted(every))}")
@@ -363,15 +366,14 @@ def _nearest(name: str, candidates: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def to_json(config: Common) -> str:
-    """A configuration as a file that ``--config`` reads (JSON is YAML)."""
-    names = [f.name for f in dataclasses.fields(config) if f.metadata]
-    return json.dumps({name: getattr(config, name) for name in names})
+def to_json(command: str, config: Common) -> str:
+    """A configuration as a file that the command reads with ``--config`` (JSON is YAML)."""
+    return json.dumps({setting.name: getattr(config, setting.name) for setting in settings(command)})
 
 
-def as_engine_settings(config: EngineSettings) -> dict[str, Any]:
-    """The engine settings of any configuration that has them, as keyword arguments."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineSettings)}
+def names(group: type[Common]) -> list[str]:
+    """The settings that a class of settings has."""
+    return [f.name for f in dataclasses.fields(group) if f.metadata]
 
 
 if __name__ == "__main__":

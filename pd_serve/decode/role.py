@@ -27,6 +27,10 @@ class DecodeRole:
         self._offered: deque[Sequence] = deque()  # their KV is ready; no blocks here yet
         self._placed = 0  # sequences with blocks whose KV is under way
 
+    def wait_ready(self) -> str:
+        self._inbox.wait_ready()
+        return ""  # nobody dials a decode node
+
     def fileno(self) -> int:
         return self._inbox.fileno()
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from pd_serve.engine.scheduler import Scheduler
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
+    from pd_serve.models.config import ModelConfig
     from pd_serve.transfer.base import Region
+    from pd_serve.transfer.handshake import Identity
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +48,15 @@ class Parts:
     """What a role is built from."""
 
     config: EngineConfig
-    epoch: str
-    model: ModelInfo
+    identity: Identity
     layout: KVLayout
     kv: KVManager
     scheduler: Scheduler
     regions: list[Region]
 
 
-@dataclass(frozen=True)
-class BuiltRole:
-    role: Role
-    peer_address: str
-    transport: str
-
-
-RoleFactory = Callable[[Parts], BuiltRole]
+# Starts the role's transfer thread; Role.wait_ready is called when the model is loaded.
+RoleFactory = Callable[[Parts], "Role"]
 
 
 class Stopwatch:
@@ -130,32 +125,19 @@ def build(
     from pd_serve.memory.pool import HostPool
     from pd_serve.models.config import ModelConfig, fingerprint
     from pd_serve.models.decoder import load_decoder
+    from pd_serve.transfer.handshake import Identity
 
     watch.lap("import")
     directory = Path(config.model)
     model = ModelConfig.from_directory(directory)
-    decoder = load_decoder(directory, model, config.dtype, config.load_format)
-    watch.lap("load")
-
     layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
     num_blocks = _num_blocks(layout, config.kv_cache_bytes)
-    capacity = (num_blocks - 1) * config.block_size
-    max_model_len = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    if capacity < max_model_len:
-        if config.max_model_len:
-            raise ConfigError(
-                f"max_model_len {max_model_len} does not fit the KV cache of {capacity} tokens: "
-                f"raise --kv-cache-memory or lower --max-model-len"
-            )
-        log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, max_model_len)
-        max_model_len = capacity
+    max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
     kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
-    runner = Runner(decoder, model, layout, pool.tensors(), config.threads)
-    runner.warm_up()
-    watch.lap("warm_up")
-
+    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_queue, max_model_len)
+    scheduler = Scheduler(kv, limits)
     info = ModelInfo(
         name=config.served_name,
         fingerprint=fingerprint(directory, config.dtype),
@@ -163,32 +145,63 @@ def build(
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
     )
-    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_queue, max_model_len)
-    scheduler = Scheduler(kv, limits)
-    epoch = uuid.uuid4().hex
-    built = make_role(Parts(config, epoch, info, layout, kv, scheduler, pool.regions()))
-    watch.lap("transfer")
+    identity = Identity(
+        node_id=config.node_id,
+        epoch=uuid.uuid4().hex,
+        model=info.fingerprint,
+        layout=layout.fingerprint(),
+        layout_text=layout.describe(),
+        transports=tuple(config.transports),
+    )
+    # the transport starts on its own thread while the model loads
+    role = make_role(Parts(config, identity, layout, kv, scheduler, pool.regions()))
+    try:
+        watch.lap("pool")
+        decoder = load_decoder(directory, model, config.dtype, config.load_format, max_positions=max_model_len + 1)
+        watch.lap("load")
+        runner = Runner(decoder, model, layout, pool.tensors(), config.threads)
+        runner.warm_up()
+        watch.lap("warm_up")
+        peer_address = role.wait_ready()
+        watch.lap("transfer")
+    except BaseException:
+        role.close()
+        raise
     engine = Engine(
         kv=kv,
         scheduler=scheduler,
         runner=runner,
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
-        role=built.role,
+        role=role,
         channel=channel,
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
     )
     ready = EngineReady(
         model=info,
-        layout=layout.fingerprint(),
-        layout_text=layout.describe(),
-        epoch=epoch,
-        peer_address=built.peer_address,
-        transport=built.transport,
+        layout=identity.layout,
+        layout_text=identity.layout_text,
+        epoch=identity.epoch,
+        peer_address=peer_address,
+        transport=",".join(config.transports),
         load=engine.load(),
         start_s=watch.phases,
     )
-    return engine, ready, built.role.close
+    return engine, ready, role.close
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, capacity: int) -> int:
+    """The longest sequence: the model's limit, the user's, and what the KV cache has room for."""
+    limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    if capacity >= limit:
+        return limit
+    if config.max_model_len:
+        raise ConfigError(
+            f"max_model_len {limit} does not fit the KV cache of {capacity} tokens: "
+            f"raise --kv-cache-memory or lower --max-model-len"
+        )
+    log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, limit)
+    return capacity
 
 
 def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:

@@ -8,6 +8,7 @@ a failure, or an abort asked for by its router.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict
 from typing import Protocol
@@ -79,7 +80,7 @@ class Engine:
         while not self._stopping:
             # after an empty plan only a message or a transfer event can change anything
             wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
-            poller.poll(wait_s * 1000)
+            poller.poll(math.ceil(wait_s * 1000))
             self._receive()
             for seq, output in self._role.events():
                 self._emit(seq, output)
@@ -218,8 +219,8 @@ class Engine:
         failure = self._refusal(submit)
         if failure is not None:
             self._counters[f"failures_{failure.kind}"] += 1
-            output = link.Output(id=submit.id, index=submit.num_output, tokens=[], failure=failure)
-            self._outbound[origin].append(output)
+            refused = link.Output(id=submit.id, index=submit.num_output, tokens=[], failure=failure)
+            self._outbound[origin].append(refused)
             return
         tokens = np.frombuffer(submit.tokens, dtype="<i4")
         limit = self._scheduler.limits.max_model_len

@@ -10,6 +10,9 @@ from pd_serve.wire.link import Output, Peers
 
 
 class Role(Protocol):
+    def wait_ready(self) -> str:
+        """Waits until the transfer thread serves; returns the address peers dial. Raises TransferError."""
+
     def fileno(self) -> int:
         """Readable while :meth:`events` has something; the engine sleeps on it."""
 

@@ -47,7 +47,9 @@ class Scheduler:
         """Why one more request is not admitted now. ``queued_elsewhere``: requests that wait for KV to arrive."""
         if len(self.waiting) + queued_elsewhere < self.limits.max_queue:
             return None
-        return Failure("refused", f"the queue of this node is full ({self.limits.max_queue} requests)", retry_after_s=1.0)
+        return Failure(
+            "refused", f"the queue of this node is full ({self.limits.max_queue} requests)", retry_after_s=1.0
+        )
 
     def add(self, seq: Sequence) -> None:
         """Queues a sequence that is to be computed here."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_serve.kv.manager import SequenceBlocks
-from pd_serve.wire.link import SamplingParams, Source
+from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 
 
 class State(Enum):
@@ -71,7 +71,7 @@ class Sequence:
         self.state = State.WAITING
         self.blocks: SequenceBlocks | None = None
         self.sampler_state: object | None = None  # the sampler's own (penalty counts), made on first use
-        self.prompt_logprobs: list[object] | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:

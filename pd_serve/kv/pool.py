@@ -94,9 +94,7 @@ class BlockPool(Generic[Owner]):
 
     def usage(self) -> GroupUsage:
         total = self.num_blocks - 1
-        return GroupUsage(
-            total=total, used=total - self.available, cached=len(self._cached), free=len(self._free)
-        )
+        return GroupUsage(total=total, used=total - self.available, cached=len(self._cached), free=len(self._free))
 
     def check(self) -> None:
         """Raises ValueError where a block is in two hands or in none."""

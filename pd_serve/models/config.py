@@ -109,16 +109,14 @@ class ModelConfig:
 
         num_layers, num_heads = _int(c, "num_hidden_layers"), _int(c, "num_attention_heads")
         hidden_size = _int(c, "hidden_size")
-        num_kv_heads = _int(c, "num_key_value_heads") if c.get("num_key_value_heads") is not None else num_heads
-        head_dim = _int(c, "head_dim") if c.get("head_dim") is not None else hidden_size // num_heads
+        num_kv_heads = num_heads if c.get("num_key_value_heads") is None else _int(c, "num_key_value_heads")
+        head_dim = hidden_size // num_heads if c.get("head_dim") is None else _int(c, "head_dim")
         if num_heads % num_kv_heads:
             raise ModelError(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly.")
         gemma = family == "gemma3"
         attention_bias = bool(c.get("attention_bias", False))
         kinds = _layer_kinds(c, family, num_layers)
-        window = c.get("sliding_window")
-        if "sliding_attention" in kinds and not window:
-            raise ModelError("config.json has sliding layers but no sliding_window; add the window's size.")
+        window = _int(c, "sliding_window") if "sliding_attention" in kinds else None
         ropes, layer_ropes = _ropes(c, family, kinds, head_dim)
         query_scalar = float(c["query_pre_attn_scalar"]) if gemma else float(head_dim)
         return cls(
@@ -134,7 +132,7 @@ class ModelConfig:
             max_position_embeddings=_int(c, "max_position_embeddings"),
             rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
             attention_scale=query_scalar**-0.5,
-            windows=tuple(int(window) if kind == "sliding_attention" else None for kind in kinds),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             ropes=ropes,
             layer_ropes=layer_ropes,
             activation=_activation(c),

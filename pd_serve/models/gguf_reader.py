@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from pd_serve.errors import ModelError
 
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
+_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _DEFAULT_ALIGNMENT = 32  # bytes
 
 
@@ -57,7 +58,9 @@ class GGUFFile:
     def __enter__(self) -> GGUFFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -85,7 +88,7 @@ class GGUFFile:
             values = dequantize(data, kind)
         except NotImplementedError:
             raise ModelError(
-                f"{self.path}: tensor {tensor.name} is quantised as {kind.name}, which cannot be read; use another file."
+                f"{self.path}: tensor {tensor.name} is quantised as {kind.name}, which cannot be read: use another."
             ) from None
         return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)
 
@@ -114,7 +117,9 @@ class GGUFFile:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._scalar(_SCALARS[kind])
+            value = self._scalar(_SCALARS[kind])
+            # the decimal that was meant: 1e-05, not the float32 nearest to it written out in float64
+            return float(str(np.float32(value))) if kind == _FLOAT32 else value
         item, count = self._scalar("<u4"), self._scalar("<u8")
         if item == _STRING:
             return [self._string() for _ in range(count)]

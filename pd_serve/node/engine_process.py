@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -21,7 +20,7 @@ import zmq
 
 from pd_serve.processes import Child, describe_exit
 from pd_serve.wire import engine as wire
-from pd_serve.wire.link import Load, Peers, Status
+from pd_serve.wire.link import Status
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +32,11 @@ _SHUTDOWN_S = 2.0
 
 
 class EngineProcess:
-    """Owns the engine process and the socket to it. Frames from the engine go to ``deliver(origin, payload)``.
+    """Owns the engine process and the socket to it."""
 
-    ``arguments`` replaces the command line of the real engine in tests.
-    """
-
-    def __init__(self, deliver: Callable[[int, bytes], None], changed: Callable[[Status], None]) -> None:
-        self._deliver = deliver
-        self._changed = changed
+    def __init__(self) -> None:
+        self._deliver: Callable[[int, bytes], None] = lambda _origin, _payload: None
+        self._changed: Callable[[Status], None] = lambda _status: None
         self._directory = Path(tempfile.mkdtemp(prefix="pd-serve-"))
         self.address = f"ipc://{self._directory}/engine"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -57,13 +53,20 @@ class EngineProcess:
         self._drained: asyncio.Event = asyncio.Event()
         self._failure: str | None = None
 
-    def start(self, config: wire.EngineConfig, *, arguments: list[str] | None = None) -> None:
-        """Starts the process; on the main thread, before anything slow, because it takes longest."""
-        command = arguments or [sys.executable, "-m", f"pd_serve.{config.role}"]
+    def start(self, config: wire.EngineConfig, *, command: list[str] | None = None) -> None:
+        """Starts the process, on the main thread. ``command``: another engine than the real one, for tests."""
+        command = command or [sys.executable, "-m", f"pd_serve.{config.role}"]
         self._child = Child(command, stdin=msgspec.json.encode(config))
 
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begins to read what the engine says."""
+    def attach(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        deliver: Callable[[int, bytes], None],
+        changed: Callable[[Status], None],
+    ) -> None:
+        """Begins to read: outputs go to ``deliver(origin, payload)``, every status to ``changed``."""
+        self._deliver = deliver
+        self._changed = changed
         loop.add_reader(self._socket.fileno(), self._read)
         loop.call_soon(self._read)
 
@@ -72,14 +75,12 @@ class EngineProcess:
         assert self._child is not None
         return self._child.pid
 
-    @property
-    def load(self) -> Load | None:
-        return self.status.load if self.status is not None else None
+    def alive(self) -> bool:
+        return self._child is not None and self._child.returncode() is None
 
     def answering(self) -> bool:
-        """Whether the engine has spoken lately."""
-        alive = self._child is not None and self._child.returncode() is None
-        return alive and self.ready is not None and time.monotonic() - self._heard_s < STALE_S
+        """Whether the engine serves and has spoken lately."""
+        return self.alive() and self.ready is not None and time.monotonic() - self._heard_s < STALE_S
 
     async def wait_ready(self) -> wire.EngineReady | None:
         """Waits for the start to end: what the engine says of itself, or None when it failed (see ``failure``)."""
@@ -94,7 +95,7 @@ class EngineProcess:
         """Raises zmq.Again when the engine has stopped reading."""
         self._socket.send_multipart((origin.to_bytes(4, "little"), payload), zmq.NOBLOCK)
         # ZeroMQ's descriptor signals edges, and sending may consume one.
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             asyncio.get_running_loop().call_soon(self._read)
 
     def tell(self, message: wire.ToEngine) -> None:
@@ -103,9 +104,6 @@ class EngineProcess:
             self.send(0, wire.encoder.encode(message))
         except zmq.Again:
             log.error("the engine does not read its messages: %s is lost", type(message).__name__)
-
-    def forward_peers(self, peers: Peers) -> None:
-        self.tell(peers)
 
     async def drain(self, timeout_s: float) -> bool:
         """Asks the engine to finish; False when it had not after ``timeout_s``."""
@@ -129,7 +127,10 @@ class EngineProcess:
         """Ends the process, politely first. Idempotent."""
         if self._child is None or self._child.returncode() is not None:
             return
-        self.tell(wire.Shutdown())
+        if self.ready is None:
+            self.kill()  # it does not read before it is ready, and has nothing to lose
+        else:
+            self.tell(wire.Shutdown())
         try:
             await asyncio.wait_for(self._child.wait(), _SHUTDOWN_S)
         except TimeoutError:
@@ -142,7 +143,8 @@ class EngineProcess:
             self._child.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Closes the socket and removes its directory. The process must have ended."""
+        """Ends the process if it still runs, closes the socket and removes its directory."""
+        self.kill()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -176,8 +178,3 @@ class EngineProcess:
                 self._started.set()
             case wire.Drained():
                 self._drained.set()
-
-
-def default_threads(cpus: tuple[int, ...]) -> int:
-    """One compute thread for each core that the engine may use."""
-    return len(cpus) or len(os.sched_getaffinity(0))

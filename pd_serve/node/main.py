@@ -6,51 +6,96 @@ modules are even imported.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pd_serve import logs
 from pd_serve.config import NodeConfig
 from pd_serve.errors import ConfigError
-from pd_serve.models.source import ModelSource, resolve
+from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.wire.engine import EngineConfig
 
-log = logging.getLogger(__name__)
 
-_WILDCARDS = ("0.0.0.0", "::", "")
-
-
-def run(config: NodeConfig) -> int:
-    """Serves until a signal or the engine's end; the process's exit status. Raises PDServeError."""
+def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
+    """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
     logs.configure(config.log_level, config.role)
-    model = resolve(config.model, load_format=config.load_format)
+    model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
-    advertise_url = config.advertise_url or f"http://{_reachable(config.host)}:{listener.getsockname()[1]}"
-    engine_config = make_engine_config(config, model, advertise_url, "")
+    url = config.advertise_url or f"http://{_netloc(reachable_host(config.host), listener.getsockname()[1])}"
     engine = EngineProcess()
     try:
-        engine.start(engine_config)
+        engine_config = make_engine_config(config, model, url, engine.address)
+        engine.start(engine_config, command=engine_command)
         from pd_serve.node.server import Node
 
-        return Node(config, engine, engine_config, listener, advertise_url).run()
+        return Node(config, engine_config, engine, url).run(listener)
     finally:
         engine.close()
         listener.close()
 
 
+def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address: str) -> EngineConfig:
+    """The engine's settings with nothing left to decide."""
+    allowed = os.sched_getaffinity(0)
+    missing = set(config.cpus) - allowed
+    if missing:
+        raise ConfigError(
+            f"--cpus names cores that this process may not use: {sorted(missing)}, not of {sorted(allowed)}"
+        )
+    return EngineConfig(
+        role=config.role,
+        node_id=f"{config.role}@{urlsplit(url).netloc}",
+        address=address,
+        model=str(model.directory),
+        served_name=config.served_model_name or model.name,
+        dtype=model.dtype,
+        load_format=model.load_format,
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_memory,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_queue=config.max_queue,
+        local_prefill_tokens=config.local_prefill_tokens,
+        threads=config.threads or len(config.cpus) or len(allowed),
+        cpus=list(config.cpus),
+        peer_host=config.peer_host or reachable_host(config.host),
+        lease_s=config.lease_s,
+        pull_timeout_s=config.pull_timeout_s,
+        prefix_caching=config.prefix_caching,
+        transports=["nixl"] if config.transport == "auto" else [config.transport],
+        log_level=config.log_level,
+    )
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, so that the port is known and ours before anything slow begins."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        bound.bind((host, port))
+        bound.listen(1024)
     except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port") from error
-    listener.listen(1024)
-    return listener
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return bound
+
+
+def reachable_host(host: str) -> str:
+    """The address that others reach this machine at when it listens on ``host``."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address it would send from
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

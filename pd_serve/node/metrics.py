@@ -43,7 +43,9 @@ class _Collector:
         load = self._status.load
         for name, text in _LOAD.items():
             yield GaugeMetricFamily(PREFIX + name, text, value=getattr(load, name))
-        blocks = GaugeMetricFamily(PREFIX + "kv_blocks", "KV blocks by layer group and state", labels=["group", "state"])
+        blocks = GaugeMetricFamily(
+            PREFIX + "kv_blocks", "KV blocks by layer group and state", labels=["group", "state"]
+        )
         for number, group in enumerate(load.groups):
             for state in ("used", "cached", "free"):
                 blocks.add_metric([str(number), state], getattr(group, state))

@@ -24,6 +24,10 @@ class PrefillRole:
         self._open: dict[str, tuple[Sequence, list[int]]] = {}  # being computed; blocks announced so far, a group
         self._leased: dict[str, SequenceBlocks] = {}
 
+    def wait_ready(self) -> str:
+        self._outbox.wait_ready()
+        return self._outbox.address
+
     def fileno(self) -> int:
         return self._outbox.fileno()
 

@@ -40,6 +40,7 @@ class Hello(msgspec.Struct, tag="hello"):
     model: str  # model fingerprint
     layout: str  # layout fingerprint
     transports: list[str]  # what this end can pull with, preferred first
+    layout_text: str = ""  # what ``layout`` stands for, for a refusal that says what differs
 
 
 class Welcome(msgspec.Struct, tag="welcome"):

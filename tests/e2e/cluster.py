@@ -49,7 +49,9 @@ def children(pid: int) -> list[int]:
 class Server:
     """One ``pd-serve`` process (router or node) and what it started."""
 
-    def __init__(self, command: str, flags: dict[str, object], log: Path, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, command: str, flags: dict[str, object], log: Path, environ: dict[str, str] | None = None
+    ) -> None:
         self.command = command
         self.port = int(str(flags["port"]))
         self.url = f"http://127.0.0.1:{self.port}"
@@ -74,7 +76,9 @@ class Server:
 
     def ready(self) -> bool:
         if self.process.poll() is not None:
-            raise AssertionError(f"{self.command} ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
+            raise AssertionError(
+                f"{self.command} ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
+            )
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(self.url + "/ready", timeout=5).status_code == 200
         return False
@@ -107,7 +111,9 @@ class Server:
                 self.process.wait(40)
             except subprocess.TimeoutExpired:
                 self.kill()
-                raise AssertionError(f"{self.command} did not end after SIGTERM:\n{self.log.read_text()[-4000:]}") from None
+                raise AssertionError(
+                    f"{self.command} did not end after SIGTERM:\n{self.log.read_text()[-4000:]}"
+                ) from None
         return int(self.process.returncode)
 
     def load(self) -> dict[str, Any]:
@@ -120,7 +126,15 @@ class Server:
 class Cluster:
     """A router with nodes that register themselves. Flags given are for all nodes."""
 
-    def __init__(self, directory: Path, *, prefill: int = 1, decode: int = 1, router: dict[str, object] | None = None, **flags: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        router: dict[str, object] | None = None,
+        **flags: object,
+    ) -> None:
         self.directory = directory
         self.flags = {"threads": 1, "drain_timeout_s": 5, **flags}
         self.router = self.start_router(free_port(), router or {}, prefill, decode)
@@ -134,7 +148,9 @@ class Cluster:
     def start_node(self, role: str, **flags: object) -> Server:
         own = {k: v for k, v in self.flags.items() if role == "decode" or k != "local_prefill_tokens"}
         port = free_port()
-        return Server(role, {"port": port, "router": self.router.url, **own, **flags}, self.directory / f"{role}-{port}.log")
+        return Server(
+            role, {"port": port, "router": self.router.url, **own, **flags}, self.directory / f"{role}-{port}.log"
+        )
 
     @property
     def nodes(self) -> list[Server]:
@@ -163,8 +179,10 @@ class Cluster:
         for node in self.nodes:
             if node.process.poll() is None:
                 wait_for(
-                    lambda node=node: (load := node.load())["leases"] == load["pulling"] == load["running"] == 0
-                    and node.blocks_used() == 0,
+                    lambda node=node: (
+                        (load := node.load())["leases"] == load["pulling"] == load["running"] == 0
+                        and node.blocks_used() == 0
+                    ),
                     timeout_s,
                     f"{node.command} idle: {node.load()}",
                 )

@@ -130,7 +130,9 @@ def test_without_another_node_there_is_one_clear_error(tmp_path: Path, smollm2: 
         stream.wait(30)
         assert stream.error is not None and stream.error["message"]
         assert "Traceback" not in stream.error["message"]
-        refused = httpx.post(single.url + "/v1/completions", json={"model": single_model(stream), "prompt": "x"}, timeout=30)
+        refused = httpx.post(
+            single.url + "/v1/completions", json={"model": single_model(stream), "prompt": "x"}, timeout=30
+        )
         assert refused.status_code == 503
         assert httpx.get(single.url + "/ready", timeout=5).status_code == 503
         single.decodes[0] = single.start_node("decode")
@@ -171,7 +173,9 @@ def test_a_paused_node_is_left_and_comes_back(pair: Cluster, role: str) -> None:
             assert stream.text == text
     finally:
         victim.signal_all(signal.SIGCONT)
-    wait_for(lambda: sum(n["state"] == "ready" for n in pair.router.get("/v1/status")["nodes"]) == 4, 30, "all four back")
+    wait_for(
+        lambda: sum(n["state"] == "ready" for n in pair.router.get("/v1/status")["nodes"]) == 4, 30, "all four back"
+    )
     assert expected(pair, PROMPT, 120) == text
     pair.assert_idle(20)
 
@@ -213,7 +217,9 @@ def test_sigterm_finishes_streams_first(pair: Cluster) -> None:
 
 def test_a_full_pool_and_queue_answer_429(tmp_path: Path, smollm2: Path) -> None:
     memory = 737_280 * 64
-    with cluster(tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900, max_queue=2) as small:
+    with cluster(
+        tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900, max_queue=2
+    ) as small:
         statuses: list[int] = []
         answers: list[httpx.Response] = []
 
@@ -236,5 +242,3 @@ def test_a_full_pool_and_queue_answer_429(tmp_path: Path, smollm2: Path) -> None
         whole = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
         assert len(whole) == 1
         small.assert_idle()
-
-

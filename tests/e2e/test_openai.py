@@ -16,7 +16,9 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("openai"), model=smollm2, dtype="float32", router={"api_key": "sk-test"}) as one:
+    with cluster(
+        tmp_path_factory.mktemp("openai"), model=smollm2, dtype="float32", router={"api_key": "sk-test"}
+    ) as one:
         yield one
 
 
@@ -37,11 +39,19 @@ def test_models_and_chat(client: openai.OpenAI) -> None:
 
 def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
-    whole = client.chat.completions.create(model=model, messages=MESSAGES, temperature=0, max_tokens=20, logprobs=True, top_logprobs=2)  # type: ignore[call-overload]
+    whole = client.chat.completions.create(
+        model=model, messages=MESSAGES, temperature=0, max_tokens=20, logprobs=True, top_logprobs=2
+    )  # type: ignore[call-overload]
     text, tokens, usage, finish = "", [], None, None
     stream = client.chat.completions.create(
-        model=model, messages=MESSAGES, temperature=0, max_tokens=20, logprobs=True, top_logprobs=2,
-        stream=True, stream_options={"include_usage": True},
+        model=model,
+        messages=MESSAGES,
+        temperature=0,
+        max_tokens=20,
+        logprobs=True,
+        top_logprobs=2,
+        stream=True,
+        stream_options={"include_usage": True},
     )  # type: ignore[call-overload]
     for chunk in stream:
         usage = chunk.usage or usage
@@ -59,13 +69,26 @@ async def test_async_completions_with_stop_and_n(running: Cluster) -> None:
     client = openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="sk-test", max_retries=0)
     model = (await client.models.list()).data[0].id
     answer = await client.completions.create(
-        model=model, prompt=["1, 2, 3, 4,", "The days of the week are Monday,"], n=2, seed=7, temperature=0.8, max_tokens=24, stop=[" 7", "Friday"]
+        model=model,
+        prompt=["1, 2, 3, 4,", "The days of the week are Monday,"],
+        n=2,
+        seed=7,
+        temperature=0.8,
+        max_tokens=24,
+        stop=[" 7", "Friday"],
     )
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
     assert all(" 7" not in c.text and "Friday" not in c.text for c in answer.choices)
     parts: dict[int, str] = {}
     async for chunk in await client.completions.create(
-        model=model, prompt=["1, 2, 3, 4,", "The days of the week are Monday,"], n=2, seed=7, temperature=0.8, max_tokens=24, stop=[" 7", "Friday"], stream=True
+        model=model,
+        prompt=["1, 2, 3, 4,", "The days of the week are Monday,"],
+        n=2,
+        seed=7,
+        temperature=0.8,
+        max_tokens=24,
+        stop=[" 7", "Friday"],
+        stream=True,
     ):
         for choice in chunk.choices:
             parts[choice.index] = parts.get(choice.index, "") + choice.text
@@ -78,6 +101,6 @@ def test_errors_are_the_clients_own_types(running: Cluster, client: openai.OpenA
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-nothing", prompt="x")
     model = client.models.list().data[0].id
-    with pytest.raises(openai.BadRequestError, match="8192|tokens"):
+    with pytest.raises(openai.BadRequestError, match="tokens"):
         client.completions.create(model=model, prompt=[5] * 9000, max_tokens=5)
     running.assert_idle()

@@ -43,7 +43,9 @@ def test_up_prints_what_to_type_and_ctrl_c_ends_everything(tmp_path: Path, smoll
         assert "prefill" in shown and "decode" in shown and "nixl" in shown
         command = re.search(r"curl .*?(?=\n\n|\Z)", shown, re.S)
         assert command is not None
-        answer = subprocess.run(["bash", "-c", command.group(0)], capture_output=True, text=True, timeout=60, check=True)
+        answer = subprocess.run(
+            ["bash", "-c", command.group(0)], capture_output=True, text=True, timeout=60, check=True
+        )
         assert '"choices"' in answer.stdout
         family = children(process.pid)
         assert len(family) >= 5  # router, two nodes, two engines

@@ -18,7 +18,9 @@ FULL = LayerGroup((0,), num_kv_heads=1, head_dim=8)
 WINDOW = LayerGroup((1,), num_kv_heads=1, head_dim=8, window=7)
 
 
-def scheduler(blocks: int = 64, *, budget: int = 16, seqs: int = 8, groups: tuple[LayerGroup, ...] = (FULL,)) -> Scheduler:
+def scheduler(
+    blocks: int = 64, *, budget: int = 16, seqs: int = 8, groups: tuple[LayerGroup, ...] = (FULL,)
+) -> Scheduler:
     kv = KVManager(KVLayout(BLOCK, "float32", groups), (blocks,) * len(groups), 256)
     return Scheduler(kv, Limits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_queue=100, max_model_len=255))
 
@@ -137,7 +139,9 @@ def test_batch_arrays_of_a_mixed_step() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    prompts=st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 12)), min_size=1, max_size=8),
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 12)), min_size=1, max_size=8
+    ),
     blocks=st.integers(15, 40),
     budget=st.integers(2, 64),
     windowed=st.booleans(),

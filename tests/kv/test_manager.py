@@ -69,7 +69,7 @@ def test_equal_hashes_of_different_tokens_are_not_confused(monkeypatch: pytest.M
 
 def test_the_least_recently_used_tail_goes_first() -> None:
     kv = KVManager(layout(FULL), (5,), 64)  # 4 blocks
-    kv.close(compute(kv, list(range(12)) + [99]))  # 3 full blocks and one partial
+    kv.close(compute(kv, [*range(12), 99]))  # 3 full blocks and one partial
     blocks = compute(kv, [50, 51])
     assert cached(kv, list(range(12))) == 12  # the partial block had no content and went first
     more = compute(kv, [60, 61])

@@ -1,0 +1,151 @@
+"""The commands. Options are made from the settings in :mod:`pd_serve.config`; work is imported when it is known.
+
+Errors that a user can mend end as one line on standard error and exit status 2, other errors of ours with 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pd_serve import __version__, config
+from pd_serve.errors import ConfigError, ModelError, PDServeError
+
+app = typer.Typer(
+    name="pd-serve",
+    help="Serve large language models with prefill and decode on separate nodes.",
+    epilog="Start here: [bold]pd-serve up[/bold], then point any OpenAI client at http://127.0.0.1:8000/v1.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure an endpoint.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+_PRECEDENCE = (
+    "Every option is also a variable (--kv-cache-memory: PD_SERVE_KV_CACHE_MEMORY) and a key of the YAML file "
+    "given with --config (kv_cache_memory). Flags win over variables, variables over the file."
+)
+
+
+def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+    """Registers a command whose options are the settings of ``config.COMMANDS[name]``."""
+
+    def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
+        def command(config_file: str | None, **flags: object) -> None:
+            raise typer.Exit(run(config.load(name, flags, config_file=config_file)))
+
+        parameters = [_config_parameter()] + [_parameter(setting) for setting in config.settings(name)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = f"{about}\n\n[bold]Examples[/bold]\n\n{examples}\n\n{_PRECEDENCE}"
+        app.command(name, help=command.__doc__)(command)
+        return run
+
+    return register
+
+
+def _config_parameter() -> inspect.Parameter:
+    option = typer.Option("--config", metavar="FILE", help="YAML file with settings.", show_default=False)
+    return _keyword("config_file", Annotated[str | None, option])
+
+
+def _parameter(setting: config.Setting) -> inspect.Parameter:
+    note = f" {setting.reason}" if setting.reason else ""
+    unit = f" {setting.unit}" if setting.unit else ""
+    default = f" [dim]\\[default: {setting.default_text}{unit}][/dim]" if setting.default_text else ""
+    options: dict[str, Any] = {
+        "help": f"{setting.help}{note}{default}",
+        "show_default": False,
+        "rich_help_panel": setting.group,
+    }
+    if setting.kind.is_flag:
+        names = f"{setting.flag}/--no-{setting.flag[2:]}"
+        return _keyword(setting.name, Annotated[bool | None, typer.Option(names, **options)])
+    option = typer.Option(setting.flag, metavar=setting.kind.shape, **options)
+    return _keyword(setting.name, Annotated[str | None, option])
+
+
+def _keyword(name: str, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+@_command(
+    "up",
+    "Start a router and its nodes on this machine, and serve a model.",
+    """    pd-serve up
+
+    pd-serve up --prefill 2 --decode 2 --port 9000
+
+    pd-serve up --prefill 0 --decode 1 --model /models/Llama-3.2-1B""",
+)
+def up(settings: config.UpConfig) -> int:
+    from pd_serve.up import run
+
+    return run(settings)
+
+
+@_command(
+    "prefill",
+    "Run one prefill node: it computes prompts and hands their KV blocks to decode nodes.",
+    """    pd-serve prefill --router http://10.0.0.1:8000 --host 10.0.0.2 --port 8100
+
+    PD_SERVE_ROUTER=http://10.0.0.1:8000 pd-serve prefill --config node.yaml""",
+)
+def prefill(settings: config.NodeConfig) -> int:
+    from pd_serve.node.main import run
+
+    return run(settings)
+
+
+@_command(
+    "decode",
+    "Run one decode node: it pulls KV blocks from prefill nodes and generates the text.",
+    """    pd-serve decode --router http://10.0.0.1:8000 --host 10.0.0.3 --port 8200
+
+    pd-serve decode --local-prefill-tokens 64 --router http://10.0.0.1:8000""",
+)
+def decode(settings: config.NodeConfig) -> int:
+    from pd_serve.node.main import run
+
+    return run(settings)
+
+
+@_command(
+    "router",
+    "Run one router: the OpenAI API in front of prefill and decode nodes.",
+    """    pd-serve router --host 0.0.0.0 --api-key-file keys.txt
+
+    pd-serve router --prefill http://10.0.0.2:8100 --decode http://10.0.0.3:8200,http://10.0.0.4:8200""",
+)
+def router(settings: config.RouterConfig) -> int:
+    from pd_serve.router.main import run
+
+    return run(settings)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"pd-serve {__version__}")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except PDServeError as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        print(f"pd-serve: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError | ModelError) else 1)
+
+
+if __name__ == "__main__":
+    main()

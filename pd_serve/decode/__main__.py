@@ -1,0 +1,27 @@
+"""``python -m pd_serve.decode``: the engine process of a decode node."""
+
+from __future__ import annotations
+
+import sys
+
+from pd_serve.decode.inbox import Inbox
+from pd_serve.decode.role import DecodeRole
+from pd_serve.engine.boot import Parts, main
+from pd_serve.transfer.choice import transport_factory
+
+
+def make_role(parts: Parts) -> DecodeRole:
+    config = parts.config
+    inbox = Inbox(
+        parts.identity,
+        parts.layout,
+        transport_factory(parts.identity),
+        parts.regions,
+        pull_timeout_s=config.pull_timeout_s,
+    )
+    inbox.begin()
+    return DecodeRole(parts.kv, parts.scheduler, inbox, config.local_prefill_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main(make_role))

@@ -1,0 +1,385 @@
+"""The inbox of a decode node: it pulls leased prompts out of prefill nodes, chunk by chunk.
+
+The main thread names the keys it expects, sets blocks aside when ``Offered`` comes, and may run a request
+only after ``Arrived``. All else happens on the transfer thread. A key ends in exactly one way:
+
+- ``Arrived``: every byte is here *and* the prefill node confirmed that its lease never ended;
+- ``Failed`` then ``Drained``;
+- ``Drained``, after ``cancel`` (where ``Arrived`` was already on its way, that is the end instead).
+
+Until ``Arrived`` or ``Drained`` the blocks set aside for a key must not be given to anybody: a transfer
+may still write them, even long after a failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from pd_serve.decode.expected import I32, Expected, Stage
+from pd_serve.decode.peer import PrefillPeer, State
+from pd_serve.errors import TransferError
+from pd_serve.kv.layout import KVLayout
+from pd_serve.transfer.base import PullState, Region, Transport
+from pd_serve.transfer.handshake import Identity
+from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.transfer.worker import Clock, TransferWorker
+from pd_serve.wire import peer as wire
+from pd_serve.wire.link import Source
+from pd_serve.wire.peer import FailureKind
+
+log = logging.getLogger(__name__)
+
+FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
+
+# How soon to look at a transfer again: a tenth of its age, so that looking costs and delays little.
+LOOK_MIN_S, LOOK_MAX_S = 50e-6, 20e-3
+LOOK_DRAINING_MAX_S = 0.1
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The first blocks are ready: set blocks aside and call ``accept``."""
+
+    key: str
+    num_tokens: int  # ready so far
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """The prompt's KV is in the blocks set aside and may be used."""
+
+    key: str
+    first_token: int
+    size_bytes: int
+    seconds: float  # during which bytes moved
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Nothing of what was pulled may be used. ``Drained`` follows."""
+
+    key: str
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True)
+class Drained:
+    """No transfer can write the key's blocks any more."""
+
+    key: str
+
+
+Event = Offered | Arrived | Failed | Drained
+
+
+class Inbox:
+    """Owns the transfer thread of a decode engine."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        layout: KVLayout,
+        make_transport: Callable[[], Transport],
+        regions: Sequence[Region],
+        *,
+        pull_timeout_s: float,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._layout = layout
+        self._pull_timeout_s = pull_timeout_s
+        self._clock = clock
+        self._peers: dict[str, PrefillPeer] = {}  # by address
+        self._keys: dict[str, Expected] = {}
+        self._draining: list[Expected] = []
+        self._events: Mailbox[Event] = Mailbox()
+        self._counters: dict[str, float] = dict.fromkeys(
+            (
+                "pulls",
+                "pull_bytes",
+                "pull_seconds",
+                "pull_descriptors",
+                *(f"pull_failures_{kind}" for kind in FailureKind),
+                "handshakes",
+                "handshakes_refused",
+                "garbage_frames",
+            ),
+            0.0,
+        )
+        self._worker = TransferWorker(self, make_transport, regions, clock)
+
+    # --- main thread
+
+    def connect(self, source: Source) -> None:
+        """Connects ahead of use."""
+        self._worker.call(self._connect, source)
+
+    def expect(self, key: str, source: Source) -> None:
+        """Claims ``key`` at its prefill node; ``Offered`` follows when blocks are ready there."""
+        self._worker.call(self._expect, key, source)
+
+    def accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
+        """After ``Offered``: pull into these blocks.
+
+        ``tables``, one a group: logical to local block, for the whole prompt (0: no place). ``first_block``,
+        one a group: logical blocks before it are not wanted (cached here, or outside of the window).
+        """
+        self._worker.call(self._accept, key, tables, first_block)
+
+    def cancel(self, key: str) -> None:
+        """The key is not wanted any more; ends with ``Drained``."""
+        self._worker.call(self._cancel, key)
+
+    def fileno(self) -> int:
+        """Readable while there are events."""
+        return self._events.fileno()
+
+    def events(self) -> list[Event]:
+        return self._events.take()
+
+    def counters(self) -> dict[str, float]:
+        """Monotonic since the start."""
+        return {**self._counters, "transfer_faults": float(self._worker.internal_errors)}
+
+    def begin(self) -> None:
+        """Starts the transfer thread."""
+        self._worker.start()
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the transport runs. Raises TransferError."""
+        self._worker.wait_ready(timeout_s)
+
+    def wake(self) -> None:
+        """Makes the transfer thread look at its clock again."""
+        self._worker.wake()
+
+    def close(self) -> None:
+        self._worker.close()
+        self._events.close()
+
+    # --- transfer thread: the service
+
+    def start(self, worker: TransferWorker) -> None:
+        self._transport = worker.transport
+
+    def run_due(self, now_s: float) -> float:
+        due_s = float("inf")
+        for job in [j for j in self._keys.values() if j.stage in (Stage.PULLING, Stage.RELEASING)]:
+            if now_s >= job.moved_s + self._pull_timeout_s:
+                self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {self._pull_timeout_s:g} s")
+            else:
+                due_s = min(due_s, job.moved_s + self._pull_timeout_s)
+        for peer in list(self._peers.values()):
+            if peer.state is State.PAUSED and now_s >= peer.named_s + FORGET_S:
+                del self._peers[peer.address]
+                continue
+            due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
+        return min(due_s - now_s, self._look_at_pulls())
+
+    def stop(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
+
+    # --- transfer thread: calls of the main thread
+
+    def _connect(self, source: Source) -> None:
+        self._peer(source).hurry()
+
+    def _peer(self, source: Source) -> PrefillPeer:
+        peer = self._peers.get(source.address)
+        if peer is None:
+            peer = PrefillPeer(source.address, self._identity, self._worker, self, self._counters)
+            self._peers[source.address] = peer
+        peer.named_s = self._clock()
+        return peer
+
+    def _expect(self, key: str, source: Source) -> None:
+        if key in self._keys:
+            log.error("key %s is expected twice", key)
+            return
+        self._keys[key] = Expected(key, source, len(self._layout.groups))
+        peer = self._peer(source)
+        if peer.state is State.READY:
+            self._claim(self._keys[key], peer)
+        else:
+            peer.hurry()
+
+    def _accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
+        job = self._keys.get(key)
+        if job is not None and job.stage is Stage.CLAIMED:
+            job.accept(tables, first_block)
+            job.moved_s = self._clock()
+            self._advance(job)
+
+    def _cancel(self, key: str) -> None:
+        job = self._keys.get(key)
+        if job is not None:
+            self._give_up(job)
+
+    # --- transfer thread: what peers say
+
+    def peer_ready(self, peer: PrefillPeer) -> None:
+        for job in self._at(peer):
+            self._claim(job, peer)
+
+    def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
+        for job in self._at(peer):
+            self._fail(job, kind, message)
+
+    def peer_says(self, peer: PrefillPeer, message: wire.ToDecode) -> None:
+        if isinstance(message, wire.HeartbeatAck):
+            for key in message.gone:
+                job = self._known(key, peer)
+                if job is not None and job.stage in (Stage.CLAIMED, Stage.PULLING):
+                    self._fail(job, FailureKind.EXPIRED, "the prefill node holds no lease for it (any more)")
+            return
+        if isinstance(message, wire.Ready | wire.Released | wire.Cancel):
+            job = self._known(message.key, peer)
+            if job is None:  # it ended here meanwhile
+                return
+            match message:
+                case wire.Ready():
+                    self._ready(job, message)
+                case wire.Released():
+                    self._released(job, message.valid)
+                case wire.Cancel():
+                    self._fail(job, FailureKind.CANCELLED, f"the prefill node ended the request: {message.reason}")
+
+    def _known(self, key: str, peer: PrefillPeer) -> Expected | None:
+        job = self._keys.get(key)
+        return job if job is not None and job.source.address == peer.address else None
+
+    def _at(self, peer: PrefillPeer) -> list[Expected]:
+        return [job for job in self._keys.values() if job.source.address == peer.address]
+
+    def _claimed_at(self, peer: PrefillPeer) -> list[str]:
+        return [job.key for job in self._at(peer) if job.stage in (Stage.CLAIMED, Stage.PULLING)]
+
+    # --- transfer thread: a request's way
+
+    def _claim(self, job: Expected, peer: PrefillPeer) -> None:
+        if (peer.node_id, peer.epoch) != (job.source.node_id, job.source.epoch):
+            self._fail(
+                job,
+                FailureKind.PEER_LOST,
+                f"prefill node {job.source.node_id} (epoch {job.source.epoch}) is gone; at {peer.address} there is now "
+                f"{peer.node_id} (epoch {peer.epoch})",
+            )
+            return
+        job.stage = Stage.CLAIMED
+        peer.send(wire.Claim(job.key))
+
+    def _ready(self, job: Expected, ready: wire.Ready) -> None:
+        if job.stage not in (Stage.CLAIMED, Stage.PULLING):
+            return
+        try:
+            job.announce(ready)
+        except TransferError as error:
+            self._fail(job, FailureKind(error.kind), str(error))
+            return
+        job.moved_s = self._clock()
+        if not job.offered:
+            job.offered = True
+            self._events.put(Offered(job.key, job.num_tokens))
+        if job.stage is Stage.PULLING:
+            self._advance(job)
+
+    def _advance(self, job: Expected) -> None:
+        """Pulls what is pending, books what has ended, and releases when all is here."""
+        peer = self._peers[job.source.address]
+        try:
+            while job.stage is Stage.PULLING:
+                if job.pull is None:
+                    blocks = job.take()
+                    if not blocks:
+                        break
+                    assert peer.remote is not None
+                    job.pull_started_s = time.perf_counter()
+                    job.pull = self._transport.pull(peer.remote, blocks)
+                if not self._booked(job, peer):
+                    return
+            if job.stage is Stage.PULLING and job.first_token is not None:
+                job.check_complete(self._layout)
+                job.stage = Stage.RELEASING
+                peer.send(wire.Release(job.key, done=True))
+        except TransferError as error:
+            self._fail(job, FailureKind(error.kind), str(error))
+
+    def _booked(self, job: Expected, peer: PrefillPeer) -> bool:
+        """Whether the pull under way has arrived; books it if so."""
+        pull = job.pull
+        assert pull is not None
+        state = pull.poll()
+        if state is PullState.RUNNING:
+            return False
+        if state is PullState.FAILED:
+            message = pull.error()
+            self._fail(job, FailureKind.TRANSFER, message)
+            # an endpoint with a failed read serves no other read either: connect anew
+            peer.lose(FailureKind.PEER_LOST, message)
+            return False
+        pull.close()
+        seconds = time.perf_counter() - job.pull_started_s
+        job.pull = None
+        job.size_bytes += pull.size_bytes
+        job.seconds += seconds
+        job.moved_s = self._clock()
+        self._counters["pulls"] += 1
+        self._counters["pull_bytes"] += pull.size_bytes
+        self._counters["pull_seconds"] += seconds
+        self._counters["pull_descriptors"] += pull.num_descriptors
+        return True
+
+    def _look_at_pulls(self) -> float:
+        """Asks after every transfer under way; returns when to ask again."""
+        look_s = float("inf")
+        for job in [j for j in self._keys.values() if j.pull is not None]:
+            self._advance(job)
+            if job.pull is not None:
+                age_s = time.perf_counter() - job.pull_started_s
+                look_s = min(look_s, max(LOOK_MIN_S, min(LOOK_MAX_S, age_s / 10)))
+        waiting, self._draining = self._draining, []
+        for job in waiting:
+            self._drain(job)
+        for job in self._draining:
+            age_s = time.perf_counter() - job.pull_started_s
+            look_s = min(look_s, max(LOOK_MIN_S, min(LOOK_DRAINING_MAX_S, age_s / 10)))
+        return look_s
+
+    def _released(self, job: Expected, valid: bool) -> None:
+        if job.stage is not Stage.RELEASING:
+            return
+        if not valid:
+            self._fail(job, FailureKind.EXPIRED, "its lease had ended when the bytes arrived")
+            return
+        assert job.first_token is not None
+        del self._keys[job.key]
+        self._events.put(Arrived(job.key, job.first_token, job.size_bytes, job.seconds))
+
+    # --- transfer thread: ends
+
+    def _fail(self, job: Expected, kind: FailureKind, message: str) -> None:
+        if job.key not in self._keys:
+            return
+        self._counters[f"pull_failures_{kind}"] += 1
+        self._events.put(Failed(job.key, kind, message))
+        self._give_up(job)
+
+    def _give_up(self, job: Expected) -> None:
+        del self._keys[job.key]
+        peer = self._peers.get(job.source.address)
+        if job.stage is not Stage.CONNECTING and peer is not None and peer.state is State.READY:
+            peer.send(wire.Release(job.key, done=False))
+        self._drain(job)
+
+    def _drain(self, job: Expected) -> None:
+        if job.pull is None or job.pull.close():
+            job.pull = None
+            self._events.put(Drained(job.key))
+        else:
+            self._draining.append(job)

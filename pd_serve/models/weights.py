@@ -1,0 +1,246 @@
+"""Loads weights into the tensors that the decoder multiplies with: fused, typed, checked.
+
+Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
+the fusion of q, k, v and of gate, up. Files are mapped, not read: what needs no fusing or conversion on CPU stays
+in the page cache, which nodes of one machine share. Must never serve a model of which a tensor is missing,
+unknown or of the wrong shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pd_serve.errors import ModelError
+from pd_serve.models.config import ModelConfig
+from pd_serve.models.ops import Linear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# in some checkpoints, but computed here; and the half of Gemma 3 that sees
+_IGNORED_PARTS = ("rotary_emb.", "vision_tower.", "multi_modal_projector.")
+_DUMMY_VALUES = 1_000_003  # a prime: rows of a dummy matrix, cut from the same values, all differ
+_DUMMY_STD = 0.02
+_NAMES_SHOWN = 8
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer. Norm weights are float32 and as applied; the optional ones are the family's."""
+
+    input_norm: Tensor
+    qkv: Linear  # rows: all of q, all of k, all of v
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    post_attention_norm: Tensor | None  # Gemma: of the attention's output
+    mlp_norm: Tensor
+    gate_up: Linear  # rows: all of gate, all of up
+    down: Linear
+    post_mlp_norm: Tensor | None  # Gemma: of the MLP's output
+
+
+@dataclass
+class ModelWeights:
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: Tensor
+    lm_head: Linear
+
+
+class TensorSource(Protocol):
+    """Named tensors of a checkpoint."""
+
+    names: set[str] | None  # None: whatever is asked for exists
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor on the CPU, perhaps mapped from a file; it may have another dtype. Not to be written to."""
+
+
+def load_weights(
+    directory: Path, config: ModelConfig, dtype: str, load_format: str, device: torch.device
+) -> ModelWeights:
+    """Raises ``ModelError`` naming missing, unexpected and misshapen tensors."""
+    if load_format == "dummy":
+        return _Loader(_Dummy(), config, DTYPES[dtype], device).load()
+    with ExitStack() as stack:
+        loader = _Loader(_Safetensors(directory, stack), config, DTYPES[dtype], device)
+        return loader.load()
+
+
+class _Loader:
+    """Takes tensors from a source, each once, and remembers which."""
+
+    def __init__(self, source: TensorSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.source = source
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        # the text half of a multimodal checkpoint lies deeper
+        ends = [name for name in source.names or () if name.endswith("embed_tokens.weight")]
+        self.prefix = ends[0].removesuffix("embed_tokens.weight") if ends else "model."
+
+    def load(self) -> ModelWeights:
+        c = self.config
+        embedding = self._tensor(f"{self.prefix}embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        layers = [self._layer(f"{self.prefix}layers.{i}.") for i in range(c.num_layers)]
+        norm = self._norm(f"{self.prefix}norm", c.hidden_size)
+        lm_head = embedding
+        head_name = "language_model.lm_head.weight" if self.prefix.startswith("language_model.") else "lm_head.weight"
+        if c.tie_word_embeddings:
+            self.used.add(head_name)  # some checkpoints hold the tied copy too
+        else:
+            lm_head = self._tensor(head_name, (c.vocab_size, c.hidden_size))
+        self._check()
+        return ModelWeights(embedding, layers, norm, Linear(lm_head))
+
+    def _layer(self, at: str) -> LayerWeights:
+        c = self.config
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        attention = f"{at}self_attn."
+        qkv = [(f"{attention}{x}_proj", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
+        gate_up = [(f"{at}mlp.{x}_proj", c.intermediate_size) for x in ("gate", "up")]
+        mlp_norm = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
+        return LayerWeights(
+            input_norm=self._norm(f"{at}input_layernorm", c.hidden_size),
+            qkv=self._linear(qkv, c.hidden_size, c.qkv_bias),
+            q_norm=self._norm(f"{attention}q_norm", c.head_dim) if c.qk_norm else None,
+            k_norm=self._norm(f"{attention}k_norm", c.head_dim) if c.qk_norm else None,
+            output=self._linear([(f"{attention}o_proj", c.hidden_size)], q, c.output_bias),
+            post_attention_norm=self._norm(f"{at}post_attention_layernorm", c.hidden_size)
+            if c.sandwich_norms
+            else None,
+            mlp_norm=self._norm(f"{at}{mlp_norm}", c.hidden_size),
+            gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
+            down=self._linear([(f"{at}mlp.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+            post_mlp_norm=self._norm(f"{at}post_feedforward_layernorm", c.hidden_size) if c.sandwich_norms else None,
+        )
+
+    def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
+        """A linear layer of the parts' rows, one after another."""
+        weight = self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts])
+        bias = self._joined([(f"{name}.bias", (rows,)) for name, rows in parts]) if has_bias else None
+        return Linear(weight, bias)
+
+    def _joined(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> Tensor:
+        if len(parts) == 1:
+            return self._tensor(*parts[0])
+        rows = sum(shape[0] for _, shape in parts)
+        out = torch.empty(rows, *parts[0][1][1:], dtype=self.dtype, device=self.device)
+        at = 0
+        for name, shape in parts:
+            tensor = self._take(name, shape)
+            if tensor is not None:
+                out[at : at + shape[0]].copy_(tensor)
+            at += shape[0]
+        return out
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._take(name, shape)
+        return torch.empty(0) if tensor is None else tensor.to(self.device, self.dtype)
+
+    def _norm(self, name: str, size: int) -> Tensor:
+        """In float32 whatever the model's dtype is: rounding 1 + w would lose what the checkpoint says."""
+        tensor = self._take(f"{name}.weight", (size,))
+        return torch.empty(0) if tensor is None else tensor.to(self.device, torch.float32) + self.config.norm_offset
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """None for a missing tensor, so that all missing ones can be named at once."""
+        self.used.add(name)
+        if self.source.names is not None and name not in self.source.names:
+            self.missing.append(name)
+            return None
+        tensor = self.source.get(name, shape)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"The tensor {name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}: "
+                "config.json and the weights are of two different models."
+            )
+        return tensor
+
+    def _check(self) -> None:
+        left = (self.source.names or set()) - self.used
+        unexpected = sorted(name for name in left if not any(part in name for part in _IGNORED_PARTS))
+        found = [
+            f"{what} {_shown(names)}"
+            for what, names in (("lack", self.missing), ("hold the unknown", unexpected))
+            if names
+        ]
+        if found:
+            raise ModelError(
+                f"The weights {' and '.join(found)}: they do not belong to this {self.config.architecture} config.json."
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+class _Safetensors:
+    """``*.safetensors`` of a directory: one file, or shards with an index."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path} cannot be read: {error}. Get the file again.") from None
+            self._files.update(dict.fromkeys(file.keys(), file))
+        self.names: set[str] | None = set(self._files)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ModelError(f"The tensor {name} is {tensor.dtype}: quantised checkpoints are not supported.")
+        return tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}).") from None
+        lost = [name for name in names if not (directory / name).exists()]
+        if lost:
+            raise ModelError(f"{directory} lacks {', '.join(lost)}, which its index names; copy the whole model.")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{directory} holds no *.safetensors; --load-format dummy serves random weights.")
+    return files
+
+
+class _Dummy:
+    """Random weights that are the same in every process and on every machine, made at the speed of memory."""
+
+    def __init__(self) -> None:
+        self.names: set[str] | None = None
+        values = np.random.default_rng(0).standard_normal(_DUMMY_VALUES, dtype=np.float32) * np.float32(_DUMMY_STD)
+        self._values = torch.from_numpy(values)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape)
+        out = torch.empty(shape).view(-1)
+        at = -(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % _DUMMY_VALUES)
+        while at < out.numel():
+            start, end = max(at, 0), min(at + _DUMMY_VALUES, out.numel())
+            out[start:end] = self._values[start - at : end - at]
+            at += _DUMMY_VALUES
+        return out.view(shape)

@@ -1,0 +1,232 @@
+"""The node's life on its event loop: starting, serving, draining, ending; and what it says of itself.
+
+Made by :mod:`pd_serve.node.main`. Owns the HTTP server, the links, the registration and the signals; the
+engine process is lent to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvicorn
+import uvloop
+
+from pd_serve import __version__
+from pd_serve.config import NodeConfig
+from pd_serve.errors import PDServeError
+from pd_serve.node import links as codes
+from pd_serve.node.app import build
+from pd_serve.node.engine_process import EngineProcess
+from pd_serve.node.links import Links
+from pd_serve.wire.engine import EngineConfig
+from pd_serve.wire.link import LINK_VERSION, Hello, Load, Status
+from pd_serve.wire.model import bundle_from_directory, encode_bundle
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 64 << 20  # a prompt of 16 million tokens
+_PING_S = 10.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the node drains before the server stops."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Node:
+    def __init__(self, config: NodeConfig, engine_config: EngineConfig, engine: EngineProcess, url: str) -> None:
+        self.engine = engine
+        self.links = Links()
+        self.draining = False
+        self._config = config
+        self._engine_config = engine_config
+        self._url = url
+        self._stop = asyncio.Event()
+        self._started_s = time.time()
+        self._ready_s: float | None = None
+        self._bundle: bytes | None = None
+
+    def run(self, bound: socket.socket) -> int:
+        """Serves on ``bound`` until a signal. Raises PDServeError when the engine fails or dies."""
+        status: int = uvloop.run(self._run(bound))
+        return status
+
+    # --- what others may ask (see app.NodeState) ------------------------------------------------------
+
+    def hello(self) -> Hello | None:
+        ready = self.engine.ready
+        if ready is None or not self.engine.alive():
+            return None
+        return Hello(
+            link_version=LINK_VERSION,
+            node_id=self._engine_config.node_id,
+            role=self._config.role,
+            url=self._url,
+            model=ready.model,
+            layout=ready.layout,
+            epoch=ready.epoch,
+            peer_address=ready.peer_address,
+            transport=ready.transport,
+            local_prefill_tokens=self._engine_config.local_prefill_tokens,
+            load=self._load() or ready.load,
+        )
+
+    def describe(self) -> dict[str, object]:
+        ready = self.engine.ready
+        status = self.engine.status
+        engine: dict[str, object] = {"pid": self.engine.pid}
+        if ready is not None:
+            engine |= {
+                "model": msgspec.to_builtins(ready.model),
+                "layout": ready.layout_text,
+                "layout_fingerprint": ready.layout,
+                "epoch": ready.epoch,
+                "peer_address": ready.peer_address,
+                "transport": ready.transport,
+                "start_s": ready.start_s,
+            }
+        return {
+            "version": __version__,
+            "node_id": self._engine_config.node_id,
+            "role": self._config.role,
+            "url": self._url,
+            "pid": os.getpid(),
+            "state": self._state(),
+            "links": len(self.links),
+            "dtype": self._engine_config.dtype,
+            "threads": self._engine_config.threads,
+            "started_at": self._started_s,
+            "ready_at": self._ready_s,
+            "engine": engine,
+            "load": msgspec.to_builtins(self._load()),
+            "counters": status.counters if status is not None else {},
+        }
+
+    def bundle(self) -> bytes | None:
+        if self._bundle is None and (ready := self.engine.ready) is not None:
+            model = ready.model
+            self._bundle = encode_bundle(
+                bundle_from_directory(self._engine_config.model, name=model.name, fingerprint=model.fingerprint)
+            )
+        return self._bundle
+
+    def _state(self) -> str:
+        if self.draining:
+            return "draining"
+        if self.engine.ready is None:
+            return "starting"
+        return "serving" if self.engine.answering() else "stuck"
+
+    def _load(self) -> Load | None:
+        """The engine's load, with ``draining`` true from the moment the node knows it."""
+        if self.engine.status is None:
+            return None
+        load = self.engine.status.load
+        return msgspec.structs.replace(load, draining=True) if self.draining else load
+
+    # --- life -----------------------------------------------------------------------------------------
+
+    async def _run(self, bound: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        self.engine.attach(loop, self.links.deliver, self._status_changed)
+        server = _Server(
+            uvicorn.Config(
+                build(self),
+                http="httptools",
+                ws="websockets-sansio",
+                ws_max_size=MAX_FRAME_BYTES,
+                ws_per_message_deflate=False,  # a local network is faster than zlib
+                ws_ping_interval=_PING_S,
+                ws_ping_timeout=2 * _PING_S,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        serving = asyncio.create_task(server.serve([bound]))
+        engine_end = asyncio.create_task(self.engine.wait_end())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await self._serve(engine_end, stop)
+        finally:
+            self.links.close(codes.GOING_AWAY, "the node ends")
+            server.should_exit = True
+            await self.engine.stop()
+            await serving
+            for task in (engine_end, stop):
+                task.cancel()
+            await asyncio.gather(engine_end, stop, return_exceptions=True)
+        log.info("ended")
+        return 0
+
+    async def _serve(self, engine_end: asyncio.Task[str], stop: asyncio.Task[bool]) -> None:
+        ready = asyncio.create_task(self.engine.wait_ready())
+        await asyncio.wait({ready, engine_end, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            ready.cancel()
+            return
+        started = await ready
+        if started is None:
+            raise PDServeError(self.engine.failure)
+        self._ready_s = time.time()
+        log.info(
+            "serving %s (%s) on %s, transport %s, up to %d tokens; engine started in %s",
+            started.model.name,
+            self._engine_config.dtype,
+            self._url,
+            started.transport,
+            started.model.max_model_len,
+            ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in started.start_s.items()),
+        )
+        registration = None
+        if self._config.router:
+            from pd_serve.node.registration import Registration  # a node without routers needs no HTTP client
+
+            registration = Registration(self._config.router, self._url, self.links.lost)
+        try:
+            await asyncio.wait({engine_end, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not engine_end.done():
+                await self._drain()
+            if engine_end.done():
+                self.links.close(codes.INTERNAL, "the engine died")
+                raise PDServeError(f"the engine died ({engine_end.result()}); its last words are above")
+        finally:
+            if registration is not None:
+                await registration.leave()
+
+    async def _drain(self) -> None:
+        self.draining = True
+        log.info("draining: at most %g s", self._config.drain_timeout_s)
+        if (load := self._load()) is not None:
+            self.links.broadcast(Status(load))
+        if not await self.engine.drain(self._config.drain_timeout_s):
+            load = self._load()
+            left = f"{load.running + load.waiting} requests, {load.leases} leases" if load else "unknown work"
+            log.warning("not drained after %g s: %s end now", self._config.drain_timeout_s, left)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.warning("second signal: ending at once")
+            self.engine.kill()
+            os._exit(1)
+        log.info("%s received", signal.Signals(number).name)
+        self._stop.set()
+
+    def _status_changed(self, status: Status) -> None:
+        if self.draining:
+            status = msgspec.structs.replace(status, load=msgspec.structs.replace(status.load, draining=True))
+        self.links.broadcast(status)

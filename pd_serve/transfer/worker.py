@@ -1,0 +1,160 @@
+"""The engine's transfer thread: it owns the Transport and all peer sockets, and runs one service on them.
+
+The service is a prefill node's outbox or a decode node's inbox. The main thread hands it closures with
+``call`` and reads its events from a mailbox; nothing else is shared. The thread sleeps until a socket
+or a call wakes it or the service's next deadline is due; only while a pull is under way does it look
+again at short intervals, and it sleeps in between: it never spins on a core that computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import zmq
+
+from pd_serve.errors import TransferError
+from pd_serve.transfer.base import Region, Transport
+from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.wire.peer import FailureKind
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]  # seconds, monotonic
+
+MAX_SLEEP_S = 60.0
+
+
+class Service(Protocol):
+    """What runs on the transfer thread. Every method is called there."""
+
+    def start(self, worker: TransferWorker) -> None:
+        """Opens sockets; the transport is registered. What it raises makes the start fail."""
+
+    def run_due(self, now_s: float) -> float:
+        """Does what is due; returns in how many seconds it wants to be called again (``inf``: not by itself)."""
+
+    def stop(self) -> None:
+        """Says goodbye and closes the sockets."""
+
+
+class TransferWorker:
+    """The thread. ``make_transport`` runs on it: starting NIXL takes 0.4 s, which overlaps with loading a model."""
+
+    def __init__(
+        self,
+        service: Service,
+        make_transport: Callable[[], Transport],
+        regions: Sequence[Region],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._make_transport = make_transport
+        self._regions = regions
+        self.clock = clock
+        self._calls: Mailbox[Callable[[], object]] = Mailbox()
+        self._ready: Future[None] = Future()
+        self._stopping = False
+        self._handlers: dict[zmq.Socket[bytes] | int, Callable[[], object]] = {}
+        self.internal_errors = 0
+        self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
+
+    # --- main thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the service runs. Raises TransferError when it cannot."""
+        try:
+            self._ready.result(timeout_s)
+        except TimeoutError:
+            raise TransferError(FailureKind.TRANSFER, f"the transport was not ready within {timeout_s:g} s") from None
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Runs ``function(*args)`` on the transfer thread, after all earlier calls."""
+        self._calls.put(lambda: function(*args))
+
+    def wake(self) -> None:
+        """Makes the thread look at its clock again."""
+        self.call(lambda: None)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Stops the service, the transport and the thread. Idempotent."""
+        if self._thread.is_alive():
+            self.call(setattr, self, "_stopping", True)
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                log.error("the transfer thread did not stop within %g s", timeout_s)
+                return
+        self._calls.close()
+
+    # --- transfer thread
+
+    def listen(self, socket: zmq.Socket[bytes], handler: Callable[[], object]) -> None:
+        """Calls ``handler`` whenever ``socket`` is readable; it must read all there is."""
+        self._handlers[socket] = handler
+        self._poller.register(socket, zmq.POLLIN)
+
+    def unlisten(self, socket: zmq.Socket[bytes]) -> None:
+        if self._handlers.pop(socket, None) is not None:
+            self._poller.unregister(socket)
+
+    def _run(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        try:
+            self._poller = zmq.Poller()
+            self._poller.register(self._calls.fileno(), zmq.POLLIN)
+            self.transport = self._make_transport()
+            self.transport.register(self._regions)
+            self._service.start(self)
+        except Exception as error:
+            self._ready.set_exception(error)
+            self.context.destroy(linger=0)
+            return
+        self._ready.set_result(None)
+        while not self._stopping:
+            self._turn()
+        self._guarded(self._service.stop)
+        self._guarded(self.transport.close)
+        self._guarded(lambda: self.context.destroy(linger=0))
+
+    def _turn(self) -> None:
+        for call in self._calls.take():
+            self._guarded(call)
+        if self._stopping:
+            return
+        delay_s = MAX_SLEEP_S
+        try:
+            self.transport.progress()
+            delay_s = min(delay_s, self._service.run_due(self.clock()))
+        except Exception:
+            self._internal_error()
+        for source, _ in self._wait(delay_s):
+            handler = self._handlers.get(source)
+            if handler is not None:
+                self._guarded(handler)
+
+    def _wait(self, delay_s: float) -> list[tuple[Any, int]]:
+        if delay_s >= 1e-3:
+            return self._poller.poll(math.ceil(delay_s * 1e3))
+        ready = self._poller.poll(0)
+        if not ready and delay_s > 0:
+            time.sleep(delay_s)  # ZeroMQ's poller knows only whole milliseconds
+        return ready
+
+    def _guarded(self, function: Callable[[], object]) -> None:
+        """One request's fault must not take the thread, and with it every other request, down."""
+        try:
+            function()
+        except Exception:
+            self._internal_error()
+
+    def _internal_error(self) -> None:
+        self.internal_errors += 1
+        log.exception("a fault on the transfer thread")

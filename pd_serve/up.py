@@ -1,0 +1,232 @@
+"""``pd-serve up``: a router and its nodes on this machine, started, watched and ended together.
+
+Called by the command line. Each process runs the command that a user would run by hand, from a file with
+its settings; nodes find the router by registering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pd_serve import config as settings
+from pd_serve import logs
+from pd_serve.config import NodeConfig, RouterConfig, UpConfig
+from pd_serve.errors import PDServeError
+from pd_serve.models.source import resolve
+from pd_serve.node.main import listen
+from pd_serve.supervised import Supervised
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 2.5  # nodes end in order where they can ...
+KILL_AFTER_S = 4.0  # ... and at all events: Ctrl-C ends everything within 5 s
+_POLL_S = 0.05
+
+
+def run(config: UpConfig) -> int:
+    """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
+    logs.configure(config.log_level, "up")
+    started_s = time.monotonic()
+    model = resolve(config.model, config.dtype, config.load_format)
+    config = replace(
+        config,
+        model=str(model.directory),
+        dtype=model.dtype,
+        load_format=model.load_format,
+        served_model_name=config.served_model_name or model.name,
+    )
+    with tempfile.TemporaryDirectory(prefix="pd-serve-up-") as directory:
+        processes = [Supervised(name, role, url, path) for name, role, url, path in _plan(config, Path(directory))]
+        return asyncio.run(Up(config, processes, started_s).run())
+
+
+def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]:
+    """Name, command, URL and settings file of each process. Raises ConfigError when the port is taken."""
+    listen(config.host, config.port).close()
+    url = f"http://{config.host}:{config.port}"
+    routers = RouterConfig(
+        **{name: getattr(config, name) for name in settings.names(settings.RouterSettings)},
+        min_prefill=min(1, config.prefill),
+        min_decode=1,
+    )
+    plan = [("router", "router", url, _write(directory, "router", "router", routers))]
+    count = config.prefill + config.decode
+    cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
+    shared = {name: getattr(config, name) for name in settings.names(settings.EngineSettings)}
+    for number in range(count):
+        role, index = ("prefill", number) if number < config.prefill else ("decode", number - config.prefill)
+        share = _share(cores, number, count)
+        node = NodeConfig(
+            **shared
+            | {
+                "role": role,
+                "host": config.host,
+                "port": _free_port(config.host),
+                "router": (url,),
+                "threads": config.threads or len(share),
+                "cpus": share if config.cpus else (),
+                "drain_timeout_s": DRAIN_S,
+            }
+        )
+        name = f"{role}-{index}"
+        plan.append((name, role, f"http://{node.host}:{node.port}", _write(directory, name, role, node)))
+    return plan
+
+
+def _share(cores: tuple[int, ...], number: int, count: int) -> tuple[int, ...]:
+    """The cores of engine ``number`` of ``count``: a slice, or one core that it shares when there are too few."""
+    if len(cores) < count:
+        return (cores[number % len(cores)],)
+    return cores[number * len(cores) // count : (number + 1) * len(cores) // count]
+
+
+def _write(directory: Path, name: str, command: str, config: settings.Common) -> Path:
+    path = directory / f"{name}.json"
+    path.touch(mode=0o600)  # it may hold API keys
+    path.write_text(settings.to_json(command, config), encoding="utf-8")
+    return path
+
+
+def _free_port(host: str) -> int:
+    with listen(host, 0) as bound:
+        return int(bound.getsockname()[1])
+
+
+class Up:
+    """All processes, from start to end. The first is the router."""
+
+    def __init__(self, config: UpConfig, processes: list[Supervised], started_s: float) -> None:
+        self._config = config
+        self._processes = processes
+        self._started_s = started_s
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled)
+        stop = asyncio.create_task(self._stop.wait())
+        print(f"Starting {_count(self._config)} for {self._config.served_model_name} ...", flush=True)
+        try:
+            for process in self._processes:
+                process.start(verbose=self._config.log_level == "debug")
+            starting = asyncio.create_task(self._wait_ready())
+            await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not stop.done():
+                await starting
+                await self._announce()
+                watching = [asyncio.create_task(process.keep_running()) for process in self._processes]
+                done, _ = await asyncio.wait({*watching, stop}, return_when=asyncio.FIRST_COMPLETED)
+                for task in watching:
+                    if task in done:
+                        task.result()  # raises: it died too often
+                    task.cancel()
+            else:
+                starting.cancel()
+        finally:
+            stop.cancel()
+            if self._stop.is_set():
+                print("Ending ...", flush=True)
+            for process in self._processes:
+                process.ending = True
+            await asyncio.gather(*(process.stop(KILL_AFTER_S) for process in self._processes))
+        return 0
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            for process in self._processes:
+                process.kill()
+        self._stop.set()
+
+    async def _wait_ready(self) -> None:
+        """Waits until every node is linked and the router is ready. Raises PDServeError when a process ends first."""
+        ends = [asyncio.create_task(process.wait()) for process in self._processes]
+        try:
+            waiting = list(self._processes)
+            while waiting:
+                for process, end in zip(self._processes, ends, strict=True):
+                    if end.done():
+                        raise PDServeError(f"{process.name} did not start: {process.last_words(end.result())}")
+                waiting = [process for process in waiting if not await _is_ready(process)]
+                await asyncio.sleep(_POLL_S if waiting else 0)
+        finally:
+            for task in ends:
+                task.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+
+    async def _announce(self) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("process", "endpoint", "model", "dtype", "transport", "pid"):
+            table.add_column(column)
+        router, *nodes = self._processes
+        table.add_row("router", router.url, "", "", "", str(router.pid))
+        for process in nodes:
+            _, body = await get(process.url, "/v1/status")
+            status = json.loads(body)
+            engine = status["engine"]
+            pids = f"{process.pid}, engine {engine['pid']}"
+            table.add_row(
+                process.name, process.url, engine["model"]["name"], status["dtype"], engine["transport"], pids
+            )
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(table)
+        console.print(f"\nReady after {time.monotonic() - self._started_s:.1f} s. Try:\n\n{_example(self._config)}\n")
+        for process in self._processes:
+            process.stream()
+
+
+def _count(config: UpConfig) -> str:
+    def nodes(count: int, role: str) -> list[str]:
+        return [f"{count} {role} node{'s' * (count > 1)}"] if count else []
+
+    return " + ".join(["router", *nodes(config.prefill, "prefill"), *nodes(config.decode, "decode")])
+
+
+def _example(config: UpConfig) -> str:
+    """A curl command that works: chat where the model can, else completion."""
+    from pd_serve.wire.model import bundle_from_directory
+
+    body: dict[str, object] = {"model": config.served_model_name}
+    if bundle_from_directory(config.model).chat_templates:
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]
+    else:
+        path, body["prompt"] = "completions", "The sky is blue because"
+    body |= {"max_tokens": 64, "stream": True}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key or config.api_key_file else ""
+    url = f"http://{config.host}:{config.port}/v1/{path}"
+    return f"  curl -N {url}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+async def _is_ready(process: Supervised) -> bool:
+    """A router: when it says so. A node: when it is linked to the router."""
+    try:
+        if process.role == "router":
+            return (await get(process.url, "/ready"))[0] == 200
+        status, body = await get(process.url, "/v1/status")
+        return status == 200 and json.loads(body)["links"] > 0
+    except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError):
+        return False
+
+
+async def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
+    """A minimal HTTP GET to a process of ours on this machine: status and body."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        try:
+            writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            return int(head.split(None, 2)[1]), await reader.read()
+        finally:
+            writer.close()

@@ -1,0 +1,135 @@
+"""What the decoder is compared with: transformers' models, tiny ones of every family and the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pd_serve.models.config import ModelConfig
+from pd_serve.models.decoder import Decoder, load_decoder
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _llama(**more: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**SIZES, **more)
+
+
+def _mistral(**more: Any) -> Any:
+    from transformers import MistralConfig
+
+    return MistralConfig(**SIZES, **more)
+
+
+def _qwen2(**more: Any) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**SIZES, **more)
+
+
+def _qwen3(**more: Any) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(**SIZES, head_dim=32, **more)
+
+
+def _gemma3(**more: Any) -> Any:
+    from transformers import Gemma3TextConfig
+
+    sizes = {**SIZES, "num_hidden_layers": 7}
+    return Gemma3TextConfig(**sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=24, **more)
+
+
+# every family, and within a family every feature that changes what is computed
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "llama-tied-eps": lambda: _llama(tie_word_embeddings=True, rms_norm_eps=1e-2),
+    "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
+    "llama-head-dim": lambda: _llama(head_dim=24),
+    "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
+    "llama-linear-rope": lambda: _llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+    ),
+    "llama-yarn": lambda: _llama(rope_parameters=YARN),
+    "mistral-sliding": lambda: _mistral(sliding_window=8),
+    "mistral": lambda: _mistral(sliding_window=None),
+    "qwen2": _qwen2,
+    "qwen2-sliding": lambda: _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3": _qwen3,
+    "qwen3-biases": lambda: _qwen3(attention_bias=True, tie_word_embeddings=True),
+    "gemma3": _gemma3,
+    "gemma3-softcap": lambda: _gemma3(final_logit_softcapping=0.5),
+}
+
+
+def make_tiny(family: str, directory: Path, **save: Any) -> Any:
+    """A tiny model with random weights, saved to ``directory``; returns transformers' model."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # norms and biases too, or a model that forgets them looks right
+            parameter.normal_(0.0 if "norm" not in name or "gemma" in family else 1.0, 0.3)
+    model.save_pretrained(directory, **save)
+    return model
+
+
+def dense_attention(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Attention of one whole sequence over itself, written for reading."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = config.num_heads // config.num_kv_heads
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        row, column = torch.arange(len(q))[:, None], torch.arange(len(q))[None, :]
+        seen = column <= row
+        if (window := config.windows[layer]) is not None:
+            seen &= column > row - window
+        scores = torch.einsum("qhd,khd->hqk", q, k) * config.attention_scale
+        probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1)
+
+    return attend
+
+
+def load(directory: Path, dtype: str = "float32") -> Decoder:
+    return load_decoder(directory, ModelConfig.from_directory(directory), dtype)
+
+
+def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """``[T] -> [T, vocab]``: one sequence in one forward pass."""
+    hidden = decoder.forward(tokens, torch.arange(len(tokens)), dense_attention(decoder.config))
+    return decoder.logits(hidden)
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, tokens: Tensor) -> Tensor:
+    result: Tensor = model(tokens[None]).logits[0].float()
+    return result

@@ -1,0 +1,110 @@
+"""A node process with a scripted engine, and a router's end of a link to it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from pd_serve.wire import link
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class NodeUnderTest:
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self._links = contextlib.ExitStack()
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self._lines.extend(self.process.stderr)
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def wait(self, timeout_s: float = 10.0) -> int:
+        status = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return status
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=5)
+
+    def status(self) -> dict[str, object]:
+        return dict(self.get("/v1/status").json())
+
+    def counters(self) -> dict[str, float]:
+        counters = self.status()["counters"]
+        assert isinstance(counters, dict)
+        return counters
+
+    def until(self, condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                if condition():
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        pytest.fail(f"not seen: {what}; the node says:\n{self.log}")
+
+    def until_ready(self) -> None:
+        self.until(lambda: self.get("/ready").status_code == 200, "ready")
+
+    def link(self, **options: Any) -> ClientConnection:
+        url = self.url.replace("http", "ws") + "/link"
+        return self._links.enter_context(connect(url, max_size=None, **options))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._links.close()
+
+
+StartNode = Callable[..., NodeUnderTest]
+
+
+def receive(connection: ClientConnection, timeout_s: float = 5.0) -> link.FromNode:
+    frame = connection.recv(timeout=timeout_s)
+    assert isinstance(frame, bytes)
+    return link.decode_from_node(frame)
+
+
+def receive_outputs(connection: ClientConnection, name: str) -> list[int]:
+    """The tokens of one attempt, until it finishes; everything else is skipped."""
+    tokens: list[int] = []
+    while True:
+        message = receive(connection)
+        for item in message.items if isinstance(message, link.Outputs) else []:
+            assert item.id == name, "an output of another router's attempt"
+            assert item.index == len(tokens)
+            tokens += item.tokens
+            if item.finish:
+                return tokens
+
+
+def submit(name: str, tokens: list[int]) -> bytes:
+    params = link.SamplingParams(max_tokens=len(tokens), seed=0)
+    return link.encoder.encode(link.Submit(name, array("i", tokens).tobytes(), 0, params))

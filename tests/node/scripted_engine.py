@@ -1,0 +1,89 @@
+"""An engine process that computes nothing: it speaks the node's protocol as its first argument tells it to.
+
+Its outputs are the tokens it was sent, one each 10 ms. What it heard is in its status counters.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+
+import msgspec
+import zmq
+
+from pd_serve.wire import engine, link
+
+BEHAVIOUR = sys.argv[1]
+FLOOD_BYTES = 200 << 20
+
+
+def main() -> int:
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=engine.EngineConfig)
+    socket = zmq.Context().socket(zmq.DEALER)
+    socket.connect(config.address)
+
+    def say(message: engine.FromEngine, origin: int = 0) -> None:
+        socket.send_multipart([origin.to_bytes(4, "little"), engine.encoder.encode(message)])
+
+    if BEHAVIOUR == "fails":
+        say(engine.EngineFailed("the pool is too small; raise --kv-cache-memory"))
+        time.sleep(0.2)
+        return 1
+    if BEHAVIOUR == "never-ready":
+        time.sleep(60)
+    if BEHAVIOUR == "crashes":
+        return 3
+    heard: Counter[str] = Counter()
+    running: list[tuple[int, str, list[int], int]] = []  # origin, id, tokens, next index
+    draining = drained = False
+
+    def load() -> link.Load:
+        groups = [link.GroupUsage(total=10, used=len(running), cached=2, free=8 - len(running))]
+        return link.Load(0, len(running), 0, groups, draining=draining)
+
+    model = link.ModelInfo(config.served_name, "f00d", 128, 1000, [2])
+    say(engine.EngineReady(model, "1a40", "a layout", "epoch-1", "tcp://127.0.0.1:1", "nixl", load(), {"import": 0.1}))
+    status_due_s = 0.0
+    while True:
+        while socket.poll(10):
+            origin_frame, payload = socket.recv_multipart()
+            origin = int.from_bytes(origin_frame, "little")
+            message = (engine.decode_to_engine if origin == 0 else link.decode_to_node)(payload)
+            heard[f"heard_{type(message).__name__.lower()}"] += 1
+            match message:
+                case engine.Shutdown():
+                    return 0
+                case engine.Drain():
+                    draining = True
+                case engine.Drop(origin=gone):
+                    running = [entry for entry in running if entry[0] != gone]
+                    heard[f"dropped_{gone}"] += 1
+                case link.Abort(ids=ids):
+                    running = [entry for entry in running if entry[1] not in ids]
+                case link.Submit(id=name, tokens=tokens) if name == "flood":
+                    frame = link.encoder.encode(link.Outputs([link.Output(name, 0, [1] * 100_000)]))
+                    for _ in range(FLOOD_BYTES // len(frame)):
+                        socket.send_multipart([origin_frame, frame])
+                case link.Submit(id="die"):
+                    return 7
+                case link.Submit(id=name, tokens=tokens):
+                    running.append((origin, name, list(memoryview(tokens).cast("i")), 0))
+        still: list[tuple[int, str, list[int], int]] = []
+        for origin, name, ids, index in running:
+            last = index == len(ids) - 1
+            output = link.Output(name, index, [ids[index]], finish="length" if last else None)
+            socket.send_multipart([origin.to_bytes(4, "little"), link.encoder.encode(link.Outputs([output]))])
+            if not last:
+                still.append((origin, name, ids, index + 1))
+        running = still
+        if draining and not drained and not running and BEHAVIOUR != "never-drains":
+            drained = True
+            say(engine.Drained())
+        if time.monotonic() >= status_due_s:
+            status_due_s = time.monotonic() + 0.1
+            say(link.Status(load(), {name: float(count) for name, count in heard.items()} | {"leaks": 0.0}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""A node process from outside: what it answers and forwards, what it survives, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed
+
+from pd_serve.wire import link
+from pd_serve.wire.model import decode_bundle
+from tests.node.harness import NodeUnderTest, StartNode, free_port, receive, receive_outputs, submit
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def engine_pid(node: NodeUnderTest) -> int:
+    engine = node.status()["engine"]
+    assert isinstance(engine, dict)
+    return int(engine["pid"])
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def close_code(connection: object, node: NodeUnderTest) -> int:
+    """Reads a link until the node closes it."""
+    try:
+        while True:
+            receive(connection)  # type: ignore[arg-type]
+    except ConnectionClosed as closed:
+        assert closed.rcvd is not None, node.log
+        return int(closed.rcvd.code)
+
+
+def test_answers(start_node: StartNode) -> None:
+    node = start_node("echoes", "--served-model-name", "tiny-model", "--local-prefill-tokens", "7")
+    assert node.get("/health").status_code == 200
+    status = node.status()
+    assert status["state"] == "serving"
+    assert status["role"] == "decode"
+    assert status["node_id"] == f"decode@127.0.0.1:{node.url.rsplit(':', 1)[1]}"
+    node.until(lambda: node.counters(), "a status")
+    metrics = node.get("/metrics").text
+    assert 'pd_serve_node_kv_blocks{group="0",state="cached"} 2.0' in metrics
+    assert "pd_serve_node_leaks_total 0.0" in metrics
+    assert 'model="tiny-model"' in metrics
+    bundle = decode_bundle(node.get("/model").content)
+    assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
+    assert b"WordLevel" in bundle.tokenizer_json
+    hello = receive(node.link())
+    assert isinstance(hello, link.Hello)
+    assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
+    assert hello.model.name == "tiny-model"
+
+
+def test_links_do_not_see_each_other(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    links = [node.link() for _ in range(3)]
+    for number, connection in enumerate(links):
+        assert isinstance(receive(connection), link.Hello)
+        connection.send(submit(f"a{number}", [number, 10, 20]))
+    for number, connection in enumerate(links):
+        assert receive_outputs(connection, f"a{number}") == [number, 10, 20]
+        assert isinstance(receive(connection), link.Status)
+
+
+def test_peers_and_the_end_of_a_link_reach_the_engine(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    connection = node.link()
+    connection.send(link.encoder.encode(link.Peers([link.Source("p", "e", "tcp://127.0.0.1:1")])))
+    connection.send(submit("long", [1] * 10_000))
+    node.until(lambda: node.counters().get("heard_peers") == 1, "peers as a message of the node")
+    connection.close()
+    node.until(lambda: node.counters().get("dropped_1") == 1, "drop of the first link")
+    node.until(lambda: node.status()["load"]["running"] == 0, "the attempt's end")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("garbage", [b"\xc1", b"", b"\x80", link.encoder.encode({"type": "shutdown"}), "text"])
+def test_garbage_closes_the_link_and_nothing_else(start_node: StartNode, garbage: bytes | str) -> None:
+    node = start_node("echoes")
+    bad, good = node.link(), node.link()
+    good.send(submit("good", [1, 2, 3]))
+    bad.send(garbage)
+    assert close_code(bad, node) == 1008
+    assert receive_outputs(good, "good") == [1, 2, 3]
+    assert "heard_shutdown" not in node.counters()
+
+
+def test_a_router_that_does_not_read_is_dropped(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    slow, good = node.link(max_queue=1), node.link()
+    process = psutil.Process(node.process.pid)
+    before_bytes = process.memory_info().rss
+    slow.send(submit("flood", [1]))
+    node.until(lambda: node.status()["links"] == 1, "the slow link's end", 30)
+    assert process.memory_info().rss - before_bytes < 100 << 20  # of 200 MiB that the engine sent
+    assert "does not read" in node.log
+    good.send(submit("good", [4, 5]))
+    assert receive_outputs(good, "good") == [4, 5]
+
+
+def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: StartNode) -> None:
+    node = start_node("never-ready", ready=False)
+    node.until(lambda: node.get("/health").status_code == 200, "alive")
+    assert node.get("/ready").status_code == 503
+    assert node.get("/model").status_code == 503
+    assert close_code(node.link(), node) == 1013
+    node.process.terminate()
+    assert node.wait() == 0
+
+
+def test_sigterm_drains(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    connection = node.link()
+    assert isinstance(receive(connection), link.Hello)
+    connection.send(submit("a", list(range(60))))
+    assert isinstance(receive(connection), link.Outputs | link.Status)
+    pid = engine_pid(node)
+    node.process.send_signal(signal.SIGTERM)
+    sent_s = time.monotonic()
+    while not (isinstance(message := receive(connection), link.Status) and message.load.draining):
+        assert time.monotonic() - sent_s < 0.5, "draining is not announced at once"
+    assert node.get("/ready").status_code == 503
+    seen = 0
+    while True:
+        message = receive(connection)
+        if isinstance(message, link.Status):
+            assert message.load.draining
+        elif isinstance(message, link.Outputs):
+            seen = message.items[0].index
+            if message.items[0].finish:
+                break
+    assert seen == 59
+    assert node.wait() == 0, node.log
+    assert not alive(pid)
+
+
+def test_draining_is_bounded(start_node: StartNode) -> None:
+    node = start_node("never-drains", "--drain-timeout-s", "0.5")
+    pid = engine_pid(node)
+    started_s = time.monotonic()
+    node.process.send_signal(signal.SIGINT)
+    assert node.wait() == 0
+    assert 0.5 <= time.monotonic() - started_s < 4
+    assert "not drained" in node.log
+    assert not alive(pid)
+
+
+def test_a_second_signal_ends_at_once(start_node: StartNode) -> None:
+    node = start_node("never-drains")
+    pid = engine_pid(node)
+    node.process.send_signal(signal.SIGTERM)
+    node.until(lambda: node.status()["state"] == "draining", "draining")
+    node.process.send_signal(signal.SIGTERM)
+    assert node.wait(1) != 0
+    node_log_until_gone(pid)
+
+
+def node_log_until_gone(pid: int) -> None:
+    deadline_s = time.monotonic() + 2
+    while alive(pid):
+        assert time.monotonic() < deadline_s, "the engine outlives its node"
+        time.sleep(0.01)
+
+
+def test_the_engine_does_not_outlive_a_killed_node(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    pid = engine_pid(node)
+    node.process.kill()
+    node.wait()
+    node_log_until_gone(pid)
+
+
+def test_when_the_engine_dies_the_node_ends(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    connection = node.link()
+    connection.send(submit("die", [1]))
+    assert close_code(connection, node) == 1011
+    assert node.wait(3) == 1
+    assert "pd-serve: the engine died (exit status 7)" in node.log
+    assert "Traceback" not in node.log
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("fails", "pd-serve: the pool is too small; raise --kv-cache-memory\n"),
+        ("crashes", "pd-serve: the engine ended without a word"),
+    ],
+)
+def test_an_engine_that_cannot_start(start_node: StartNode, behaviour: str, message: str) -> None:
+    node = start_node(behaviour, ready=False)
+    assert node.wait() == 1
+    assert message in node.log
+    assert "Traceback" not in node.log
+
+
+def test_a_taken_port_is_a_clear_error(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    port = int(node.url.rsplit(":", 1)[1])
+    second = start_node("echoes", ready=False, port=port)
+    assert second.wait() == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in second.log
+    assert "Traceback" not in second.log
+
+
+def test_cores_that_are_not_there(start_node: StartNode) -> None:
+    node = start_node("echoes", "--cpus", "60000", ready=False, port=free_port())
+    assert node.wait() == 2
+    assert "--cpus names cores that this process may not use: [60000]" in node.log

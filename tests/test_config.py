@@ -1,0 +1,175 @@
+"""Settings: where they come from, what wins, and what a mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pd_serve import config, config_docs, values
+from pd_serve.errors import ConfigError
+
+
+def load(command: str = "decode", environ: dict[str, str] | None = None, file: Path | None = None, **flags: object):
+    return config.load(command, flags, config_file=str(file) if file else None, environ=environ or {})
+
+
+def test_flag_then_variable_then_file_then_default(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("port: 1\nthreads: 1\nmax_queue: 1\n")
+    environ = {"PD_SERVE_PORT": "2", "PD_SERVE_THREADS": "2"}
+    loaded = load(environ=environ, file=file, port="3")
+    assert (loaded.port, loaded.threads, loaded.max_queue, loaded.block_size) == (3, 2, 1, 16)
+    assert loaded.role == "decode"
+
+
+def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("port: 7")
+    assert load(environ={"PD_SERVE_CONFIG": str(file)}).port == 7
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    assert load(environ={"PD_SERVE_PORT": ""}).port == 0
+
+
+def test_false_is_a_value() -> None:
+    assert load(environ={"PD_SERVE_PREFIX_CACHING": "yes"}, prefix_caching=False).prefix_caching is False
+
+
+def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text(
+        "kv_cache_memory: 1.5GiB\ncpus: [0, 2-4]\nrouter: ['http://a:1/', 'http://b:2']\nlease_s: 2.5\n"
+        "prefix_caching: off\nmodel: 8\n"
+    )
+    loaded = load(file=file)
+    assert loaded.kv_cache_memory == 3 << 29
+    assert loaded.cpus == (0, 2, 3, 4)
+    assert loaded.router == ("http://a:1", "http://b:2")
+    assert loaded.lease_s == 2.5
+    assert loaded.prefix_caching is False
+    assert loaded.model == "8"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("kv_cache_memry: 1GiB", "unknown setting 'kv_cache_memry'; did you mean 'kv_cache_memory'?"),
+        ("kv-cache-memory: 1GiB", "unknown setting 'kv-cache-memory'; did you mean 'kv_cache_memory'?"),
+        ("max_attempts: 3", "'max_attempts' is a setting of pd-serve up and router, not of decode"),
+        ("[1, 2]", "must hold one setting a line"),
+        ("a: [", "is not valid YAML"),
+        ("kv_cache_memory: 1 apple", "kv_cache_memory in {file} must be a size like 512MiB or 4GiB, not '1 apple'"),
+        ("port: 70000", "port in {file} must be a whole number from 0 to 65535"),
+        ("port: true", "port in {file} must be a whole number from 0 to 65535, not True"),
+        ("port: {a: 1}", "port in {file} must be"),
+        ("lease_s: .nan", "lease_s in {file} must be a number of at least 1"),
+        ("prefix_caching: perhaps", "prefix_caching in {file} must be true or false"),
+        ("router: localhost:8000", "must be a URL like http://10.0.0.1:8000, not 'localhost:8000'"),
+        ("router: 'http://a:99999'", "must be a URL"),
+        ("cpus: 3-1", "must be core numbers and ranges like 0-3,8"),
+        ("dtype: fp8", "dtype in {file} must be one of auto, bfloat16, float32, not 'fp8'"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as raised:
+        load(file=file)
+    assert message.format(file=file) in str(raised.value)
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration file /nowhere"):
+        load(file=Path("/nowhere"))
+
+
+def test_an_unknown_variable_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="unknown variable PD_SERVE_DTYP; did you mean 'PD_SERVE_DTYPE'"):
+        load(environ={"PD_SERVE_DTYP": "float32"})
+
+
+def test_variables_of_other_commands_are_left_alone() -> None:
+    environ = {"PD_SERVE_MAX_ATTEMPTS": "not a number", "PD_SERVE_CACHE": "/tmp", "HOME": "/"}
+    assert load(environ=environ).port == 0
+
+
+def test_commands_have_their_own_settings() -> None:
+    names = {command: {setting.name for setting in config.settings(command)} for command in config.COMMANDS}
+    assert "local_prefill_tokens" in names["decode"] & names["up"]
+    assert "local_prefill_tokens" not in names["prefill"]
+    assert "model" not in names["router"]
+    assert "role" not in names["decode"]
+    assert isinstance(load("up").prefill, int)
+    assert load("router", prefill="http://a:1,http://b:1").prefill == ("http://a:1", "http://b:1")
+
+
+@pytest.mark.parametrize("command", config.COMMANDS)
+def test_a_configuration_survives_its_file(command: str, tmp_path: Path) -> None:
+    flags = {
+        "cpus": "1,3-4",
+        "kv_cache_memory": "3MiB",
+        "router": "http://a:1",
+        "api_key": "x,y",
+        "prefix_caching": False,
+    }
+    known = {setting.name for setting in config.settings(command)}
+    loaded = config.load(command, {k: v for k, v in flags.items() if k in known}, environ={})
+    file = tmp_path / "settings.json"
+    file.write_text(config.to_json(command, loaded))
+    assert load(command, file=file) == loaded
+
+
+@pytest.mark.parametrize("command", config.COMMANDS)
+def test_every_default_is_a_value_that_its_kind_accepts(command: str) -> None:
+    for setting in config.settings(command):
+        assert setting.kind.parse(setting.default) == setting.default, setting.name
+        assert setting.kind.parse(setting.default_text) == setting.default, setting.name
+
+
+def test_keys_come_from_both_places(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nkey-1\n\n  key-2  \n")
+    loaded = load("router", environ={"PD_SERVE_API_KEY": "key-0"}, api_key_file=str(file))
+    assert loaded.api_keys() == {"key-0", "key-1", "key-2"}
+    file.write_text("# none\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        loaded.api_keys()
+    with pytest.raises(ConfigError, match="cannot read /nowhere"):
+        dataclasses.replace(loaded, api_key_file="/nowhere").api_keys()
+
+
+@pytest.mark.parametrize("kind", [values.SIZE, values.FLAG, values.CORES, values.URL, values.URLS, values.integer(0)])
+@given(value=st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text())))
+def test_any_value_parses_or_says_why(kind: values.Kind, value: object) -> None:
+    try:
+        kind.parse(value)
+    except ValueError as error:
+        assert "must be" in str(error)
+
+
+@given(st.integers(0, 1 << 50))
+def test_sizes_survive_rendering(size: int) -> None:
+    assert values.SIZE.parse(values.render_size(size)) == size
+
+
+def test_the_documentation_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "configuration.md"
+    assert config_docs.main(["--check", str(path)]) == 1
+    assert config_docs.main([str(path)]) == 0
+    assert config_docs.main(["--check", str(path)]) == 0
+    path.write_text(path.read_text() + "x")
+    assert config_docs.main(["--check", str(path)]) == 1
+    assert "make docs" in capsys.readouterr().out
+
+
+def test_the_documentation_names_every_setting() -> None:
+    text = config_docs.render()
+    for command in config.COMMANDS:
+        for setting in config.settings(command):
+            assert f"`{setting.variable}`" in text
+            assert setting.help.replace("|", "\\|") in text
