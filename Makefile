@@ -47,11 +47,11 @@ $(BIN)/python:
 
 # pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing pd-serve into $(VENV) (about a minute the first time) ..."
+	@echo "Installing pd-serve into $(VENV) (a minute or two the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing pd-serve and its test tools into $(VENV) (about a minute the first time) ..."
+	@echo "Installing pd-serve and its test tools into $(VENV) (a minute or two the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@ $(RUN)

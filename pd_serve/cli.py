@@ -15,6 +15,7 @@ import typer
 
 from pd_serve import __version__, config
 from pd_serve.errors import ConfigError, ModelError, PDServeError
+from pd_serve.settings import Setting
 
 app = typer.Typer(
     name="pd-serve",
@@ -25,13 +26,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure an endpoint.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-_PRECEDENCE = (
-    "Every option is also a variable (--kv-cache-memory: PD_SERVE_KV_CACHE_MEMORY) and a key of the YAML file "
-    "given with --config (kv_cache_memory). Flags win over variables, variables over the file."
-)
+_bench = typer.Typer(help="Measure an endpoint.", no_args_is_help=True)
+app.add_typer(_bench, name="bench")
 
 
 def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
@@ -41,11 +37,17 @@ def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], 
         def command(config_file: str | None, **flags: object) -> None:
             raise typer.Exit(run(config.load(name, flags, config_file=config_file)))
 
+        group, _, own_name = name.rpartition(" ")
+        first = config.settings(name)[0]
+        precedence = (
+            f"Every option is also a variable ({first.flag}: {first.variable}) and a key of the YAML file given with "
+            f"--config ({first.name}). Flags win over variables, variables over the file."
+        )
         parameters = [_config_parameter()] + [_parameter(setting) for setting in config.settings(name)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__doc__ = f"{about}\n\n[bold]Examples[/bold]\n\n{examples}\n\n{_PRECEDENCE}"
-        app.command(name, help=command.__doc__)(command)
+        command.__doc__ = f"{about}\n\n[bold]Examples[/bold]\n\n{examples}\n\n{precedence}"
+        (_bench if group else app).command(own_name, help=command.__doc__)(command)
         return run
 
     return register
@@ -56,7 +58,7 @@ def _config_parameter() -> inspect.Parameter:
     return _keyword("config_file", Annotated[str | None, option])
 
 
-def _parameter(setting: config.Setting) -> inspect.Parameter:
+def _parameter(setting: Setting) -> inspect.Parameter:
     note = f" {setting.reason}" if setting.reason else ""
     unit = f" {setting.unit}" if setting.unit else ""
     default = f" [dim]\\[default: {setting.default_text}{unit}][/dim]" if setting.default_text else ""
@@ -126,6 +128,19 @@ def decode(settings: config.NodeConfig) -> int:
 )
 def router(settings: config.RouterConfig) -> int:
     from pd_serve.router.main import run
+
+    return run(settings)
+
+
+@_command(
+    "bench serve",
+    "Load an OpenAI endpoint, any server's, and print how fast it answered.",
+    """    pd-serve bench serve --input-len 1024 --output-len 64 --concurrency 8
+
+    pd-serve bench serve --base-url http://10.0.0.1:8000 --request-rate 4 --requests 200 --json result.json""",
+)
+def bench_serve(settings: config.BenchConfig) -> int:
+    from pd_serve.bench.serve import run
 
     return run(settings)
 

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from pd_serve.config import Setting, settings
+from pd_serve.config import settings
+from pd_serve.settings import Setting
 
 _INTRO = """\
 # Configuration
@@ -32,6 +33,11 @@ _SECTIONS = (
     ("up", "pd-serve up", "A router and its nodes on this machine; settings of nodes apply to all of them."),
     ("decode", "pd-serve prefill, pd-serve decode", "One node."),
     ("router", "pd-serve router", "One router."),
+    (
+        "bench serve",
+        "pd-serve bench serve",
+        "A load generator; its variables begin with `PD_SERVE_BENCH_`.",
+    ),
 )
 
 

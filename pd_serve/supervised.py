@@ -22,6 +22,8 @@ MAX_RESTARTS = 5  # in RESTART_WINDOW_S; beyond it the fault is not a chance one
 RESTART_WINDOW_S = 60.0
 _BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 _KEPT_LINES = 200
+_TAIL_LINES = 30
+_ERROR = "pd-serve: "  # what the command line writes before an error
 _COLOURS = (36, 33, 32, 35, 34, 31)
 
 
@@ -59,24 +61,25 @@ class Supervised:
         os.set_blocking(self._child.stdout, False)
         asyncio.get_running_loop().add_reader(self._child.stdout, self._read, self._child.stdout)
 
-    def stream(self) -> None:
-        """From now on its output is shown as it comes; warnings of the start are shown now."""
+    def stream(self, *, everything: bool = False) -> None:
+        """From now on its output is shown as it comes; of what came before, warnings or everything."""
         if not self._streaming:
             self._streaming = True
             for line in self._kept:
-                if any(level in line for level in (" WARNING ", " ERROR ", " CRITICAL ")):
+                if everything or any(level in line for level in (" WARNING ", " ERROR ", " CRITICAL ")):
                     self._show(line)
 
     async def wait(self) -> int:
         return await self.child.wait()
 
     def last_words(self, status: int) -> str:
-        """Why it ended: its own error line where it left one, else its last output."""
+        """Why it ended: its own error line, or its last output where it left none or that line points there."""
         self._read(self.child.stdout)
-        for line in reversed(self._kept):
-            if line.startswith("pd-serve: "):
-                return line.removeprefix("pd-serve: ")
-        return "\n  ".join([describe_exit(status), *list(self._kept)[-20:]])
+        tail = list(self._kept)[-_TAIL_LINES:]
+        message = next((line for line in reversed(tail) if line.startswith(_ERROR)), "").removeprefix(_ERROR)
+        if message and not message.endswith("above"):
+            return message
+        return "\n  ".join([message.replace("above", "below") or describe_exit(status), *tail])
 
     async def keep_running(self) -> None:
         """Starts it again whenever it dies. Raises PDServeError when that happens too often."""

@@ -7,6 +7,7 @@ its settings; nodes find the router by registering.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -21,14 +22,17 @@ from pd_serve import logs
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
 from pd_serve.errors import PDServeError
 from pd_serve.models.source import resolve
-from pd_serve.node.main import listen
+from pd_serve.node.main import listen, netloc
+from pd_serve.settings import values_of
 from pd_serve.supervised import Supervised
 
 log = logging.getLogger(__name__)
 
 DRAIN_S = 2.5  # nodes end in order where they can ...
 KILL_AFTER_S = 4.0  # ... and at all events: Ctrl-C ends everything within 5 s
-_POLL_S = 0.05
+_POLL_S = 0.1
+_PATIENCE_S = 20.0  # a start that takes longer is explained by what the processes print
+_LOCAL = "127.0.0.1"
 
 
 def run(config: UpConfig) -> int:
@@ -51,16 +55,17 @@ def run(config: UpConfig) -> int:
 def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]:
     """Name, command, URL and settings file of each process. Raises ConfigError when the port is taken."""
     listen(config.host, config.port).close()
-    url = f"http://{config.host}:{config.port}"
+    url = _router_url(config)
     routers = RouterConfig(
-        **{name: getattr(config, name) for name in settings.names(settings.RouterSettings)},
+        **values_of(config, settings.RouterSettings),
         min_prefill=min(1, config.prefill),
         min_decode=1,
     )
     plan = [("router", "router", url, _write(directory, "router", "router", routers))]
     count = config.prefill + config.decode
     cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
-    shared = {name: getattr(config, name) for name in settings.names(settings.EngineSettings)}
+    ports = _free_ports(count)
+    shared = values_of(config, settings.EngineSettings)
     for number in range(count):
         role, index = ("prefill", number) if number < config.prefill else ("decode", number - config.prefill)
         share = _share(cores, number, count)
@@ -68,8 +73,8 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
             **shared
             | {
                 "role": role,
-                "host": config.host,
-                "port": _free_port(config.host),
+                "host": _LOCAL,  # nodes are the router's business alone
+                "port": ports[number],
                 "router": (url,),
                 "threads": config.threads or len(share),
                 "cpus": share if config.cpus else (),
@@ -95,9 +100,15 @@ def _write(directory: Path, name: str, command: str, config: settings.Common) ->
     return path
 
 
-def _free_port(host: str) -> int:
-    with listen(host, 0) as bound:
-        return int(bound.getsockname()[1])
+def _router_url(config: UpConfig) -> str:
+    """Where processes and users of this machine reach the router."""
+    return f"http://{netloc(_LOCAL if config.host in ('0.0.0.0', '::') else config.host, config.port)}"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different ones: all are held until the last is found."""
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(listen(_LOCAL, 0)).getsockname()[1] for _ in range(count)]
 
 
 class Up:
@@ -152,6 +163,9 @@ class Up:
         try:
             waiting = list(self._processes)
             while waiting:
+                if time.monotonic() - self._started_s > _PATIENCE_S:
+                    for process in self._processes:
+                        process.stream(everything=True)
                 for process, end in zip(self._processes, ends, strict=True):
                     if end.done():
                         raise PDServeError(f"{process.name} did not start: {process.last_words(end.result())}")
@@ -179,9 +193,10 @@ class Up:
             table.add_row(
                 process.name, process.url, engine["model"]["name"], status["dtype"], engine["transport"], pids
             )
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(table)
-        console.print(f"\nReady after {time.monotonic() - self._started_s:.1f} s. Try:\n\n{_example(self._config)}\n")
+        print()
+        Console(highlight=False, soft_wrap=True).print(table)
+        took_s = time.monotonic() - self._started_s
+        print(f"\nReady after {took_s:.1f} s. Try:\n\n{_example(self._config)}\n\nCtrl-C ends everything.", flush=True)
         for process in self._processes:
             process.stream()
 
@@ -204,8 +219,7 @@ def _example(config: UpConfig) -> str:
         path, body["prompt"] = "completions", "The sky is blue because"
     body |= {"max_tokens": 64, "stream": True}
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key or config.api_key_file else ""
-    url = f"http://{config.host}:{config.port}/v1/{path}"
-    return f"  curl -N {url}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return f"  curl -N {_router_url(config)}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
 async def _is_ready(process: Supervised) -> bool:

@@ -21,7 +21,9 @@ class Detokenizer:
 
     __slots__ = ("_decoder", "_ids", "_read", "_shown", "_skip", "_table", "_tokenizer")
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._table = tokenizer.token_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from pd_serve.api.tokenizer import TextTokenizer
@@ -19,8 +20,12 @@ class CompletionLogprobs:
         self.offset = offset
 
     def add(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, list[Any]]:
-        tokens, values, tops, offsets = [], [], [], []
-        for id, entry in zip(ids, entries, strict=True):
+        """Tokens beyond ``entries`` are listed without values."""
+        tokens: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for id, entry in zip_longest(ids, entries[: len(ids)]):
             text = _name(self._tokenizer, id)
             tokens.append(text)
             offsets.append(self.offset)

@@ -37,7 +37,9 @@ class Finish(NamedTuple):
 class Format:
     """The events and the final document of one request. ``chat`` chooses the shape."""
 
-    def __init__(self, *, id: str, created_s: int, model: str, chat: bool, stream: bool, usage_in_stream: bool = False) -> None:
+    def __init__(
+        self, *, id: str, created_s: int, model: str, chat: bool, stream: bool, usage_in_stream: bool = False
+    ) -> None:
         self._chat = chat
         kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
         self._head = {"id": id, "object": kind, "created": created_s, "model": model}
@@ -105,8 +107,12 @@ class Format:
             choice["prompt_token_ids"] = prompt_token_ids
         return choice
 
-    def document(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-        return _json({**self._head, "choices": choices, "usage": usage.document()})
+    def document(
+        self, choices: list[dict[str, Any]], usage: Usage, *, prompt_token_ids: Sequence[int] | None = None
+    ) -> bytes:
+        """``prompt_token_ids`` only for chats, where all choices have the same prompt."""
+        extra = {} if prompt_token_ids is None else {"prompt_token_ids": prompt_token_ids}
+        return _json({**self._head, "choices": choices, "usage": usage.document(), **extra})
 
     def _make_choice(self, index: int, text: str, logprobs: Any, finish: Finish | None, field: str) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}

@@ -19,7 +19,9 @@ def draw_seed() -> int:
     return _draw(64)
 
 
-def sampling_params(request: CompletionRequest | ChatCompletionRequest, model: TextModel, prompt_tokens: int) -> SamplingParams:
+def sampling_params(
+    request: CompletionRequest | ChatCompletionRequest, model: TextModel, prompt_tokens: int
+) -> SamplingParams:
     """For the first choice; choice ``i`` adds ``i`` to the seed (see :func:`choice_seed`)."""
     room = model.info.max_model_len - prompt_tokens
     logprobs = prompt_logprobs = -1

@@ -1,6 +1,6 @@
 """Request bodies: what is accepted, and a message that says what to change for everything else.
 
-``parse`` turns bytes into one of the request models or raises APIError. Fields that OpenAI's API has and that
+Bytes become one of these models in :mod:`pd_serve.api.parsing`. Fields that OpenAI's API has and that
 cannot change the text are accepted and ignored; fields that would change the answer and are not
 supported are errors, because an answer that silently ignores them would be wrong. Checks that need the
 model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and :mod:`pd_serve.api.prompts`.
@@ -9,12 +9,10 @@ model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and :mod:`pd_ser
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from pd_serve.api.errors import APIError, bad_request
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -28,7 +26,7 @@ _Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 _INT64 = 2**63
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     # OpenAI's and vLLM's fields that have no effect on the text: accepted, ignored.
@@ -65,14 +63,14 @@ def _nearest(name: str, known: list[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     ignored = frozenset({"include_obfuscation"})
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool | None = None
 
 
-class _Sampled(_Body):
+class _Sampled(Body):
     """What both kinds of generation requests share. ``None`` always means the default."""
 
     model: str = ""
@@ -107,7 +105,9 @@ class _Sampled(_Body):
             raise pydantic_core.PydanticCustomError("stop", "must be a string or a list of strings")
         if len(items) > MAX_STOP_STRINGS:
             raise pydantic_core.PydanticCustomError(
-                "stop", "at most {limit} stop strings are allowed, got {got}", {"limit": MAX_STOP_STRINGS, "got": len(items)}
+                "stop",
+                "at most {limit} stop strings are allowed, got {got}",
+                {"limit": MAX_STOP_STRINGS, "got": len(items)},
             )
         if not all(items):
             raise pydantic_core.PydanticCustomError("stop", "a stop string must not be empty")
@@ -121,7 +121,9 @@ class _Sampled(_Body):
     @classmethod
     def _stop_tokens(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and len(value) > MAX_STOP_TOKENS:
-            raise pydantic_core.PydanticCustomError("stop", "at most {limit} stop tokens are allowed", {"limit": MAX_STOP_TOKENS})
+            raise pydantic_core.PydanticCustomError(
+                "stop", "at most {limit} stop tokens are allowed", {"limit": MAX_STOP_TOKENS}
+            )
         return value
 
     @field_validator("logit_bias", mode="after")
@@ -130,7 +132,9 @@ class _Sampled(_Body):
         if value is None:
             return None
         if len(value) > MAX_LOGIT_BIAS:
-            raise pydantic_core.PydanticCustomError("bias", "may have at most {limit} entries", {"limit": MAX_LOGIT_BIAS})
+            raise pydantic_core.PydanticCustomError(
+                "bias", "may have at most {limit} entries", {"limit": MAX_LOGIT_BIAS}
+            )
         for key, bias in value.items():
             if not (key.isascii() and key.isdigit() and len(key) <= 10):
                 raise pydantic_core.PydanticCustomError(
@@ -214,9 +218,13 @@ class CompletionRequest(_Sampled):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.best_of is not None and self.best_of > self.choices:
-            raise pydantic_core.PydanticCustomError("best_of", "'best_of' greater than 'n' is not supported: set best_of = n")
+            raise pydantic_core.PydanticCustomError(
+                "best_of", "'best_of' greater than 'n' is not supported: set best_of = n"
+            )
         if self.max_tokens == 0 and not self.echo:
-            raise pydantic_core.PydanticCustomError("max_tokens", "'max_tokens' must be at least 1 (0 only with 'echo': true)")
+            raise pydantic_core.PydanticCustomError(
+                "max_tokens", "'max_tokens' must be at least 1 (0 only with 'echo': true)"
+            )
         return self
 
 
@@ -239,7 +247,7 @@ class Tool(BaseModel):
     function: Function
 
 
-class Message(_Body):
+class Message(Body):
     ignored = frozenset({"refusal", "annotations"})
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
 
@@ -270,6 +278,12 @@ class Message(_Body):
                     "content", "only text parts are supported, got a part of type '{kind}'", {"kind": kind}
                 )
         return "\n".join(texts)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise pydantic_core.PydanticCustomError("content", "a message needs a 'content' (a string or text parts)")
+        return self
 
 
 class ChatCompletionRequest(_Sampled):
@@ -333,7 +347,7 @@ def check_continuation(messages: list[Message], generation: bool | None, continu
         )
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """vLLM's shape: either ``prompt`` or ``messages``."""
 
     model: str = ""
@@ -355,49 +369,12 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: str = ""
     tokens: list[int]
 
 
-class NodeRequest(_Body):
+class NodeRequest(Body):
     """POST and DELETE /nodes."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
-
-
-_B = TypeVar("_B", bound=_Body)
-
-
-def parse(kind: type[_B], body: bytes) -> _B:
-    """Raises APIError(400) whose message names the field, what is wrong and what to change."""
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise bad_request(f"the request body is not valid UTF-8 (byte {error.start}): encode it as UTF-8") from None
-    try:
-        # NaN and Infinity are read so that the message can name the field instead of a column.
-        document = pydantic_core.from_json(text, allow_inf_nan=True, cache_strings="keys")
-    except ValueError as error:
-        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
-    try:
-        return kind.model_validate(document)
-    except ValidationError as error:
-        raise _explain(error) from None
-    except RecursionError:
-        raise bad_request("the request body is nested too deeply") from None
-
-
-def _explain(error: ValidationError) -> APIError:
-    first = error.errors(include_url=False, include_context=True)[0]
-    place = ".".join(str(part) for part in first["loc"]) or None
-    message = first["msg"]
-    if first["type"] in ("unknown", "unsupported"):
-        context = first.get("ctx", {})
-        param = f"{place}.{context['field']}" if place else str(context["field"])
-        return bad_request(f"{place}: {message}" if place else message, param, f"{first['type']}_field")
-    if first["type"] == "missing":
-        return bad_request(f"the field '{place}' is required", place, "missing_field")
-    if first["type"] == "finite_number":
-        message = "must be a finite number"
-    return bad_request(f"{place}: {message}" if place else message, place, "invalid_value")

@@ -125,8 +125,8 @@ class TextModel:
                 code,
             )
         raise bad_request(
-            f"the prompt has {prompt_tokens} tokens and '{tokens_param}' asks for {max_tokens}, this model takes {limit} "
-            f"in all: lower '{tokens_param}' to at most {limit - prompt_tokens} or shorten the prompt",
+            f"the prompt has {prompt_tokens} tokens and '{tokens_param}' asks for {max_tokens}, this model takes "
+            f"{limit} in all: lower '{tokens_param}' to at most {limit - prompt_tokens} or shorten the prompt",
             tokens_param,
             code,
         )
@@ -154,4 +154,6 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 def unknown_model(name: str, known: list[str]) -> APIError:
     served = ", ".join(sorted(known))
-    return APIError(404, f"the model '{name[:200]}' is not served here; served: {served}", param="model", code="model_not_found")
+    return APIError(
+        404, f"the model '{name[:200]}' is not served here; served: {served}", param="model", code="model_not_found"
+    )

@@ -18,7 +18,9 @@ class TextTokenizer:
     """``exact`` says that a token is a fixed run of bytes (byte-level BPE, SentencePiece with byte
     fall-back), so that text can be decoded token by token without context."""
 
-    def __init__(self, tokenizer_json: bytes, *, bos_token: str | None = None, add_bos_token: bool | None = None) -> None:
+    def __init__(
+        self, tokenizer_json: bytes, *, bos_token: str | None = None, add_bos_token: bool | None = None
+    ) -> None:
         try:
             self._fast: Any = FastTokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises plain Exception

@@ -318,10 +318,10 @@ class Inbox:
         if state is PullState.RUNNING:
             return False
         if state is PullState.FAILED:
-            message = pull.error()
-            self._fail(job, FailureKind.TRANSFER, message)
+            error = pull.error()
+            self._fail(job, FailureKind(error.kind), str(error))
             # an endpoint with a failed read serves no other read either: connect anew
-            peer.lose(FailureKind.PEER_LOST, message)
+            peer.lose(FailureKind.PEER_LOST, str(error))
             return False
         pull.close()
         seconds = time.perf_counter() - job.pull_started_s

@@ -140,7 +140,7 @@ def build(
     scheduler = Scheduler(kv, limits)
     info = ModelInfo(
         name=config.served_name,
-        fingerprint=fingerprint(directory, config.dtype),
+        fingerprint=fingerprint(directory, config.dtype, config.load_format),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),

@@ -160,15 +160,15 @@ class ModelConfig:
         )
 
 
-def fingerprint(directory: Path, dtype: str) -> str:
+def fingerprint(directory: Path, dtype: str, load_format: str = "safetensors") -> str:
     """16 hex digits that two nodes must share to exchange KV: configuration, weights and dtype.
 
     Weights are known by each file's name, size, safetensors header and a few sampled ranges, so that it takes
-    milliseconds however large they are. Without weight files (``dummy``) the configuration alone counts.
+    milliseconds however large they are. With ``dummy`` weights the configuration alone counts, files or not.
     """
     config = {k: v for k, v in read_json(directory / "config.json").items() if k not in _NOT_IDENTITY}
-    digest = hashlib.sha256(json.dumps([dtype, config], sort_keys=True).encode())
-    for path in sorted(directory.glob("*.safetensors")):
+    digest = hashlib.sha256(json.dumps([dtype, load_format == "dummy", config], sort_keys=True).encode())
+    for path in sorted(directory.glob("*.safetensors")) if load_format != "dummy" else ():
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:

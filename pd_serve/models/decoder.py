@@ -32,15 +32,15 @@ class Attention(Protocol):
 
 
 class Decoder:
-    """A model on one device. ``max_positions`` bounds the positions it may be asked for."""
+    """A model on one device. Positions are below ``max_positions``, which the caller sees to: kernels do not check."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, max_positions: int | None = None) -> None:
         self.config = config
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
-        self._cos_sin = [cos_sin_table(rope, positions, self.device) for rope in config.ropes]
+        self.max_positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
+        self._cos_sin = [cos_sin_table(rope, self.max_positions, self.device) for rope in config.ropes]
         self._mul = ops.silu_mul if config.activation == "silu" else ops.gelu_tanh_mul
         # rounded to the dtype, as the models were trained
         scale = torch.tensor(math.sqrt(config.hidden_size)).to(self.dtype).item()
@@ -67,9 +67,9 @@ class Decoder:
             x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
         return x
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the sampler writes into what comes out, outside of it
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[N, hidden]`` -> ``[N, vocab]`` float32."""
+        """``[N, hidden]`` -> ``[N, vocab]`` float32, the caller's to write to."""
         logits = self.weights.lm_head(hidden).float()
         if (cap := self.config.logit_softcap) is not None:
             logits = torch.tanh(logits / cap) * cap

@@ -189,9 +189,9 @@ def _from_hub(model: str, load_format: str) -> Path:
     try:
         directory = Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, httpx's and requests' errors alike
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{model} could not be fetched from the hub: {reason} If the name is right and the hub cannot be reached "
+            f"{model} could not be fetched from the hub: {reason}. If the name is right and the hub cannot be reached "
             "from here, copy the model's directory here and give its path."
         ) from None
     return _checked(directory, load_format)

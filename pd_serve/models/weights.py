@@ -1,9 +1,9 @@
 """Loads weights into the tensors that the decoder multiplies with: fused, typed, checked.
 
 Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
-the fusion of q, k, v and of gate, up. Files are mapped, not read: what needs no fusing or conversion on CPU stays
-in the page cache, which nodes of one machine share. Must never serve a model of which a tensor is missing,
-unknown or of the wrong shape.
+the fusion of q, k, v and of gate, up. Files are mapped, not read: matrices are packed straight out of the page
+cache, and the embedding stays there, shared by the nodes of one machine. Must never serve a model of which a tensor
+is missing, unknown or of the wrong shape.
 """
 
 from __future__ import annotations

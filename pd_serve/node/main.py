@@ -23,7 +23,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     logs.configure(config.log_level, config.role)
     model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
-    url = config.advertise_url or f"http://{_netloc(reachable_host(config.host), listener.getsockname()[1])}"
+    url = config.advertise_url or f"http://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
     engine = EngineProcess()
     try:
         engine_config = make_engine_config(config, model, url, engine.address)
@@ -97,5 +97,6 @@ def reachable_host(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _netloc(host: str, port: int) -> str:
+def netloc(host: str, port: int) -> str:
+    """``host:port`` as a URL has it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pd_serve.errors import TransferError
+
 
 @dataclass(frozen=True)
 class Region:
@@ -51,7 +53,7 @@ class Pull(Protocol):
     def poll(self) -> PullState:
         """Advances the transfer; never blocks."""
 
-    def error(self) -> str:
+    def error(self) -> TransferError:
         """What went wrong, after FAILED."""
 
     def close(self) -> bool:

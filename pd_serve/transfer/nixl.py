@@ -73,11 +73,10 @@ class NixlPull:
     def __init__(self, transport: NixlTransport, handle: int, size_bytes: int, num_descriptors: int) -> None:
         self.size_bytes = size_bytes
         self.num_descriptors = num_descriptors
-        self.peer_lost = False
         self._transport = transport
         self._handle: int | None = handle
         self._state = PullState.RUNNING
-        self._error = ""
+        self._error: TransferError | None = None
         self._failed_at_s = 0.0
 
     def post(self) -> None:
@@ -94,22 +93,22 @@ class NixlPull:
         try:
             status = call(self._handle)
         except nixl.nixlRemoteDisconnectError:
-            self.peer_lost = True
-            self._fail("the prefill node's endpoint is gone (NIXL: remote disconnect)")
+            self._fail(FailureKind.PEER_LOST, "the prefill node's endpoint is gone (NIXL: remote disconnect)")
         except self._transport.errors as error:
-            self._fail(f"NIXL could not read: {error}")
+            self._fail(FailureKind.TRANSFER, f"NIXL could not read: {error}")
         else:
             if status == nixl.NIXL_SUCCESS:
                 self._state = PullState.DONE
             elif status != nixl.NIXL_IN_PROG:
-                self._fail(f"NIXL could not read: status {status}")
+                self._fail(FailureKind.TRANSFER, f"NIXL could not read: status {status}")
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, kind: FailureKind, message: str) -> None:
         self._state = PullState.FAILED
-        self._error = message
+        self._error = TransferError(kind, message)
         self._failed_at_s = time.monotonic()
 
-    def error(self) -> str:
+    def error(self) -> TransferError:
+        assert self._error is not None, "only after FAILED"
         return self._error
 
     def close(self) -> bool:

@@ -18,7 +18,7 @@ import torch
 def load(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def logprobs(directory: Path, prompt: list[int], output: list[int]) -> torch.Tensor:

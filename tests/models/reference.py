@@ -73,9 +73,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama-head-dim": lambda: _llama(head_dim=24),
     "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
-    "llama-linear-rope": lambda: _llama(
-        rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
-    ),
+    "llama-linear-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     "llama-yarn": lambda: _llama(rope_parameters=YARN),
     "mistral-sliding": lambda: _mistral(sliding_window=8),
     "mistral": lambda: _mistral(sliding_window=None),

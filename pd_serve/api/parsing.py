@@ -1,0 +1,47 @@
+"""Bytes to request models. Every failure is an APIError(400) whose message says what to change."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pydantic_core
+from pydantic import ValidationError
+
+from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.schemas import Body
+
+_B = TypeVar("_B", bound=Body)
+
+
+def parse(kind: type[_B], body: bytes) -> _B:
+    """Raises APIError(400) whose message names the field, what is wrong and what to change."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the request body is not valid UTF-8 (byte {error.start}): encode it as UTF-8") from None
+    try:
+        # NaN and Infinity are read so that the message can name the field instead of a column.
+        document = pydantic_core.from_json(text, allow_inf_nan=True, cache_strings="keys")
+    except ValueError as error:
+        raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error) from None
+    except RecursionError:
+        raise bad_request("the request body is nested too deeply") from None
+
+
+def _explain(error: ValidationError) -> APIError:
+    first = error.errors(include_url=False, include_context=True)[0]
+    place = ".".join(str(part) for part in first["loc"]) or None
+    message = first["msg"]
+    if first["type"] in ("unknown", "unsupported"):
+        context = first.get("ctx", {})
+        param = f"{place}.{context['field']}" if place else str(context["field"])
+        return bad_request(f"{place}: {message}" if place else message, param, f"{first['type']}_field")
+    if first["type"] == "missing":
+        return bad_request(f"the field '{place}' is required", place, "missing_field")
+    if first["type"] == "finite_number":
+        message = "must be a finite number"
+    return bad_request(f"{place}: {message}" if place else message, place, "invalid_value")

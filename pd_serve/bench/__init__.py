@@ -1,0 +1,1 @@
+"""Load generators. They know an endpoint only by its API."""

@@ -1,0 +1,182 @@
+"""Requests, when they are sent, and what is written down of each.
+
+Called by :mod:`pd_serve.bench.serve`. All times are the client's, from ``time.perf_counter``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pd_serve.bench.client import Client, HttpError
+from pd_serve.config import BenchConfig
+
+_FIRST_TOKEN_ID = 100  # below it many vocabularies keep their special tokens
+_WORDS = """time year people way day man thing woman life child world school state family student group country
+problem hand part place case week company system program question work government number night point home water room
+mother area money story fact month lot right study book eye job word business issue side kind head house service
+friend father power hour game line end member law car city community name president team minute idea body""".split()
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: object = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+@dataclass
+class Record:
+    """One request. Times in seconds."""
+
+    sent_s: float
+    token_times_s: list[float] = field(default_factory=list)  # of events that carry text or tokens
+    end_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times_s[0] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time of a token after the first."""
+        if self.output_tokens < 2:
+            return None
+        return (self.token_times_s[-1] - self.token_times_s[0]) / (self.output_tokens - 1)
+
+
+class Bodies:
+    """An endless supply of request bodies, each with a prompt of its own; the same for the same seed."""
+
+    def __init__(self, config: BenchConfig, model: str, seed: int) -> None:
+        self._config = config
+        self._random = random.Random(seed)
+        self._fixed: dict[str, object] = {
+            "model": model,
+            "max_tokens": config.output_len,
+            "temperature": config.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if config.ignore_eos:
+            self._fixed["ignore_eos"] = True
+
+    def next(self) -> bytes:
+        config = self._config
+        if config.endpoint == "chat":
+            prompt: dict[str, object] = {"messages": [{"role": "user", "content": self._words()}]}
+        elif config.prompt == "text":
+            prompt = {"prompt": self._words()}
+        else:
+            ids = [self._random.randrange(_FIRST_TOKEN_ID, config.max_token_id) for _ in range(config.input_len)]
+            prompt = {"prompt": ids}
+        return json.dumps(self._fixed | prompt).encode()
+
+    def _words(self) -> str:
+        return " ".join(self._random.choices(_WORDS, k=self._config.input_len))
+
+
+async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
+    """One request, from its first byte sent to its last byte read. Never raises."""
+    record = Record(time.perf_counter())
+    chat = config.endpoint == "chat"
+
+    def on_event(now_s: float, data: bytes) -> None:
+        if data == b"[DONE]":
+            return
+        event = _decode(data)
+        if event.error is not None:
+            record.error = f"in the stream: {json.dumps(event.error)[:200]}"
+        if event.usage is not None:
+            record.prompt_tokens = event.usage.prompt_tokens
+            record.output_tokens = event.usage.completion_tokens
+        for choice in event.choices:
+            if choice.finish_reason is not None:
+                record.finish_reason = choice.finish_reason
+            text = (choice.delta.content or choice.delta.reasoning_content) if choice.delta else choice.text
+            # a completion's event without text still is a token (half a character, say), unless it only ends the stream
+            if text or choice.token_ids or (not chat and choice.finish_reason is None):
+                record.token_times_s.append(now_s)
+
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    try:
+        status, answer = await client.post(path, body, on_event)
+        if status != 200:
+            record.error = f"HTTP {status}: {answer.decode(errors='replace')[:200]}"
+        elif record.finish_reason is None and record.error is None:
+            record.error = "the stream ended without a finish reason"
+    except HttpError as error:
+        record.error = str(error)
+    record.end_s = time.perf_counter()
+    record.output_tokens = record.output_tokens or len(record.token_times_s)
+    if record.error is None and not record.token_times_s:
+        record.error = "no token received"
+    return record
+
+
+async def closed_loop(
+    client: Client, config: BenchConfig, bodies: Bodies, count: int, finished: Callable[[Record], None]
+) -> list[Record]:
+    """``config.concurrency`` clients that each wait for one answer before they ask again."""
+    queue: Iterator[bytes] = iter([bodies.next() for _ in range(count)])
+    records: list[Record] = []
+
+    async def worker() -> None:
+        for body in queue:
+            record = await send(client, config, body)
+            records.append(record)
+            finished(record)
+
+    await asyncio.gather(*(worker() for _ in range(min(config.concurrency, count))))
+    return records
+
+
+async def open_loop(
+    client: Client, config: BenchConfig, bodies: Bodies, count: int, finished: Callable[[Record], None], seed: int
+) -> list[Record]:
+    """Requests at ``config.request_rate`` a second with exponential gaps, whether or not earlier ones have ended."""
+    gaps = random.Random(seed + 1)
+    prepared = [bodies.next() for _ in range(count)]
+    records: list[Record] = []
+    due_s = time.perf_counter()
+
+    async def one(body: bytes) -> None:
+        record = await send(client, config, body)
+        records.append(record)
+        finished(record)
+
+    async with asyncio.TaskGroup() as group:
+        for body in prepared:
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            group.create_task(one(body))
+            due_s += gaps.expovariate(config.request_rate)
+    return records

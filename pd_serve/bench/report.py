@@ -1,0 +1,112 @@
+"""Figures of a run, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from pd_serve.bench.load import Record
+from pd_serve.config import BenchConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TIMES = {
+    "ttft": "time to first token",
+    "itl": "between two tokens",
+    "tpot": "per token after the first",
+    "e2e": "whole request",
+}
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Of sorted values, interpolated between neighbours."""
+    at = (len(ordered) - 1) * percent / 100
+    low, high = math.floor(at), math.ceil(at)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds; empty without values."""
+    if not seconds:
+        return {}
+    ordered = sorted(second * 1000 for second in seconds)
+    return {
+        "mean": statistics.fmean(ordered),
+        "median": percentile(ordered, 50),
+        "p90": percentile(ordered, 90),
+        "p99": percentile(ordered, 99),
+        "min": ordered[0],
+        "max": ordered[-1],
+    }
+
+
+def figures(config: BenchConfig, records: Sequence[Record]) -> dict[str, Any]:
+    """Everything ``--json`` writes. Throughput counts completed requests, from the first sent to the last ended."""
+    good = [record for record in records if record.error is None]
+    result: dict[str, Any] = {
+        "completed": len(good),
+        "failed": len(records) - len(good),
+        "errors": dict(Counter(record.error for record in records if record.error is not None).most_common(10)),
+    }
+    if not good:
+        return result
+    duration_s = max(record.end_s for record in good) - min(record.sent_s for record in good)
+    prompt_tokens = sum(record.prompt_tokens or config.input_len for record in good)
+    output_tokens = sum(record.output_tokens for record in good)
+    times = {
+        "ttft": [record.ttft_s for record in good],
+        "itl": [after - before for record in good for before, after in pairwise(record.token_times_s)],
+        "tpot": [tpot_s for record in good if (tpot_s := record.tpot_s) is not None],
+        "e2e": [record.end_s - record.sent_s for record in good],
+    }
+    return result | {
+        "duration_s": duration_s,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "requests_per_s": len(good) / duration_s,
+        "output_tokens_per_s": output_tokens / duration_s,
+        "total_tokens_per_s": (prompt_tokens + output_tokens) / duration_s,
+        "tokens_per_event": output_tokens / max(1, sum(len(record.token_times_s) for record in good)),
+        "short_outputs": sum(record.output_tokens != config.output_len for record in good),
+        **{f"{name}_ms": summary(seconds) for name, seconds in times.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("ms")
+    shown.add_column("", style="dim")
+    columns = ("mean", "median", "p90", "p99", "max")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for name, meaning in TIMES.items():
+        row = result[f"{name}_ms"]
+        shown.add_row(name.upper(), meaning, *(f"{row[column]:.2f}" if row else "-" for column in columns))
+    return shown
+
+
+def lines(result: dict[str, Any], config: BenchConfig) -> list[str]:
+    """What stands under the table."""
+    text = []
+    if result["completed"]:
+        text.append(
+            f"{result['completed']} requests in {result['duration_s']:.2f} s: "
+            f"{result['requests_per_s']:.2f} requests/s, "
+            f"{result['output_tokens_per_s']:.1f} output tokens/s, "
+            f"{result['total_tokens_per_s']:.1f} tokens/s in all"
+        )
+        if result["short_outputs"]:
+            text.append(f"{result['short_outputs']} answers have not {config.output_len} tokens")
+        if result["tokens_per_event"] > 1.05:
+            text.append(f"{result['tokens_per_event']:.2f} tokens an event: ITL is between events, TPOT is a token's")
+    if result["failed"]:
+        text.append(f"{result['failed']} requests failed:")
+        text += [f"  {count} x {error}" for error, count in result["errors"].items()]
+    return text

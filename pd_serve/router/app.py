@@ -1,0 +1,312 @@
+"""The router's HTTP surface: an ASGI application made of the settings, and what lives as long as it does.
+
+Handlers read and check; generations do the rest (see :mod:`pd_serve.router.generation`). Everything that is
+not a success has OpenAI's error shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pd_serve import __version__
+from pd_serve.api import schemas
+from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.parsing import parse
+from pd_serve.api.text_model import Prompt, unknown_model
+from pd_serve.router.clock import LoopClock
+from pd_serve.router.edge import Edge, request_id
+from pd_serve.router.generation import Generation
+from pd_serve.router.links import Links
+from pd_serve.router.metrics import Metrics
+from pd_serve.router.nodes import Group, Registry
+from pd_serve.router.sequence import Shared
+from pd_serve.router.settings import RouterSettings
+from pd_serve.router.status import describe, models
+
+log = logging.getLogger(__name__)
+
+_INLINE_BYTES = 16 << 10  # longer bodies are tokenised in a thread, so that streams do not pause
+_SWEEP_S = 1.0
+_T = TypeVar("_T")
+
+
+class Router:
+    """The running router: handlers are its methods."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self.registry = Registry()
+        self.links = Links(settings, self.registry)
+        self.metrics = Metrics()
+        self.shared: Shared
+        self.started_s = time.time()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.shared = Shared(self.settings, LoopClock(), self.metrics.count)
+        self.links.start()
+        sweeper = asyncio.create_task(self._sweep())
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            await self.links.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now_s = self.shared.clock.now_s()
+            for sequence in list(self.shared.active):
+                sequence.check_time(now_s)
+
+    def begin_drain(self) -> None:
+        """The server takes nothing new; what runs may finish for ``drain_timeout_s``."""
+        if self.shared.draining:
+            return
+        self.shared.draining = True
+        log.info("draining: %d sequences, at most %g s", len(self.shared.active), self.settings.drain_timeout_s)
+        self.shared.clock.call_later(self.settings.drain_timeout_s, self.end_all)
+
+    def end_all(self) -> None:
+        """Every open request ends now, with an error that its client can read."""
+        for sequence in list(self.shared.active):
+            sequence.fail(
+                APIError(503, "the router is shutting down: try again", code="shutting_down", retry_after_s=1)
+            )
+
+    # --- generation -----------------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Generation:
+        return await self._generate(request, schemas.CompletionRequest)
+
+    async def chat_completions(self, request: Request) -> Generation:
+        return await self._generate(request, schemas.ChatCompletionRequest)
+
+    async def _generate(
+        self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]
+    ) -> Generation:
+        arrived_s = self.shared.clock.now_s()
+        body = await self._body(request)
+
+        def prepare() -> tuple[schemas.CompletionRequest | schemas.ChatCompletionRequest, Group, list[Prompt]]:
+            parsed = parse(kind, body)
+            group = self._group(parsed.model)
+            if isinstance(parsed, schemas.ChatCompletionRequest):
+                return parsed, group, [group.text.chat_prompt(parsed)]
+            return parsed, group, group.text.completion_prompts(parsed)
+
+        parsed, group, prompts = await _off_loop(prepare, len(body))
+        return Generation(
+            request=parsed,
+            prompts=prompts,
+            group=group,
+            shared=self.shared,
+            metrics=self.metrics,
+            request_id=request_id(request.scope),
+            arrived_s=arrived_s,
+        )
+
+    def _group(self, name: str) -> Group:
+        """Raises APIError: 404 for a model that is not served, 503 while no model is known yet."""
+        names = self.registry.names()
+        if not names:
+            raise APIError(
+                503, "no node is linked to this router yet: start nodes, or try again", code="no_nodes", retry_after_s=2
+            )
+        if not name:
+            if len(names) > 1:
+                raise bad_request(f"several models are served: name one of {', '.join(names)} in 'model'", "model")
+            name = names[0]
+        group = self.registry.find(name)
+        if group is None:
+            raise unknown_model(name, names)
+        return group
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+
+        def work() -> dict[str, object]:
+            parsed = parse(schemas.TokenizeRequest, body)
+            text = self._group(parsed.model).text
+            ids = text.tokenize(parsed)
+            strings = [text.tokenizer.token(id) for id in ids] if parsed.return_token_strs else None
+            return {
+                "count": len(ids),
+                "max_model_len": text.info.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+
+        return _json(await _off_loop(work, len(body)))
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request)
+
+        def work() -> dict[str, object]:
+            parsed = parse(schemas.DetokenizeRequest, body)
+            text = self._group(parsed.model).text
+            if parsed.tokens:
+                text.check_ids(parsed.tokens, "tokens")
+            return {"prompt": text.tokenizer.decode(parsed.tokens, skip_special_tokens=False)}
+
+        return _json(await _off_loop(work, len(body)))
+
+    # --- about the router -------------------------------------------------------------------------------
+
+    async def models(self, request: Request) -> Response:
+        found = models(self.registry, int(self.started_s))
+        name = request.path_params.get("name")
+        if name is None:
+            return _json({"object": "list", "data": found})
+        for model in found:
+            if model["id"] == name:
+                return _json(model)
+        raise unknown_model(name, self.registry.names())
+
+    async def health(self, _: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        wanted = (self.settings.min_prefill, self.settings.min_decode)
+        found = max((group.serving() for group in self.registry.groups.values()), default=(0, 0))
+        enough = any(
+            prefill >= wanted[0] and decode >= wanted[1]
+            for prefill, decode in (group.serving() for group in self.registry.groups.values())
+        )
+        ready = enough and not self.shared.draining
+        reason = (
+            "draining"
+            if self.shared.draining
+            else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
+        )
+        return _json({"ready": ready} if ready else {"ready": False, "reason": reason}, 200 if ready else 503)
+
+    async def metrics_text(self, _: Request) -> Response:
+        return Response(self.metrics.render(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self, _: Request) -> Response:
+        return _json(
+            {
+                "version": __version__,
+                "uptime_s": time.time() - self.started_s,
+                "draining": self.shared.draining,
+                "in_flight": {name: own.in_flight for name, own in self.metrics.models.items()},
+                "sequences": len(self.shared.active),
+                **describe(self.registry, self.links.unlinked()),
+            }
+        )
+
+    async def add_node(self, request: Request) -> Response:
+        url = await self._node_url(request)
+        if self.shared.draining:
+            raise APIError(503, "this router is shutting down", code="shutting_down", retry_after_s=5)
+        return _json({"url": url, "state": self.links.add(url)})
+
+    async def remove_node(self, request: Request) -> Response:
+        url = await self._node_url(request)
+        return _json({"url": url, "known": self.links.remove(url)})
+
+    async def _node_url(self, request: Request) -> str:
+        url = parse(schemas.NodeRequest, await self._body(request)).url.rstrip("/")
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid:
+            raise bad_request("'url' must be a node's URL, such as http://10.0.0.2:8100", "url")
+        return url
+
+    async def _body(self, request: Request) -> bytes:
+        """Raises APIError(413) as soon as the limit is passed; never holds more than the limit."""
+        limit = self.settings.max_body_bytes
+        too_large = APIError(
+            413, f"the request body is larger than {limit} bytes: send less at once", code="body_too_large"
+        )
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+        except ClientDisconnect:
+            raise APIError(499, "the client left while it sent the request") from None
+        return b"".join(parts)
+
+
+async def _off_loop(work: Callable[[], _T], size_bytes: int) -> _T:
+    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+
+
+def _json(document: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")
+
+
+def create_app(settings: RouterSettings) -> Starlette:
+    """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs."""
+    router = Router(settings)
+
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        kind = error.code or str(error.status)
+        router.metrics.count("errors", kind)
+        router.metrics.count("requests", request.scope["path"] if error.status != 404 else "other", str(error.status))
+        log.info("%s %s %d %s", request_id(request.scope), request.scope["path"], error.status, error.message)
+        return _error(error, request)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path, method = request.scope["path"][:200], request.scope["method"]
+        message = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}.get(
+            error.status_code, error.detail
+        )
+        answer = _error(APIError(error.status_code, message), request)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return _error(APIError(500, "internal error of the router: see its log", code="internal"), request)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", router.completions, methods=["POST"]),
+            Route("/v1/chat/completions", router.chat_completions, methods=["POST"]),
+            Route("/v1/models", router.models),
+            Route("/v1/models/{name:path}", router.models),
+            Route("/v1/status", router.status),
+            Route("/tokenize", router.tokenize, methods=["POST"]),
+            Route("/detokenize", router.detokenize, methods=["POST"]),
+            Route("/health", router.health),
+            Route("/ready", router.ready),
+            Route("/metrics", router.metrics_text),
+            Route("/nodes", router.add_node, methods=["POST"]),
+            Route("/nodes", router.remove_node, methods=["DELETE"]),
+        ],
+        middleware=[Middleware(Edge, api_keys=settings.api_keys)],
+        exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
+        lifespan=router.lifespan,
+    )
+    app.state.router = router
+    return app
+
+
+def _error(error: APIError, request: Request) -> Response:
+    return Response(error.body(request_id(request.scope)), error.status, error.headers(), "application/json")

@@ -1,0 +1,187 @@
+"""One choice of a request: its sequence's tokens as text, events or a part of the document, in the client's shape.
+
+The sink of a sequence. Called for every step, so the common case (a stream of text and nothing else) joins
+bytes and does nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pd_serve.api.detokenizer import Detokenizer, StopMatcher
+from pd_serve.api.errors import APIError
+from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge
+from pd_serve.api.responses import Finish
+from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
+from pd_serve.api.text_model import Prompt
+from pd_serve.router.sequence import Sequence, Shared
+from pd_serve.wire.link import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from pd_serve.router.generation import Generation
+
+
+class Choice:
+    """One sequence's output, as text in the client's shape. Sink of its sequence."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        index: int,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        shared: Shared,
+        request_id: str,
+    ) -> None:
+        request = generation.request
+        text_model = generation.group.text
+        self._generation = generation
+        self._index = index
+        self._prompt = prompt
+        self._tokenizer = text_model.tokenizer
+        self._detokenizer = Detokenizer(
+            self._tokenizer, prompt.ids, skip_special_tokens=request.skip_special_tokens is not False
+        )
+        self._include_stop = bool(request.include_stop_str_in_output)
+        stops = request.stop_strings
+        self._matcher = StopMatcher(stops, include=self._include_stop) if stops else None
+        self._min_tokens = sampling.min_tokens
+        self._return_ids = bool(request.return_token_ids)
+        echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        self._echo = self._prompt_text(request) if echo else None
+        # Scoring: the engine has to sample one token, the client asked for none.
+        self._discard = isinstance(request, CompletionRequest) and request.max_tokens == 0
+        self._logprobs = CompletionLogprobs(self._tokenizer) if not generation.chat and sampling.logprobs >= 0 else None
+        self._prompt_logprobs = sampling.prompt_logprobs >= 0
+        # One step's text without anything else: the common case, made of bytes alone.
+        self._plain = generation.stream and sampling.logprobs < 0 and not self._return_ids
+        self._fresh = True  # nothing was emitted yet
+        self._last_s = 0.0
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._scores: list[Any] = []
+        self._finish: Finish | None = None
+        self.num_tokens = 0
+        self.sequence = Sequence(shared, generation.group, prompt.ids, sampling, self, request_id)
+
+    def _prompt_text(self, request: CompletionRequest | ChatCompletionRequest) -> str:
+        if self._prompt.text is not None:
+            return self._prompt.text
+        return self._tokenizer.decode(self._prompt.ids, skip_special_tokens=request.skip_special_tokens is not False)
+
+    # --- sink -----------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        return self._generation.started
+
+    def failed(self, error: APIError) -> None:
+        self._generation.choice_failed(error)
+
+    def received(
+        self,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        finish: str | None,
+        stop_token: int | None,
+        now_s: float,
+    ) -> None:
+        generation = self._generation
+        if self._last_s:
+            generation.observe_itl(now_s - self._last_s)
+        elif not generation.started:
+            generation.first_token(now_s)
+        self._last_s = now_s
+        if self._discard:
+            tokens, logprobs, finish, stop_token = [], [] if logprobs is not None else None, "length", None
+        end = None if finish is None else Finish(finish, stop_token)
+        if self._matcher is None or len(tokens) <= 1:
+            self._step(tokens, logprobs, end)
+            return
+        # Token by token, so that what counts as output ends where the stop string does.
+        for place, token in enumerate(tokens):
+            last = place == len(tokens) - 1
+            self._step([token], None if logprobs is None else [logprobs[place]], end if last else None)
+            if self._finish is not None:
+                return
+
+    def _step(self, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish | None) -> None:
+        self.num_tokens += len(tokens)
+        # The token that stopped it (EOS or a stop token) is no text, unless asked for.
+        silent = finish is not None and finish.reason == "stop" and not self._include_stop
+        delta = self._detokenizer.push(tokens[:-1] if silent else tokens)
+        if finish is not None:
+            delta += self._detokenizer.finish()
+        matcher = self._matcher
+        if matcher is not None:
+            delta = matcher.push(delta, armed=self.num_tokens >= self._min_tokens)
+            if matcher.matched is not None:
+                finish = Finish("stop", matcher.matched)
+                self.sequence.stop("stop_string")
+            elif finish is not None:
+                delta += matcher.finish()
+        if self._plain and finish is None and not self._fresh:
+            self._generation.emit(self._generation.format.text(self._index, delta))
+            return
+        self._keep_or_emit(delta, tokens, logprobs, finish)
+        if finish is not None:
+            self._finish = finish
+            self._generation.choice_ended()
+
+    def _keep_or_emit(
+        self, delta: str, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish | None
+    ) -> None:
+        generation = self._generation
+        fresh, self._fresh = self._fresh, False
+        scores: Any = None
+        if fresh and self._echo is not None:
+            delta = self._echo + delta
+        if self._logprobs is not None:
+            parts = []
+            if fresh and self._prompt_logprobs:
+                parts.append(self._logprobs.add(self._prompt.ids, self.sequence.prompt_logprobs or []))
+            parts.append(self._logprobs.add(tokens, logprobs or []))
+            scores = merge(parts)
+        elif logprobs is not None:
+            scores = chat_logprobs(self._tokenizer, logprobs)
+        if not generation.stream:
+            self._texts.append(delta)
+            self._ids.extend(tokens)
+            if scores is not None:
+                self._scores.append(scores)
+            return
+        prompt_ids = self._prompt.ids if fresh and self._return_ids else None
+        event = b""
+        if generation.chat:
+            if fresh:
+                event = generation.format.first(self._index, prompt_ids)
+            prompt_ids = None
+            scores = {"content": scores} if scores is not None else None
+        if fresh and self._plain and finish is None:
+            generation.emit(event + generation.format.text(self._index, delta))
+            return
+        event += generation.format.chunk(
+            self._index,
+            delta,
+            logprobs=scores,
+            finish=finish,
+            token_ids=tokens if self._return_ids else None,
+            prompt_token_ids=prompt_ids,
+        )
+        generation.emit(event)
+
+    def document(self) -> dict[str, Any]:
+        """The whole choice, of a request that is not streamed."""
+        assert self._finish is not None
+        chat = self._generation.chat
+        scores: Any = None
+        if self._scores:
+            scores = {"content": [e for part in self._scores for e in part]} if chat else merge(self._scores)
+        return self._generation.format.final(
+            self._index,
+            "".join(self._texts),
+            logprobs=scores,
+            finish=self._finish,
+            token_ids=self._ids if self._return_ids else None,
+            prompt_token_ids=self._prompt.ids if self._return_ids and not chat else None,
+        )

@@ -1,0 +1,121 @@
+"""The router process: settings to a bound port, then serve until a signal, then drain.
+
+Called by the command line. Must be up in well under a second: it imports neither torch nor transformers, and
+nothing here may begin to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+
+from pd_serve import logs
+from pd_serve.config import RouterConfig
+from pd_serve.errors import ConfigError
+from pd_serve.router.settings import RouterSettings
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_KEEP_ALIVE_S = 75  # longer than the pools of usual clients keep a connection, so that theirs end first
+_GRACE_S = 2.0  # beyond the drain: for error events to be written
+
+
+def run(config: RouterConfig) -> int:
+    """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
+    logs.configure(config.log_level, "router")
+    return serve(
+        RouterSettings(
+            host=config.host,
+            port=config.port,
+            prefill_urls=config.prefill,
+            decode_urls=config.decode,
+            api_keys=config.api_keys(),
+            min_prefill=config.min_prefill,
+            min_decode=config.min_decode,
+            request_timeout_s=config.request_timeout_s,
+            max_attempts=config.max_attempts,
+            log_level=config.log_level,
+        )
+    )
+
+
+def serve(settings: RouterSettings) -> int:
+    listener = _listen(settings.host, settings.port)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
+    import uvicorn
+
+    from pd_serve.router.app import Router, create_app
+
+    app = create_app(settings)
+    router: Router = app.state.router
+
+    class Server(uvicorn.Server):
+        """The first signal drains, the second ends every stream with an error event. The exit status is 0."""
+
+        signals = 0
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            kept = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in kept.items():
+                    signal.signal(number, handler)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.signals += 1
+            self.should_exit = True
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            router.begin_drain()
+            seen = self.signals
+
+            def look() -> None:
+                if self.signals > seen:
+                    router.end_all()
+                else:
+                    router.shared.clock.call_later(0.1, look)
+
+            look()
+            await super().shutdown(sockets)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            loop="uvloop",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
+        )
+    )
+    log.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
+    server.run(sockets=[listener])
+    log.info("ended")
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything slow begins, so that a taken port is said at once."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return bound

@@ -1,0 +1,146 @@
+"""A WebSocket client as an asyncio protocol: messages arrive and leave in plain calls, without a task for each.
+
+Used by the links, where every token of every stream passes. The protocol itself is the websockets library's;
+this file only moves its bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Response
+from websockets.uri import parse_uri
+
+MAX_FRAME_BYTES = 64 << 20
+
+
+class WebSocket(asyncio.Protocol):
+    """``on_message`` gets every binary message; ``closed`` is done when the connection is gone."""
+
+    def __init__(self, uri: str, on_message: Callable[[bytes], None]) -> None:
+        self._protocol = ClientProtocol(parse_uri(uri), max_size=MAX_FRAME_BYTES)
+        self._on_message = on_message
+        self._parts: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[str] = loop.create_future()
+        self.heard_s = time.monotonic()  # when the last byte came
+        self._why = ""
+
+    def send(self, message: bytes) -> None:
+        if self._transport is not None and not self.closed.done():
+            self._protocol.send_binary(message)
+            self._flush()
+
+    def ping(self) -> None:
+        if self._transport is not None and not self.closed.done() and self.opened.done():
+            self._protocol.send_ping(b"")
+            self._flush()
+
+    def close(self, why: str) -> None:
+        """Says good-bye; does not wait for the other end."""
+        if self._transport is not None and not self.closed.done():
+            self._why = self._why or why
+            if self.opened.done():
+                self._protocol.send_close(1001, why[:100])
+                self._flush()
+            self._transport.close()
+
+    def abort(self, why: str) -> None:
+        """For a peer that does not answer: unsent bytes are dropped."""
+        if self._transport is not None and not self.closed.done():
+            self._why = self._why or why
+            self._transport.abort()
+
+    # --- asyncio.Protocol -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._protocol.send_request(self._protocol.connect())
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_s = time.monotonic()
+        self._protocol.receive_data(data)
+        self._flush()
+        for event in self._protocol.events_received():
+            if isinstance(event, Frame):
+                self._frame(event)
+            elif isinstance(event, Response):
+                self._answer()
+
+    def eof_received(self) -> bool:
+        self._protocol.receive_eof()
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        why = self._why or (f"{error}" if error else "the connection was closed")
+        if not self.closed.done():
+            self.closed.set_result(why)
+        if not self.opened.done():
+            self.opened.set_exception(ConnectionError(why))
+            self.opened.exception()  # nobody may be waiting
+
+    def _answer(self) -> None:
+        if self.opened.done():
+            return
+        error = self._protocol.handshake_exc
+        if error is None:
+            self.opened.set_result(None)
+        else:
+            self._why = f"the WebSocket handshake failed: {error}"
+            if self._transport is not None:
+                self._transport.close()
+
+    def _frame(self, frame: Frame) -> None:
+        if frame.opcode in (Opcode.BINARY, Opcode.CONT):
+            if frame.fin and not self._parts:
+                self._on_message(bytes(frame.data))
+                return
+            self._parts.append(bytes(frame.data))
+            if frame.fin:
+                parts, self._parts = self._parts, []
+                self._on_message(b"".join(parts))
+        elif frame.opcode is Opcode.CLOSE:
+            reason = self._protocol.close_reason
+            self._why = self._why or f"the node closed the link{f': {reason}' if reason else ''}"
+            if self._transport is not None:
+                self._transport.close()
+        elif frame.opcode is Opcode.TEXT:
+            self.close("frames must be binary")
+
+    def _flush(self) -> None:
+        assert self._transport is not None
+        for data in self._protocol.data_to_send():
+            if data:
+                self._transport.write(data)
+            elif self._transport.can_write_eof():
+                self._transport.write_eof()
+
+
+async def connect(url: str, path: str, on_message: Callable[[bytes], None], timeout_s: float) -> WebSocket:
+    """Opens a WebSocket below an http(s) URL. Raises OSError (TimeoutError included) when that fails."""
+    parts = urlsplit(url)
+    name = parts.hostname or ""
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    host = f"[{name}]" if ":" in name else name
+    uri = f"{'wss' if secure else 'ws'}://{host}:{port}{parts.path.rstrip('/')}{path}"
+    loop = asyncio.get_running_loop()
+    context = ssl.create_default_context() if secure else None
+    async with asyncio.timeout(timeout_s):
+        _, socket = await loop.create_connection(lambda: WebSocket(uri, on_message), name, port, ssl=context)
+        try:
+            await socket.opened
+        except BaseException:
+            socket.abort("not opened")
+            raise
+    return socket

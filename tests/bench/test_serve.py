@@ -1,0 +1,238 @@
+"""The load generator against a real HTTP server whose speed is known."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pd_serve.bench.load import Bodies
+from pd_serve.bench.report import percentile, summary
+from pd_serve.config import BenchConfig
+
+pytestmark = pytest.mark.timeout(60)
+
+FIRST_S, GAP_S = 0.10, 0.02
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers each request with its max_tokens, the first after FIRST_S, the others after GAP_S each."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.open = self.most_open = self.connections = 0
+        self.lock = threading.Lock()
+        self.fail: dict[int, str] = {}  # number of the request -> how it fails
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Endpoint
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self._answer(200, b'{"data": [{"id": "the-model"}]}')
+
+    def _event(self, data: str) -> None:
+        chunk = f"data: {data}\r\n\r\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            number = len(server.bodies)
+            server.bodies.append(body | {"path": self.path, "key": self.headers["Authorization"]})
+            server.open += 1
+            server.most_open = max(server.most_open, server.open)
+        try:
+            self._stream(body, server.fail.get(number))
+        finally:
+            with server.lock:
+                server.open -= 1
+
+    def _stream(self, body: dict[str, Any], fail: str | None) -> None:
+        if fail == "429":
+            return self._answer(429, b'{"error": {"message": "full"}}')
+        chat = "messages" in body
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if chat:
+            self._event('{"choices": [{"delta": {"role": "assistant", "content": ""}}]}')
+        for index in range(body["max_tokens"]):
+            time.sleep(GAP_S if index else FIRST_S)
+            if fail == "cut" and index == 1:
+                self.close_connection = True
+                return None
+            if fail == "error" and index == 1:
+                self._event('{"error": {"message": "no node left"}}')
+                break
+            if fail == "garbage" and index == 1:
+                self._event("{nonsense")
+                self.close_connection = True
+                return None
+            text = {"delta": {"content": "x"}} if chat else {"text": "" if index == 1 else "x"}
+            finish = "length" if index == body["max_tokens"] - 1 else None
+            self._event(json.dumps({"choices": [{"index": 0, "finish_reason": finish} | text], "usage": None}))
+        else:
+            usage = {"prompt_tokens": 77, "completion_tokens": body["max_tokens"]}
+            self._event(json.dumps({"choices": [], "usage": usage}))
+        self._event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+        return None
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def bench(endpoint: Endpoint, *flags: str, status: int = 0) -> tuple[str, dict[str, Any]]:
+    arguments = [
+        sys.executable,
+        "-m",
+        "pd_serve.cli",
+        "bench",
+        "serve",
+        "--base-url",
+        endpoint.url,
+        "--json",
+        "/dev/stderr",
+    ]
+    answer = subprocess.run([*arguments, *flags], capture_output=True, text=True, timeout=50, check=False)
+    assert answer.returncode == status, answer.stderr + answer.stdout
+    assert "Traceback" not in answer.stderr
+    return answer.stdout, json.loads(answer.stderr)
+
+
+def test_figures_are_those_of_the_server(endpoint: Endpoint) -> None:
+    text, result = bench(endpoint, "--requests", "12", "--concurrency", "4", "--output-len", "8", "--input-len", "16")
+    assert (result["completed"], result["failed"], result["short_outputs"]) == (12, 0, 0)
+    assert (result["prompt_tokens"], result["output_tokens"]) == (12 * 77, 12 * 8)
+    assert result["tokens_per_event"] == 1.0  # an empty text is a token too
+    assert 100 <= result["ttft_ms"]["median"] < 150
+    assert 20 <= result["itl_ms"]["median"] < 30
+    assert 20 <= result["tpot_ms"]["mean"] < 30
+    assert 240 <= result["e2e_ms"]["median"] < 330
+    assert result["output_tokens_per_s"] == pytest.approx(96 / result["duration_s"])
+    assert 3 * 0.24 <= result["duration_s"] < 3 * 0.33
+    assert result["settings"]["model"] == "the-model"
+    assert re.search(r"TTFT +time to first token +1\d\d\.\d\d", text)
+    assert "12 requests in" in text
+    assert endpoint.most_open == 4
+    assert endpoint.connections <= 6  # of 17 requests: connections are used again
+    measured = endpoint.bodies[4:]
+    assert {len(body["prompt"]) for body in measured} == {16}
+    assert len({tuple(body["prompt"]) for body in endpoint.bodies}) == 16
+    assert all(body["ignore_eos"] and body["stream"] and body["path"] == "/v1/completions" for body in measured)
+
+
+def test_chat_with_a_key(endpoint: Endpoint) -> None:
+    _, result = bench(
+        endpoint, "--endpoint", "chat", "--api-key", "secret", "--requests", "2", "--warmup", "0", "--output-len", "3",
+        "--no-ignore-eos", "--model", "other",
+    )  # fmt: skip
+    assert result["completed"] == 2
+    assert 100 <= result["ttft_ms"]["median"] < 160  # the event with the role alone is no token
+    assert "secret" not in json.dumps(result)
+    body = endpoint.bodies[0]
+    assert (body["path"], body["key"], body["model"]) == ("/v1/chat/completions", "Bearer secret", "other")
+    assert "ignore_eos" not in body
+    assert len(body["messages"][0]["content"].split()) == 512
+
+
+def test_errors_are_counted_by_kind(endpoint: Endpoint) -> None:
+    endpoint.fail = {0: "429", 1: "cut", 2: "error", 3: "429", 4: "garbage"}
+    flags = ("--requests", "6", "--warmup", "0", "--concurrency", "2", "--output-len", "3")
+    text, result = bench(endpoint, *flags, status=1)
+    assert (result["completed"], result["failed"]) == (1, 5)
+    errors = result["errors"]
+    assert sum(count for error, count in errors.items() if error.startswith("HTTP 429: ") and "full" in error) == 2
+    assert any("connection closed in mid-answer" in error for error in errors)
+    assert any("no node left" in error for error in errors)
+    assert any("an answer that cannot be read" in error for error in errors)
+    assert "5 requests failed:" in text
+
+
+def test_a_request_rate_does_not_wait_for_answers(endpoint: Endpoint) -> None:
+    flags = ("--requests", "20", "--request-rate", "40", "--concurrency", "1", "--output-len", "10", "--seed", "7")
+    _, first = bench(endpoint, *flags)
+    assert endpoint.most_open > 4
+    gaps = [b["sent_s"] - a["sent_s"] for a, b in zip(first["requests"], first["requests"][1:], strict=False)]
+    sent = sorted(request["sent_s"] for request in first["requests"])
+    assert sent[-1] == pytest.approx(20 / 40, rel=0.6)
+    assert statistics.pstdev(gaps) > 0
+    prompts = [body["prompt"] for body in endpoint.bodies]
+    endpoint.bodies.clear()
+    bench(endpoint, *flags)
+    assert sorted(body["prompt"] for body in endpoint.bodies) == sorted(prompts)  # same seed, same prompts
+
+
+def test_nobody_there() -> None:
+    command = [sys.executable, "-m", "pd_serve.cli", "bench", "serve", "--base-url", "http://127.0.0.1:1"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("pd-serve: http://127.0.0.1:1 does not name a model (cannot connect: ")
+
+
+def test_a_result_that_cannot_be_written(endpoint: Endpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pd_serve.cli", "bench", "serve", "--base-url", endpoint.url, "--requests", "1"]
+    command += ["--warmup", "0", "--output-len", "1", "--json", str(tmp_path / "no" / "where.json")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert answer.returncode == 2
+    assert "cannot write" in answer.stderr
+    assert "1 requests in" in answer.stdout  # the figures are not lost
+
+
+def test_percentiles() -> None:
+    values = sorted([5.0, 1.0, 4.0, 2.0, 3.0])
+    assert [percentile(values, p) for p in (0, 25, 50, 90, 100)] == pytest.approx([1, 2, 3, 4.6, 5])
+    assert percentile([7.0], 99) == 7
+    assert summary([]) == {}
+    assert summary([0.001, 0.003])["mean"] == pytest.approx(2)
+
+
+def test_prompts_depend_on_the_seed_alone() -> None:
+    config = BenchConfig(input_len=5)
+    one, same, other = (Bodies(config, "m", seed) for seed in (1, 1, 2))
+    bodies = [one.next() for _ in range(3)]
+    assert bodies == [same.next() for _ in range(3)]
+    assert bodies[0] != other.next()
+    assert len(set(bodies)) == 3

@@ -1,0 +1,205 @@
+"""An inbox against a prefill node that misbehaves: silence, nonsense, another epoch at the same address."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import zmq
+
+from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
+from pd_serve.transfer.nixl import NixlTransport
+from pd_serve.wire import peer as wire
+from pd_serve.wire.link import Source
+from pd_serve.wire.peer import FailureKind
+from tests.transfer.harness import SMALL, Clock, DecodeEnd, Pool, agent_name, until
+
+
+class Scripted:
+    """A ROUTER socket that answers a handshake properly and everything else as the test says."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(SMALL, 64, seed=2)
+        self.transport = NixlTransport(agent_name("s"))
+        self.transport.register(self.pool.regions())
+        self.epoch = uuid.uuid4().hex
+        self.answers_heartbeats = True
+        self.release_valid = True
+        self.heard: list[wire.ToPrefill] = []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._stop = False
+        self._port = 0
+        self.open()
+
+    @property
+    def source(self) -> Source:
+        return Source("S", self.epoch, f"tcp://127.0.0.1:{self._port}")
+
+    def open(self) -> None:
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        if self._port:
+            self._socket.bind(f"tcp://127.0.0.1:{self._port}")
+        else:
+            self._port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self._stop = False
+        self._outbound: list[bytes] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def say(self, message: wire.ToDecode | bytes) -> None:
+        self._outbound.append(message if isinstance(message, bytes) else wire.encoder.encode(message))
+
+    def wait_for(self, kind: type) -> None:
+        until(lambda: any(isinstance(m, kind) for m in self.heard))
+
+    def _serve(self) -> None:
+        who = b""
+        while not self._stop:
+            while who and self._outbound:
+                self._socket.send_multipart([who, self._outbound.pop(0)])
+            if not self._socket.poll(5):
+                continue
+            who, frame = self._socket.recv_multipart()
+            message = wire.decode_to_prefill(frame)
+            self.heard.append(message)
+            match message:
+                case wire.Hello():
+                    self.say(wire.Welcome(1, "S", self.epoch, "nixl", self.transport.describe(), 30.0))
+                case wire.Heartbeat() if self.answers_heartbeats:
+                    self.say(wire.HeartbeatAck(message.seq, []))
+                case wire.Release(done=True):
+                    self.say(wire.Released(message.key, self.release_valid))
+        self._socket.close()
+
+    def shut(self) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def close(self) -> None:
+        self.shut()
+        self._context.term()
+        self.transport.close()
+
+
+@pytest.fixture
+def s() -> Iterator[Scripted]:
+    made = Scripted()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def d(clock: Clock) -> Iterator[DecodeEnd]:
+    made = DecodeEnd(clock=clock)
+    yield made
+    made.close()
+    assert made.inbox.counters()["transfer_faults"] == 0
+
+
+def ready(num_tokens: int, ids: list[int], token: int | None = None, group: int = 0, first: int = 0) -> wire.Ready:
+    blocks = wire.Blocks(group, first, np.array(ids, dtype="<i4").tobytes())
+    return wire.Ready("k", num_tokens, [blocks], None if token is None else wire.First(token))
+
+
+TABLES = [[1, 2, 3, 4], [0, 0, 0, 0]]
+
+
+def test_silence(s: Scripted, d: DecodeEnd, clock: Clock) -> None:
+    s.answers_heartbeats = False
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    for _ in range(5):  # a heartbeat every 5 s, three of them unanswered
+        clock.now_s += 5
+        d.inbox.wake()
+        s.wait_for(wire.Heartbeat)
+    failed = d.wait("k", Failed)
+    assert failed.kind is FailureKind.PEER_LOST
+    assert "heartbeats" in failed.message
+    d.wait("k", Drained)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        ready(4, [0]),
+        ready(4, [-3]),
+        ready(4, [1], group=7),
+        wire.Ready("k", 4, [wire.Blocks(0, 0, b"\1\0")]),
+        ready(16, [1, 2, 3, 64], token=1),  # the last is outside of the peer's pool
+        ready(16, [1, 2, 3], token=1),  # one is missing
+        ready(20, [1, 2, 3, 4, 5], token=1),  # more than has a place here
+    ],
+)
+def test_nonsense_fails_closed(s: Scripted, d: DecodeEnd, nonsense: wire.Ready) -> None:
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    s.say(nonsense)
+
+    def failed() -> Failed | None:
+        if d.find("k", Offered):
+            d.accept("k", TABLES)
+        return d.find("k", Failed)
+
+    assert until(failed).kind is FailureKind.TRANSFER
+    d.wait("k", Drained)
+    assert d.ends("k") == [Failed, Drained]
+    assert not any(isinstance(m, wire.Release) and m.done for m in s.heard)
+
+
+def test_an_invalid_release(s: Scripted, d: DecodeEnd) -> None:
+    s.release_valid = False
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    s.say(ready(16, [1, 2, 3, 4], token=1))
+    d.wait("k", Offered)
+    d.accept("k", TABLES)
+    assert d.wait("k", Failed).kind is FailureKind.EXPIRED
+    assert d.wait("k", Drained)
+    assert d.ends("k") == [Failed, Drained]
+
+
+def test_garbage_and_strangers(s: Scripted, d: DecodeEnd) -> None:
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    for frame in (b"", b"\xff\xff", b"\x81\xa4type\xa4nope"):
+        s.say(frame)
+    s.say(wire.Released("k", valid=True))  # nothing was released
+    s.say(wire.Released("unknown", valid=True))
+    s.say(wire.HeartbeatAck(77, ["unknown"]))
+    s.say(wire.Cancel("unknown", "?"))
+    s.say(ready(16, [1, 2, 3, 4], token=6))
+    s.say(ready(16, [1, 2, 3, 4], token=6))  # told twice
+    d.wait("k", Offered)
+    d.accept("k", TABLES)
+    assert d.wait("k", Arrived).first_token == 6
+    assert d.inbox.counters()["garbage_frames"] == 3
+    assert np.array_equal(d.pool.groups[0][1:5], s.pool.groups[0][1:5])
+
+
+def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock) -> None:
+    before = s.source
+    d.inbox.expect("k", before)
+    s.wait_for(wire.Claim)
+    s.say(ready(8, [1, 2]))
+    d.wait("k", Offered)
+    s.shut()
+    assert d.wait("k", Failed, 2.0).kind is FailureKind.PEER_LOST
+    s.epoch = uuid.uuid4().hex
+    s.open()
+    clock.now_s += 10  # the pause before the next attempt
+    d.inbox.wake()
+    until(lambda: d.inbox.counters()["handshakes"] == 2)
+    d.inbox.expect("late", before)
+    assert d.wait("late", Failed).kind is FailureKind.PEER_LOST
+    d.inbox.expect("new", s.source)
+    until(lambda: any(isinstance(m, wire.Claim) and m.key == "new" for m in s.heard))
+    assert d.ends("new") == []

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pd_serve.prefill.leases import Claimed, LeaseBook
+from pd_serve.wire.peer import First, Ready
+
+A, B = b"a", b"b"
+
+
+def chunk(key: str, *, last: bool = False) -> Ready:
+    return Ready(key, 16, [], First(1) if last else None)
+
+
+def book(**limits: int) -> LeaseBook:
+    return LeaseBook(10.0, **limits)
+
+
+def test_the_usual_way() -> None:
+    leases = book()
+    assert leases.claim("k", A, 0.0) is Claimed.WAITING  # the claim may be first
+    assert leases.open("k", 1.0)
+    lease = leases.publish("k", chunk("k"), 2.0)
+    assert lease is not None and lease.holder == A
+    leases.publish("k", chunk("k", last=True), 3.0)
+    assert leases.heartbeat(["k"], A, 9.0) == []
+    assert leases.expire(18.0) == []
+    assert leases.release("k", A, done=True) is True
+    assert len(leases) == 0
+
+
+def test_a_late_claim_finds_all_that_was_published() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.publish("k", chunk("k"), 0.0)
+    leases.publish("k", chunk("k", last=True), 0.0)
+    assert leases.claim("k", A, 5.0) is Claimed.OPEN
+    assert len(leases.published("k")) == 2
+    assert leases.expire(14.9) == []
+    assert leases.expire(15.0) == ["k"]
+
+
+def test_nobody_claims() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.publish("k", chunk("k"), 8.0)  # still computing: starts the time anew
+    assert leases.expire(17.9) == []
+    leases.publish("k", chunk("k", last=True), 17.9)
+    assert leases.next_expiry_s() == 27.9
+    assert leases.expire(27.9) == ["k"]
+    assert leases.claim("k", A, 28.0) is Claimed.GONE
+    assert leases.why_ended("k") == "expired"
+
+
+def test_publishing_does_not_keep_a_silent_claimant_alive() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.claim("k", A, 0.0)
+    leases.publish("k", chunk("k"), 9.0)
+    assert leases.expire(10.0) == ["k"]
+    assert leases.publish("k", chunk("k"), 11.0) is None
+
+
+def test_a_release_after_the_end_is_not_valid() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.claim("k", A, 0.0)
+    leases.publish("k", chunk("k", last=True), 0.0)
+    leases.expire(10.0)
+    assert leases.release("k", A, done=True) is None
+    assert leases.heartbeat(["k"], A, 11.0) == ["k"]
+
+
+def test_a_release_before_the_last_chunk_is_not_valid() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.claim("k", A, 0.0)
+    leases.publish("k", chunk("k"), 0.0)
+    assert leases.release("k", A, done=True) is False
+
+
+def test_only_the_holder_has_a_say() -> None:
+    leases = book()
+    leases.open("k", 0.0)
+    leases.claim("k", A, 0.0)
+    assert leases.claim("k", B, 1.0) is Claimed.GONE
+    assert leases.release("k", B, done=False) is None
+    assert leases.heartbeat(["k"], B, 9.0) == ["k"]
+    assert leases.drop(B) == []
+    assert leases.drop(A) == ["k"]
+
+
+def test_declined_before_it_was_admitted() -> None:
+    leases = book()
+    leases.claim("k", A, 0.0)
+    assert leases.release("k", A, done=False) is None
+    assert not leases.open("k", 1.0)
+
+
+def test_a_claim_of_a_request_that_never_comes() -> None:
+    leases = book()
+    leases.claim("k", A, 0.0)
+    assert leases.heartbeat(["k"], A, 5.0) == []
+    leases.expire(10.0)  # heartbeats do not keep it
+    assert leases.heartbeat(["k"], A, 10.0) == ["k"]
+
+
+def test_cancel_tells_whoever_asked_or_will_ask() -> None:
+    leases = book()
+    leases.claim("waiting", A, 0.0)
+    assert leases.cancel("waiting", "aborted") == A
+    leases.open("open", 0.0)
+    assert leases.cancel("open", "finished") is None
+    assert leases.claim("open", A, 1.0) is Claimed.GONE
+    assert leases.why_ended("open") == "finished"
+
+
+def test_bounds() -> None:
+    leases = book(max_waiting=3, max_ended=3)
+    for i in range(10):
+        leases.claim(f"w{i}", A, 0.0)
+        leases.open(f"o{i}", 0.0)
+        leases.cancel(f"o{i}", "x")
+    assert leases.heartbeat([f"w{i}" for i in range(10)], A, 1.0) == [f"w{i}" for i in range(7)]
+    assert leases.claim("o9", A, 1.0) is Claimed.GONE
+    assert leases.claim("o0", A, 1.0) is Claimed.WAITING  # forgotten
+
+
+class Leases(RuleBasedStateMachine):
+    """Against what a reader may rely on: a release is valid only if the lease has been alive all the time."""
+
+    keys = st.sampled_from(["x", "y", "z"])
+    holders = st.sampled_from([A, B])
+
+    @initialize()
+    def begin(self) -> None:
+        self.leases = book()
+        self.now_s = 0.0
+        self.opened: set[str] = set()
+        self.ended: list[str] = []
+        self.kept_until: dict[str, float] = {}
+
+    def end(self, keys: list[str]) -> None:
+        self.ended += keys
+
+    @rule(seconds=st.floats(0.0, 12.0))
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.end(self.leases.expire(self.now_s))
+
+    @rule(key=keys)
+    def open(self, key: str) -> None:
+        if key not in self.opened:
+            self.opened.add(key)
+            if not self.leases.open(key, self.now_s):
+                self.end([key])
+
+    @rule(key=keys, last=st.booleans())
+    def publish(self, key: str, last: bool) -> None:
+        self.leases.publish(key, chunk(key, last=last), self.now_s)
+
+    @rule(key=keys, holder=holders)
+    def claim(self, key: str, holder: bytes) -> None:
+        if self.leases.claim(key, holder, self.now_s) is Claimed.OPEN:
+            self.kept_until[key] = self.now_s + 10.0
+
+    @rule(key=keys, holder=holders)
+    def heartbeat(self, key: str, holder: bytes) -> None:
+        self.leases.heartbeat([key], holder, self.now_s)
+
+    @rule(key=keys, holder=holders, done=st.booleans())
+    def release(self, key: str, holder: bytes, done: bool) -> None:
+        valid = self.leases.release(key, holder, done=done)
+        if valid is not None:
+            assert key in self.opened and key not in self.ended
+            self.end([key])
+
+    @rule(holder=holders)
+    def drop(self, holder: bytes) -> None:
+        self.end(self.leases.drop(holder))
+
+    @invariant()
+    def each_key_ends_at_most_once(self) -> None:
+        assert len(self.ended) == len(set(self.ended))
+        assert len(self.leases) == len(self.opened - set(self.ended))
+
+
+TestLeases = Leases.TestCase
+TestLeases.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
