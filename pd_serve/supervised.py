@@ -34,7 +34,7 @@ class Supervised:
         self.name = name
         self.role = role
         self.url = url
-        self.ending = False
+        self.has_served = False  # once it has, its end is no failure to start
         self._command = [sys.executable, "-m", "pd_serve.cli", role, "--config", str(settings_file)]
         self._child: Child | None = None
         self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -69,12 +69,8 @@ class Supervised:
                 if everything or any(level in line for level in (" WARNING ", " ERROR ", " CRITICAL ")):
                     self._show(line)
 
-    async def wait(self) -> int:
-        return await self.child.wait()
-
     def last_words(self, status: int) -> str:
         """Why it ended: its own error line, or its last output where it left none or that line points there."""
-        self._read(self.child.stdout)
         tail = list(self._kept)[-_TAIL_LINES:]
         message = next((line for line in reversed(tail) if line.startswith(_ERROR)), "").removeprefix(_ERROR)
         if message and not message.endswith("above"):
@@ -82,10 +78,12 @@ class Supervised:
         return "\n  ".join([message.replace("above", "below") or describe_exit(status), *tail])
 
     async def keep_running(self) -> None:
-        """Starts it again whenever it dies. Raises PDServeError when that happens too often."""
+        """Starts it again whenever it dies. Raises PDServeError when it cannot start or dies too often."""
         while True:
-            status = await self.wait()
+            status = await self.child.wait()
             self._unread()
+            if not self.has_served and status >= 0:  # its own decision; a signal is somebody else's
+                raise PDServeError(f"{self.name} did not start: {self.last_words(status)}")
             now_s = time.monotonic()
             while self._restarts and now_s - self._restarts[0] > RESTART_WINDOW_S:
                 self._restarts.popleft()

@@ -16,11 +16,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pd_serve import config as settings
 from pd_serve import logs
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
-from pd_serve.errors import PDServeError
 from pd_serve.models.source import resolve
 from pd_serve.node.main import listen, netloc
 from pd_serve.settings import values_of
@@ -33,6 +33,7 @@ KILL_AFTER_S = 4.0  # ... and at all events: Ctrl-C ends everything within 5 s
 _POLL_S = 0.1
 _PATIENCE_S = 20.0  # a start that takes longer is explained by what the processes print
 _LOCAL = "127.0.0.1"
+_UNREACHABLE = (OSError, ValueError, LookupError, EOFError, TimeoutError)
 
 
 def run(config: UpConfig) -> int:
@@ -124,30 +125,23 @@ class Up:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled)
-        stop = asyncio.create_task(self._stop.wait())
         print(f"Starting {_count(self._config)} for {self._config.served_model_name} ...", flush=True)
+        for process in self._processes:
+            process.start(verbose=self._config.log_level == "debug")
+        stop = asyncio.create_task(self._stop.wait())
+        introduction = asyncio.create_task(self._introduce())
+        watching = [asyncio.create_task(process.keep_running()) for process in self._processes]
+        pending: set[asyncio.Task[Any]] = {stop, introduction, *watching}
         try:
-            for process in self._processes:
-                process.start(verbose=self._config.log_level == "debug")
-            starting = asyncio.create_task(self._wait_ready())
-            await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not stop.done():
-                await starting
-                await self._announce()
-                watching = [asyncio.create_task(process.keep_running()) for process in self._processes]
-                done, _ = await asyncio.wait({*watching, stop}, return_when=asyncio.FIRST_COMPLETED)
-                for task in watching:
-                    if task in done:
-                        task.result()  # raises: it died too often
-                    task.cancel()
-            else:
-                starting.cancel()
+            while not stop.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # raises when something does not start, or dies too often
+            print("Ending ...", flush=True)
         finally:
-            stop.cancel()
-            if self._stop.is_set():
-                print("Ending ...", flush=True)
-            for process in self._processes:
-                process.ending = True
+            for task in (stop, introduction, *watching):
+                task.cancel()
+            await asyncio.gather(stop, introduction, *watching, return_exceptions=True)
             await asyncio.gather(*(process.stop(KILL_AFTER_S) for process in self._processes))
         return 0
 
@@ -157,48 +151,47 @@ class Up:
                 process.kill()
         self._stop.set()
 
+    async def _introduce(self) -> None:
+        """Waits until all serve, then prints what there is and what to type."""
+        while True:
+            await self._wait_ready()
+            try:
+                rows = await self._rows()
+                break
+            except _UNREACHABLE:  # it died just now: it is started again
+                continue
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        took_s = time.monotonic() - self._started_s
+        print(f"\n{table}\n\nReady after {took_s:.1f} s. Try:\n\n{_example(self._config)}\n")
+        print("Ctrl-C ends everything.", flush=True)
+        for process in self._processes:
+            process.stream()
+
     async def _wait_ready(self) -> None:
-        """Waits until every node is linked and the router is ready. Raises PDServeError when a process ends first."""
-        ends = [asyncio.create_task(process.wait()) for process in self._processes]
-        try:
-            waiting = list(self._processes)
-            while waiting:
-                if time.monotonic() - self._started_s > _PATIENCE_S:
-                    for process in self._processes:
-                        process.stream(everything=True)
-                for process, end in zip(self._processes, ends, strict=True):
-                    if end.done():
-                        raise PDServeError(f"{process.name} did not start: {process.last_words(end.result())}")
-                waiting = [process for process in waiting if not await _is_ready(process)]
-                await asyncio.sleep(_POLL_S if waiting else 0)
-        finally:
-            for task in ends:
-                task.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
+        """Until every node is linked and the router is ready."""
+        waiting = list(self._processes)
+        while waiting:
+            if time.monotonic() - self._started_s > _PATIENCE_S:
+                for process in self._processes:
+                    process.stream(everything=True)
+            for process in list(waiting):
+                if await _is_ready(process):
+                    process.has_served = True
+                    waiting.remove(process)
+            await asyncio.sleep(_POLL_S if waiting else 0)
 
-    async def _announce(self) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("process", "endpoint", "model", "dtype", "transport", "pid"):
-            table.add_column(column)
+    async def _rows(self) -> list[tuple[str, ...]]:
         router, *nodes = self._processes
-        table.add_row("router", router.url, "", "", "", str(router.pid))
+        rows: list[tuple[str, ...]] = [("process", "endpoint", "model", "dtype", "transport", "pid", "engine")]
+        rows.append((router.name, router.url, "", "", "", str(router.pid), ""))
         for process in nodes:
             _, body = await get(process.url, "/v1/status")
             status = json.loads(body)
             engine = status["engine"]
-            pids = f"{process.pid}, engine {engine['pid']}"
-            table.add_row(
-                process.name, process.url, engine["model"]["name"], status["dtype"], engine["transport"], pids
-            )
-        print()
-        Console(highlight=False, soft_wrap=True).print(table)
-        took_s = time.monotonic() - self._started_s
-        print(f"\nReady after {took_s:.1f} s. Try:\n\n{_example(self._config)}\n\nCtrl-C ends everything.", flush=True)
-        for process in self._processes:
-            process.stream()
+            served = (engine["model"]["name"], status["dtype"], engine["transport"])
+            rows.append((process.name, process.url, *served, str(process.pid), str(engine["pid"])))
+        return rows
 
 
 def _count(config: UpConfig) -> str:
@@ -229,7 +222,7 @@ async def _is_ready(process: Supervised) -> bool:
             return (await get(process.url, "/ready"))[0] == 200
         status, body = await get(process.url, "/v1/status")
         return status == 200 and json.loads(body)["links"] > 0
-    except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError):
+    except _UNREACHABLE:
         return False
 
 

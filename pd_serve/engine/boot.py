@@ -8,7 +8,6 @@ mend reach the node as ``EngineFailed``.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from pd_serve import logs
 from pd_serve.engine.channel import Channel
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from pd_serve.transfer.handshake import Identity
 
 log = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,7 @@ class Stopwatch:
 def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {config.role}-engine %(name)s: %(message)s",
-    )
-    _end_with_parent()
+    logs.configure(config.log_level, f"{config.role}-engine")
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
     if config.cpus:
@@ -163,6 +156,7 @@ def build(
         runner.warm_up()
         watch.lap("warm_up")
         peer_address = role.wait_ready()
+        pool.populate()
         watch.lap("transfer")
     except BaseException:
         role.close()
@@ -215,10 +209,3 @@ def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
             f"raise --kv-cache-memory to at least {64 * each}"
         )
     return count
-
-
-def _end_with_parent() -> None:
-    """The kernel ends this process when the node that started it dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before the line above
-        sys.exit(1)

@@ -101,7 +101,8 @@ class Scheduler:
                 continue
             assert seq.blocks is not None  # running sequences hold blocks
             while not self.kv.can_extend(seq.blocks, seq.num_tokens):
-                victim = self.running[-1]
+                # blocks that were announced to a decode node stay: it may be reading them
+                victim = next((s for s in reversed(self.running) if not s.handoff), seq)
                 self._preempt(victim)
                 if victim is seq:
                     break

@@ -115,6 +115,18 @@ def prefetch(typingctx: Any, element: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of two float32 that are not NaN. (Unlike ``max`` it vectorises when a loop reduces with it.)"""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.FloatType()])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.maxnum.f32")
+        return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+    return float32(float32, float32), generate
+
+
+@intrinsic
 def _bits(typingctx: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -138,7 +150,6 @@ _LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
 _C2, _C3, _C4 = np.float32(0.5), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
 _C5, _C6, _C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
 _ONE = np.float32(1.0)
-_SMALLEST = np.finfo(np.float32).min
 _SHIFT, _EXPONENT_OF_ONE = np.int32(23), np.int32(0x3F800000)
 
 
@@ -154,12 +165,3 @@ def exp(x: Any) -> Any:
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
     return (p * (r * r) + r + _ONE) * _float(np.int32(np.int32(_bits(shifted) << _SHIFT) + _EXPONENT_OF_ONE))
-
-
-@njit(fastmath={"reassoc", "nsz", "nnan"})
-def largest(element: Any, address: int, start: int, stop: int) -> Any:
-    """The largest of ``address[start:stop]``. (Vectorises only where NaN need not be kept apart.)"""
-    highest = _SMALLEST
-    for i in range(start, stop):
-        highest = max(highest, load(element, address, i))
-    return highest

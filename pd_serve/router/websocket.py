@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from typing import cast
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -62,8 +63,7 @@ class WebSocket(asyncio.Protocol):
     # --- asyncio.Protocol -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without being a subclass
         self._protocol.send_request(self._protocol.connect())
         self._flush()
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from pd_serve.models.jit import exp, kernel, largest, load, load_int, prefetch, store
+from pd_serve.models.jit import exp, kernel, larger, load, load_int, prefetch, store
+
+LOWEST = np.finfo(np.float32).min
 
 
 @kernel
@@ -68,7 +70,9 @@ def causal_softmax(
         at = row * columns
         stop = first + row % queries + 1
         start = max(0, stop - window) if window > 0 else 0
-        highest = largest(element, scores, at + start, at + stop)
+        highest = LOWEST
+        for i in range(start, stop):
+            highest = larger(highest, load(element, scores, at + i))
         total = np.float32(0)
         for i in range(start, stop):
             p = exp((load(element, scores, at + i) - highest) * factor)
@@ -129,7 +133,9 @@ def decode_kernel(dim: int, group: int, block_size: int, line: int, *, parallel:
                     store(f32, scores, g * width + token, score)
 
             for g in range(group):
-                highest = largest(f32, scores, g * width + low, g * width + width)
+                highest = LOWEST
+                for i in range(g * width + low, g * width + width):
+                    highest = larger(highest, load(f32, scores, i))
                 total = np.float32(0)
                 for i in range(g * width + low, g * width + width):
                     p = exp(load(f32, scores, i) - highest)
@@ -139,17 +145,32 @@ def decode_kernel(dim: int, group: int, block_size: int, line: int, *, parallel:
                 for i in range(g * width + low, g * width + width):
                     store(f32, scores, i, load(f32, scores, i) * share)
 
-            for token in range(low, width):
+            token = low
+            while token < width:
                 block = load_int(int32, table, token // block_size)
                 at = block * block_stride + (head * block_size + token % block_size) * dim + value_offset
                 ahead = (load_int(int32, table, min(token + block_size, width - 1) // block_size) - block) * block_stride
-                for i in range(0, dim, line):
-                    prefetch(element, pool, at + ahead + i)
-                for g in range(group):
-                    p = load(f32, scores, g * width + token)
-                    for i in range(dim):
-                        value = load(f32, result, g * dim + i) + p * load(element, pool, at + i)
-                        store(f32, result, g * dim + i, value)
+                if token % block_size + 4 <= block_size and token + 4 <= width:
+                    for i in range(0, 4 * dim, line):
+                        prefetch(element, pool, at + ahead + i)
+                    for g in range(group):
+                        p0 = load(f32, scores, g * width + token)
+                        p1 = load(f32, scores, g * width + token + 1)
+                        p2 = load(f32, scores, g * width + token + 2)
+                        p3 = load(f32, scores, g * width + token + 3)
+                        for i in range(dim):
+                            value = p0 * load(element, pool, at + i) + p1 * load(element, pool, at + dim + i)
+                            value += p2 * load(element, pool, at + 2 * dim + i)
+                            value += p3 * load(element, pool, at + 3 * dim + i)
+                            store(f32, result, g * dim + i, load(f32, result, g * dim + i) + value)
+                    token += 4
+                else:
+                    for g in range(group):
+                        p = load(f32, scores, g * width + token)
+                        for i in range(dim):
+                            value = load(f32, result, g * dim + i) + p * load(element, pool, at + i)
+                            store(f32, result, g * dim + i, value)
+                    token += 1
             for i in range(group * dim):
                 store(element, out, (seq * kv_heads + head) * group * dim + i, load(f32, result, i))
 
