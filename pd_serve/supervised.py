@@ -40,6 +40,7 @@ class Supervised:
         self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
         self._partial = b""
         self._streaming = False
+        self._ending = False
         self._restarts: deque[float] = deque()
 
     @property
@@ -98,7 +99,9 @@ class Supervised:
             self.start()
 
     async def stop(self, grace_s: float) -> None:
+        """Ends it. What it says of its end is not shown, errors apart."""
         if self._child is not None:
+            self._ending = True
             await self._child.stop(grace_s)
             self._unread()
 
@@ -123,7 +126,7 @@ class Supervised:
 
     def _line(self, line: str) -> None:
         self._kept.append(line)
-        if self._streaming:
+        if self._streaming and (not self._ending or " ERROR " in line):
             self._show(line)
 
     def _show(self, line: str) -> None:

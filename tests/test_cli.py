@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,14 +27,15 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_version_is_printed_at_once() -> None:
-    run("version")  # warm file cache
+    run("version")  # byte-compiles, warms the file cache
     times_s = []
     for _ in range(5):
-        started_s = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         answer = run("version")
-        times_s.append(time.perf_counter() - started_s)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert (answer.returncode, answer.stdout) == (0, f"pd-serve {__version__}\n")
-    assert min(times_s) < 0.3, times_s
+    assert min(times_s) < 0.3, times_s  # of a core, so that whatever else runs does not count
 
 
 @pytest.mark.parametrize("command", config.COMMANDS)

@@ -21,17 +21,15 @@ import torch
 
 from pd_serve.models.source import cache_directory
 
-# A kernel's file alone decides whether numba takes it from its cache, but the functions below end up inside of it:
-# hence a folder for each version of this file.
-os.environ.setdefault(
-    "NUMBA_CACHE_DIR",
-    str(
-        cache_directory() / "numba" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    ),
-)
+# A kernel's own file alone decides whether numba takes it from its cache, but these end up inside of kernels:
+# hence a folder for each version of them.
+_INLINED = ("models/jit.py", "engine/attention/tiles.py")
+_PACKAGE = Path(__file__).parent.parent
+_VERSION = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _INLINED)).hexdigest()[:12]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba" / _VERSION))
 
 from llvmlite import ir  # noqa: E402
-from numba import float32, njit, types  # noqa: E402
+from numba import config, float32, njit, set_num_threads, types  # noqa: E402
 from numba.core import cgutils  # noqa: E402
 from numba.extending import intrinsic  # noqa: E402
 
@@ -45,8 +43,18 @@ def element_of(dtype: torch.dtype) -> np.generic:
     return _BFLOAT16 if dtype is torch.bfloat16 else _FLOAT32
 
 
+def set_kernel_threads(threads: int) -> None:
+    """For kernels that are ``parallel``; to be called before the first of them, which only one thread may call.
+
+    numba's own threads sleep between kernels. Its OpenMP's would spin, on the cores that torch's threads need (they
+    are of two libraries, which know nothing of each other).
+    """
+    config.THREADING_LAYER = "workqueue"
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+
+
 def kernel(function: Callable[..., None] | None = None, *, parallel: bool = False) -> Any:
-    """Compiles a kernel on its first call, or takes it from the cache. ``parallel``: ``prange`` uses numba's threads."""
+    """Compiled on its first call, or taken from the cache. ``parallel``: ``prange`` uses numba's threads."""
     options = njit(cache=True, fastmath=FASTMATH, parallel=parallel, error_model="numpy", nogil=True)
     return options(function) if function is not None else options
 
@@ -127,7 +135,9 @@ def larger(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def _bits(typingctx: Any, value: Any) -> Any:
+def bits_of(typingctx: Any, value: Any) -> Any:
+    """The 32 bits of a float32, as int32."""
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -135,7 +145,9 @@ def _bits(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _float(typingctx: Any, bits: Any) -> Any:
+def float_of(typingctx: Any, bits: Any) -> Any:
+    """The float32 of 32 bits."""
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -164,4 +176,4 @@ def exp(x: Any) -> Any:
     n = shifted - _ROUND
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
-    return (p * (r * r) + r + _ONE) * _float(np.int32(np.int32(_bits(shifted) << _SHIFT) + _EXPONENT_OF_ONE))
+    return (p * (r * r) + r + _ONE) * float_of(np.int32(np.int32(bits_of(shifted) << _SHIFT) + _EXPONENT_OF_ONE))

@@ -173,6 +173,8 @@ class EngineProcess:
                 self.ready = message
                 self.status = Status(message.load)
                 self._started.set()
+                # It is connected, for good: without its path nobody else can, and a killed node leaves nothing behind.
+                shutil.rmtree(self._directory, ignore_errors=True)
             case wire.EngineFailed():
                 self._failure = message.message
                 self._started.set()

@@ -35,7 +35,11 @@ def test_kinds_are_told_apart() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, tiny.vocab_size(tiny.byte_level()) + 3), max_size=30), st.lists(st.integers(0)), st.booleans())
+@given(
+    st.lists(st.integers(0, tiny.vocab_size(tiny.byte_level()) + 3), max_size=30),
+    st.lists(st.integers(0)),
+    st.booleans(),
+)
 def test_byte_level_any_tokens_in_any_steps(ids: list[int], cuts: list[int], skip: bool) -> None:
     """Whatever the ids: broken characters, special tokens, ids without a token."""
     whole = BYTE_LEVEL.decode(ids, skip_special_tokens=skip)

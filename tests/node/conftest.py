@@ -30,14 +30,25 @@ def start_node(model_directory: Path) -> Iterator[StartNode]:
     """``start_node("behaviour of the engine", "--flag", ...)``; ready unless ``ready=False``."""
     started: list[NodeUnderTest] = []
 
-    def start(behaviour: str, *flags: str, role: str = "decode", ready: bool = True, port: int = 0) -> NodeUnderTest:
+    def start(
+        behaviour: str,
+        *flags: str,
+        role: str = "decode",
+        ready: bool = True,
+        port: int = 0,
+        variables: dict[str, str] | None = None,
+    ) -> NodeUnderTest:
         port = port or free_port()
         command = [sys.executable, str(Path(__file__).with_name("run_node.py")), behaviour, role]
         command += ["--model", str(model_directory), "--load-format", "dummy", "--port", str(port), *flags]
         root = Path(__file__).parents[2]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PD_SERVE_")}
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=environ | {"PYTHONPATH": str(root)}, start_new_session=True
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environ | {"PYTHONPATH": str(root)} | (variables or {}),
+            start_new_session=True,
         )
         node = NodeUnderTest(process, port)
         started.append(node)

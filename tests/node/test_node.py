@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -157,22 +158,23 @@ def test_a_second_signal_ends_at_once(start_node: StartNode) -> None:
     node.until(lambda: node.status()["state"] == "draining", "draining")
     node.process.send_signal(signal.SIGTERM)
     assert node.wait(1) != 0
-    node_log_until_gone(pid)
+    until_gone(pid)
 
 
-def node_log_until_gone(pid: int) -> None:
+def until_gone(pid: int) -> None:
     deadline_s = time.monotonic() + 2
     while alive(pid):
         assert time.monotonic() < deadline_s, "the engine outlives its node"
         time.sleep(0.01)
 
 
-def test_the_engine_does_not_outlive_a_killed_node(start_node: StartNode) -> None:
-    node = start_node("echoes")
+def test_the_engine_does_not_outlive_a_killed_node(start_node: StartNode, tmp_path: Path) -> None:
+    node = start_node("echoes", variables={"TMPDIR": str(tmp_path)})
     pid = engine_pid(node)
     node.process.kill()
     node.wait()
-    node_log_until_gone(pid)
+    until_gone(pid)
+    assert not list(tmp_path.iterdir())
 
 
 def test_when_the_engine_dies_the_node_ends(start_node: StartNode) -> None:

@@ -12,10 +12,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import njit, prange
 
+from pd_serve.engine.attention.tiles import TOKENS, score_tile, value_tile, write_tile
 from pd_serve.models.jit import exp, kernel, larger, load, load_int, prefetch, store
 
+CACHE_LINE_BYTES = 64
+PREFETCH_TOKENS = 48  # about the time a line takes to arrive
 LOWEST = np.finfo(np.float32).min
 
 
@@ -56,16 +59,17 @@ def gather_kv(
 
 @kernel
 def causal_softmax(
-    element: Any, scores: int, scratch: int, rows: int, queries: int, columns: int, first: int, window: int,
-    scale: float,
+    element: Any, scores: int, rows: int, queries: int, columns: int, first: int, window: int, scale: float
 ) -> None:  # fmt: skip
-    """Softmax of ``scale * scores [rows, columns]`` in place. ``scratch`` holds ``columns`` float32.
+    """Softmax of ``scale * scores [rows, columns]`` in place.
 
     Row r belongs to query ``r % queries``, which sees the columns up to ``first + r % queries``, of which the last
     ``window`` (0 = all); the others become 0.
     """
     f32 = np.float32(0)
     factor = np.float32(scale)
+    buffer = np.empty(columns, np.float32)
+    scratch = buffer.ctypes.data
     for row in range(rows):
         at = row * columns
         stop = first + row % queries + 1
@@ -87,13 +91,21 @@ def causal_softmax(
             store(element, scores, at + i, np.float32(0))
 
 
+@njit
+def _element_index(int32: Any, table: int, block_stride: int, block_size: int, dim: int, head: int, token: int) -> Any:
+    """Where the key of a token lies, in elements from the pool's address."""
+    block = load_int(int32, table, token // block_size)
+    return block * block_stride + (head * block_size + token % block_size) * dim
+
+
 @cache
-def decode_kernel(dim: int, group: int, block_size: int, line: int, *, parallel: bool) -> Callable[..., None]:
+def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, parallel: bool) -> Callable[..., None]:
     """Attention of one query token a sequence, for ``group`` query heads a KV head.
 
-    The sizes are constants of the kernel: with them LLVM unrolls its loops over vectors, which makes it several times
-    faster. Each K and V is read once for all query heads that share it.
+    The sizes are constants of the kernel, as its vectors need them. K and V are read once for all query heads that
+    share them, and asked for ahead of time: their blocks are scattered, which the processor cannot foresee.
     """
+    line = CACHE_LINE_BYTES // itemsize
 
     @kernel(parallel=parallel)
     def decode(
@@ -102,76 +114,55 @@ def decode_kernel(dim: int, group: int, block_size: int, line: int, *, parallel:
     ) -> None:  # fmt: skip
         """``q [num_seqs, kv_heads * group, dim]``; ``out`` the same, contiguous. ``window`` 0: all is seen."""
         f32 = np.float32(0)
-        f32 = np.float32(0)
+        factor = np.float32(scale)
         for work in prange(num_seqs * kv_heads):
             seq, head = work // kv_heads, work % kv_heads
             length = load_int(int32, seq_lens, seq)
             start = max(0, length - window) if window > 0 else 0
-            first = start // block_size
-            width = length - first * block_size  # tokens in the blocks that are read
-            low = start - first * block_size  # of which the first so many are outside of the window
-            table = tables + 4 * (seq * table_stride + first)
-            scratch = np.empty(group * (2 * dim + width), np.float32)
-            query = scratch.ctypes.data
-            result = query + 4 * group * dim
+            table = tables + 4 * seq * table_stride
+            stride = length - start + TOKENS  # of a query head's scores; the last tile may write behind them
+            scratch = np.empty(group * (dim + stride), np.float32)
+            result = scratch.ctypes.data
             scores = result + 4 * group * dim
-            for i in range(group * dim):
-                value = load(element, q, seq * q_stride + head * group * dim + i)
-                store(f32, query, i, value * np.float32(scale))
-                store(f32, result, i, np.float32(0))
+            query = q + itemsize * (seq * q_stride + head * group * dim)
 
-            for token in range(low, width):
-                block = load_int(int32, table, token // block_size)
-                at = block * block_stride + (head * block_size + token % block_size) * dim
-                ahead = (load_int(int32, table, min(token + block_size, width - 1) // block_size) - block) * block_stride
-                for i in range(0, dim, line):
-                    prefetch(element, pool, at + ahead + i)
-                for g in range(group):
-                    score = np.float32(0)
-                    for i in range(dim):
-                        score += load(f32, query, g * dim + i) * load(element, pool, at + i)
-                    store(f32, scores, g * width + token, score)
+            token = start
+            while token < length:
+                soon = min(token + PREFETCH_TOKENS, length - 1)
+                ahead = _element_index(int32, table, block_stride, block_size, dim, head, soon)
+                for i in range(0, TOKENS * dim, line):
+                    prefetch(element, pool, ahead + i)
+                at = _element_index(int32, table, block_stride, block_size, dim, head, token)
+                count = min(TOKENS, block_size - token % block_size, length - token)
+                score_tile(element, query, pool, at, count, scores + 4 * (token - start), stride, group, dim)
+                token += count
 
             for g in range(group):
+                first, last = g * stride, g * stride + length - start
                 highest = LOWEST
-                for i in range(g * width + low, g * width + width):
+                for i in range(first, last):
                     highest = larger(highest, load(f32, scores, i))
                 total = np.float32(0)
-                for i in range(g * width + low, g * width + width):
-                    p = exp(load(f32, scores, i) - highest)
+                for i in range(first, last):
+                    p = exp((load(f32, scores, i) - highest) * factor)
                     store(f32, scores, i, p)
                     total += p
                 share = np.float32(1) / total
-                for i in range(g * width + low, g * width + width):
+                for i in range(first, last):
                     store(f32, scores, i, load(f32, scores, i) * share)
 
-            token = low
-            while token < width:
-                block = load_int(int32, table, token // block_size)
-                at = block * block_stride + (head * block_size + token % block_size) * dim + value_offset
-                ahead = (load_int(int32, table, min(token + block_size, width - 1) // block_size) - block) * block_stride
-                if token % block_size + 4 <= block_size and token + 4 <= width:
-                    for i in range(0, 4 * dim, line):
-                        prefetch(element, pool, at + ahead + i)
-                    for g in range(group):
-                        p0 = load(f32, scores, g * width + token)
-                        p1 = load(f32, scores, g * width + token + 1)
-                        p2 = load(f32, scores, g * width + token + 2)
-                        p3 = load(f32, scores, g * width + token + 3)
-                        for i in range(dim):
-                            value = p0 * load(element, pool, at + i) + p1 * load(element, pool, at + dim + i)
-                            value += p2 * load(element, pool, at + 2 * dim + i)
-                            value += p3 * load(element, pool, at + 3 * dim + i)
-                            store(f32, result, g * dim + i, load(f32, result, g * dim + i) + value)
-                    token += 4
-                else:
-                    for g in range(group):
-                        p = load(f32, scores, g * width + token)
-                        for i in range(dim):
-                            value = load(f32, result, g * dim + i) + p * load(element, pool, at + i)
-                            store(f32, result, g * dim + i, value)
-                    token += 1
             for i in range(group * dim):
-                store(element, out, (seq * kv_heads + head) * group * dim + i, load(f32, result, i))
+                store(f32, result, i, np.float32(0))
+            token = start
+            while token < length:
+                soon = min(token + PREFETCH_TOKENS, length - 1)
+                ahead = _element_index(int32, table, block_stride, block_size, dim, head, soon) + value_offset
+                for i in range(0, TOKENS * dim, line):
+                    prefetch(element, pool, ahead + i)
+                at = _element_index(int32, table, block_stride, block_size, dim, head, token) + value_offset
+                count = min(TOKENS, block_size - token % block_size, length - token)
+                value_tile(element, scores + 4 * (token - start), stride, pool, at, count, result, group, dim)
+                token += count
+            write_tile(element, result, out + itemsize * work * group * dim, group, dim)
 
     return decode  # type: ignore[no-any-return]

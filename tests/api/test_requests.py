@@ -1,0 +1,239 @@
+"""What is accepted, what is not, and that the message says what to change."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pd_serve.api.errors import APIError
+from pd_serve.api.parsing import parse
+from pd_serve.api.sampling import sampling_params
+from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from pd_serve.api.text_model import TextModel
+from tests.api import tiny
+
+MODEL = TextModel(tiny.bundle(), tiny.info())
+HI = [{"role": "user", "content": "hi"}]
+VOCAB = tiny.info().vocab_size
+
+
+def completion(**fields: Any) -> tuple[CompletionRequest, Any]:
+    request = parse(CompletionRequest, json.dumps({"model": "tiny", "prompt": "the fox", **fields}).encode())
+    (prompt, *_) = MODEL.completion_prompts(request)
+    return request, sampling_params(request, MODEL, len(prompt.ids))
+
+
+def chat(**fields: Any) -> tuple[ChatCompletionRequest, Any]:
+    request = parse(ChatCompletionRequest, json.dumps({"model": "tiny", "messages": HI, **fields}).encode())
+    prompt = MODEL.chat_prompt(request)
+    return request, sampling_params(request, MODEL, len(prompt.ids))
+
+
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": ""}, "prompt", "empty"),
+    ({"prompt": []}, "prompt", "empty"),
+    ({"prompt": [[]]}, "prompt", "empty"),
+    ({"prompt": [[1], []]}, "prompt", "empty"),
+    ({"prompt": None}, "prompt", "empty"),
+    ({"prompt": {}}, "prompt", "string"),
+    ({"prompt": 5}, "prompt", "string"),
+    ({"prompt": ["a", 5]}, "prompt", "string"),
+    ({"prompt": [1.5]}, "prompt", "string"),
+    ({"prompt": [True]}, "prompt", "string"),
+    ({"prompt": [-1]}, "prompt", "token id -1"),
+    ({"prompt": [VOCAB]}, "prompt", f"0 to {VOCAB - 1}"),
+    ({"prompt": [[1], [2**70]]}, "prompt", "out of range"),
+    ({"prompt": [1] * 512}, "prompt", "shorten the prompt"),
+    ({"prompt": [1] * 500, "max_tokens": 13}, "max_tokens", "at most 12"),
+    ({"prompt": ["a"] * 1025}, "prompt", "1024"),
+    ({"prompt": ["a"] * 100, "n": 100}, "prompt", "1024"),
+    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"max_tokens": 0}, None, "at least 1"),  # type: ignore[list-item]
+    ({"max_tokens": 1.5}, "max_tokens", "integer"),
+    ({"max_tokens": "5"}, "max_tokens", "integer"),
+    ({"max_tokens": 2**70}, "max_tokens", "at most"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 129}, "n", "128"),
+    ({"n": True}, "n", "integer"),
+    ({"best_of": 3}, None, "best_of"),  # type: ignore[list-item]
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": "hot"}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 1.01}, "top_p", "less than or equal to 1"),
+    ({"top_k": -2}, "top_k", "-1"),
+    ({"min_p": 2}, "min_p", "less than or equal to 1"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"presence_penalty": 3}, "presence_penalty", "2"),
+    ({"logprobs": 21}, "logprobs", "20"),
+    ({"logprobs": True}, "logprobs", "integer"),
+    ({"min_tokens": 17}, "min_tokens", "max_tokens"),
+    ({"stop": [str(i) for i in range(1000)]}, "stop", "16"),
+    ({"stop": ""}, "stop", "empty"),
+    ({"stop": ["a", ""]}, "stop", "empty"),
+    ({"stop": [1]}, "stop", "string"),
+    ({"stop": "x" * 1025}, "stop", "1024"),
+    ({"stop_token_ids": [VOCAB]}, "stop_token_ids", "out of range"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids", "128"),
+    ({"logit_bias": {str(VOCAB): 1}}, "logit_bias", "out of range"),
+    ({"logit_bias": {"the": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
+    ({"seed": 2**64}, "seed", "less than"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream_options": {"include_usage": True}}, None, "stream"),  # type: ignore[list-item]
+    ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "include_usage"),
+    ({"temprature": 1}, "temprature", "'temperature'"),
+    ({"max_token": 1}, "max_token", "'max_tokens'"),
+    ({"messages": HI}, "messages", "unknown field"),
+    ({"suffix": "x"}, "suffix", "not supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"use_beam_search": True}, "use_beam_search", "not supported"),
+    ({"model": 5}, "model", "string"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "hint"), BAD_COMPLETIONS, ids=lambda v: str(v)[:40])
+def test_bad_completions(fields: dict[str, Any], param: str | None, hint: str) -> None:
+    with pytest.raises(APIError) as caught:
+        completion(**fields)
+    assert caught.value.status == 400
+    assert caught.value.param == param
+    assert hint in caught.value.message
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{}]}, "role"),
+    ({"messages": [{"role": "user"}]}, "content"),
+    ({"messages": [{"role": 5, "content": "x"}]}, "role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "text parts"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
+    ({"messages": [{"role": "user", "content": "x", "contnt": "y"}]}, "'content'"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "differ"),
+    ({"max_completion_tokens": 512}, "max_tokens"),
+    ({"top_logprobs": 2}, "logprobs"),
+    ({"logprobs": 2}, "boolean"),
+    ({"logprobs": True, "top_logprobs": 21}, "20"),
+    ({"tools": [{"type": "retrieval"}]}, "function"),
+    ({"tools": [{"type": "function"}]}, "required"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"add_generation_prompt": True, "continue_final_message": True}, "both"),
+    ({"chat_template_kwargs": {"messages": []}}, "messages"),
+    ({"prompt": "x"}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("fields", "hint"), BAD_CHATS, ids=lambda v: str(v)[:40])
+def test_bad_chats(fields: dict[str, Any], hint: str) -> None:
+    with pytest.raises(APIError) as caught:
+        chat(**fields)
+    assert caught.value.status == 400 and hint in caught.value.message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"])
+def test_numbers_that_are_none(field: str, number: str) -> None:
+    with pytest.raises(APIError) as caught:
+        parse(CompletionRequest, f'{{"prompt": "x", "{field}": {number}}}'.encode())
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000, b'{"a":' * 5000]
+)
+def test_bodies_that_are_no_objects(body: bytes) -> None:
+    for kind in (CompletionRequest, ChatCompletionRequest, TokenizeRequest):
+        with pytest.raises(APIError) as caught:
+            parse(kind, body)
+        assert caught.value.status == 400 and caught.value.message
+
+
+def test_fields_without_effect_are_ignored() -> None:
+    ignored = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "k"}
+    text = {"type": "text"}
+    completion(**ignored, response_format=text, suffix="", best_of=1)
+    chat(**ignored, response_format=text, parallel_tool_calls=True, modalities=["text"], audio=None, tool_choice="auto")
+
+
+def test_null_is_the_default() -> None:
+    names = [name for name in CompletionRequest.model_fields if name not in ("prompt", "model")]
+    plain, sampling = completion(seed=1)
+    assert completion(**dict.fromkeys(names), model="")[1] != sampling  # another seed
+    assert completion(**{**dict.fromkeys(names), "seed": 1})[1] == sampling
+    assert plain.choices == 1
+
+
+def test_sampling_defaults_are_openais() -> None:
+    _, sampling = completion()
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.logprobs) == (16, 1.0, 1.0, -1)
+    request, sampling = chat()
+    assert sampling.max_tokens == 512 - len(MODEL.chat_prompt(request).ids)
+    assert completion(prompt=[1] * 510)[1].max_tokens == 2  # the default fits itself to what is left
+
+
+def test_sampling_fields_arrive() -> None:
+    _, sampling = completion(
+        max_tokens=9,
+        temperature=1e-9,
+        top_k=-1,
+        top_p=0.5,
+        min_p=0.1,
+        seed=-1,
+        stop_token_ids=[5],
+        logit_bias={"3": -100},
+        min_tokens=2,
+        ignore_eos=True,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        repetition_penalty=1.2,
+        logprobs=0,
+    )
+    assert sampling.temperature == 0.0  # dividing by it would overflow
+    assert sampling.top_k == 0 and sampling.seed == 2**64 - 1 and sampling.logit_bias == {3: -100.0}
+    assert (sampling.stop_token_ids, sampling.min_tokens, sampling.ignore_eos) == ((5,), 2, True)
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (0, -1)
+    assert completion(echo=True, logprobs=3)[1].prompt_logprobs == 3
+    assert chat(logprobs=True)[1].logprobs == 0 and chat(logprobs=True, top_logprobs=4)[1].logprobs == 4
+    assert completion()[1].seed != completion()[1].seed
+
+
+def test_the_longest_that_fits() -> None:
+    completion(prompt=[1] * 511, max_tokens=1)
+    completion(prompt=[1] * 500, max_tokens=12)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+fields = st.sampled_from([*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "user", "suffix", "x"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(fields, json_values, max_size=6), st.booleans())
+def test_any_json_is_a_request_or_a_400(body: dict[str, Any], chatting: bool) -> None:
+    try:
+        (chat if chatting else completion)(**body)
+    except APIError as error:
+        assert error.status == 400 and error.message and json.loads(error.body("id"))["error"]["message"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_400(body: bytes) -> None:
+    with pytest.raises(APIError) as caught:
+        parse(ChatCompletionRequest, body)
+    assert caught.value.status == 400

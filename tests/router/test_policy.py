@@ -1,0 +1,94 @@
+"""Placement: least load, equal layouts, nothing that drains, failed or refused where there is something better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pd_serve.router.policy import NodeView, Nowhere, Placement, place
+
+
+def view(id: str, **fields: Any) -> NodeView:
+    defaults = {
+        "layout": "a", "sequences": 0, "waiting_tokens": 0, "kv_used": 0.0, "draining": False, "local_prefill_tokens": 0
+    }  # fmt: skip
+    return NodeView(id, **{**defaults, **fields})
+
+
+P, D = [view("p0"), view("p1")], [view("d0"), view("d1")]
+
+
+def test_least_loaded() -> None:
+    busy_p = [view("p0", waiting_tokens=500), view("p1", waiting_tokens=20), view("p2", waiting_tokens=900)]
+    busy_d = [view("d0", sequences=3), view("d1", sequences=9), view("d2", sequences=2)]
+    assert place(busy_p, busy_d, prompt_tokens=10) == Placement("p1", "d2")
+
+
+def test_a_pool_that_is_nearly_full_counts_as_load() -> None:
+    nodes = [view("d0", sequences=4, kv_used=0.97), view("d1", sequences=10, kv_used=0.2)]
+    assert place(P, nodes, prompt_tokens=10) == Placement("p0", "d1")
+    assert isinstance(place(P, [view("d0", kv_used=1.0)], prompt_tokens=10), Placement)
+
+
+def test_equals_take_turns() -> None:
+    taken = [place(P, D, prompt_tokens=10, turn=turn) for turn in range(4)]
+    assert taken == [Placement("p0", "d0"), Placement("p1", "d1")] * 2
+
+
+def test_layouts_must_match() -> None:
+    assert place([view("p0", layout="b")], [view("d0"), view("d1", layout="b", sequences=9)], prompt_tokens=9) == (
+        Placement(None, "d0")
+    )
+    assert place([view("p0", layout="b")], [view("d1", layout="b")], prompt_tokens=9) == Placement("p0", "d1")
+
+
+def test_one_node_alone() -> None:
+    assert place(P, D, prompt_tokens=10, last_token=True) == Placement("p0", None)
+    assert place(P, D, prompt_tokens=10, local=True) == Placement(None, "d0")
+    assert place([], D, prompt_tokens=10) == Placement(None, "d0")
+    assert place(P, [view("d0", local_prefill_tokens=10)], prompt_tokens=10) == Placement(None, "d0")
+    assert place(P, [view("d0", local_prefill_tokens=10)], prompt_tokens=11) == Placement("p0", "d0")
+    assert place([view("p0", draining=True)], D, prompt_tokens=10) == Placement(None, "d0")
+
+
+def test_nowhere() -> None:
+    assert place(P, [], prompt_tokens=10) is Nowhere.NO_NODES
+    assert place(P, [view("d0", draining=True)], prompt_tokens=10) is Nowhere.NO_NODES
+    assert place(P, D, prompt_tokens=10, refused={"d0", "d1"}) is Nowhere.REFUSED
+    assert place(P, D, prompt_tokens=10, refused={"p0", "p1"}) is Nowhere.REFUSED
+    assert place(P, D, prompt_tokens=10, last_token=True, refused={"p0", "p1"}) is Nowhere.REFUSED
+
+
+def test_a_node_that_failed_is_the_last_choice_but_a_choice() -> None:
+    loaded = [view("d0", sequences=0), view("d1", sequences=50)]
+    assert place(P, loaded, prompt_tokens=10, avoid={"d0": 1}) == Placement("p0", "d1")
+    assert place(P, loaded[:1], prompt_tokens=10, avoid={"d0": 3, "p0": 1}) == Placement("p1", "d0")
+
+
+views = st.builds(
+    lambda layout, n, tokens, kv, draining, local: ("", layout, n, tokens, kv, draining, local),
+    st.sampled_from("ab"), st.integers(0, 99), st.integers(0, 9999), st.floats(0, 1), st.booleans(), st.integers(0, 20),
+)  # fmt: skip
+
+
+@given(st.lists(views, max_size=4), st.lists(views, max_size=4), st.integers(1, 30), st.booleans(), st.data())
+def test_always_a_legal_answer(p: list[Any], d: list[Any], tokens: int, last: bool, data: st.DataObject) -> None:
+    prefill = [NodeView(f"p{i}", *v[1:]) for i, v in enumerate(p)]
+    decode = [NodeView(f"d{i}", *v[1:]) for i, v in enumerate(d)]
+    ids = [v.id for v in (*prefill, *decode)]
+    refused = set(data.draw(st.lists(st.sampled_from(ids)))) if ids else set()
+    found = place(
+        prefill, decode, prompt_tokens=tokens, last_token=last, refused=refused, turn=data.draw(st.integers(0, 9))
+    )
+    by_id = {v.id: v for v in (*prefill, *decode)}
+    open_decode = [v for v in decode if not v.draining and v.id not in refused]
+    if isinstance(found, Nowhere):
+        assert not any(v.draining is False and v.id not in refused and last for v in prefill)
+        assert found is Nowhere.REFUSED or not [v for v in decode if not v.draining]
+        return
+    chosen = [by_id[id] for id in found if id is not None]
+    assert chosen and not any(v.draining or v.id in refused for v in chosen)
+    assert len({v.layout for v in chosen}) == 1
+    assert found.decode is None or by_id[found.decode] in open_decode

@@ -1,0 +1,122 @@
+"""The router as a process: quick to start, nothing heavy imported, ended by signals in an orderly way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.router.conftest import StartNode, until
+
+HEAVY = ("torch", "transformers", "numpy", "numba", "nixl", "httpx", "fastapi", "jinja2", "prometheus_client", "yaml")
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, pd_serve.router.main, pd_serve.router.app, pd_serve.wire.model;"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+class Process:
+    def __init__(self, *urls: tuple[str, str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        code = (
+            "import sys, json; from pd_serve.config import RouterConfig; from pd_serve.router.main import run;"
+            "d = json.loads(sys.argv[1]); sys.exit(run(RouterConfig(port=d['port'], decode=tuple(d['decode']),"
+            "prefill=tuple(d['prefill']))))"
+        )
+        settings = {"port": self.port, **{r: [u for x, u in urls if x == r] for r in ("prefill", "decode")}}
+        self.started_s = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(settings)], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        )
+
+    async def answers(self, path: str = "/health") -> bool:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            try:
+                return (await client.get(self.url + path, timeout=2)).status_code == 200
+            except httpx.HTTPError:
+                return False
+
+    async def end(self, timeout_s: float = 10.0) -> tuple[int, str]:
+        _, err = await asyncio.to_thread(self.process.communicate, timeout=timeout_s)
+        return int(self.process.returncode), err.decode()
+
+
+@pytest.fixture
+async def process(start_node: StartNode) -> AsyncIterator[Process]:
+    prefill, decode = await start_node("prefill"), await start_node("decode", token_s=0.02)
+    process = Process((prefill.role, prefill.url), (decode.role, decode.url))
+    try:
+        await until(lambda: process.answers("/ready"), "ready", 20)
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()
+            process.process.communicate()
+
+
+async def _stream(process: Process, max_tokens: int, seen: list[Any]) -> None:
+    body = {"model": "tiny", "prompt": "the fox", "max_tokens": max_tokens, "stream": True}
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=20) as client,
+        client.stream("POST", process.url + "/v1/completions", json=body) as answer,
+    ):
+        async for line in answer.aiter_lines():
+            if line:
+                seen.append(line)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_streams_finish(process: Process, number: int) -> None:
+    seen: list[str] = []
+    stream = asyncio.create_task(_stream(process, 60, seen))
+    await until(lambda: len(seen) > 3, "tokens")
+    os.kill(process.process.pid, number)
+    await stream
+    assert len(seen) == 61 and seen[-1] == "data: [DONE]"
+    status, log = await process.end()
+    assert status == 0 and "Traceback" not in log
+    assert not await process.answers()
+
+
+async def test_a_second_signal_ends_streams_in_words(process: Process) -> None:
+    seen: list[str] = []
+    stream = asyncio.create_task(_stream(process, 500, seen))
+    await until(lambda: len(seen) > 3, "tokens")
+    os.kill(process.process.pid, signal.SIGINT)
+    await asyncio.sleep(0.4)
+    os.kill(process.process.pid, signal.SIGINT)
+    await stream
+    assert json.loads(seen[-1][6:])["error"]["code"] == "shutting_down"
+    status, log = await process.end()
+    assert status == 0 and "Traceback" not in log
+
+
+async def test_a_taken_port_is_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code = (
+            "from pd_serve.config import RouterConfig; from pd_serve.router.main import run;"
+            f"run(RouterConfig(port={port}))"
+        )
+        answer = await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        )
+    assert "ConfigError" in answer.stderr and str(port) in answer.stderr

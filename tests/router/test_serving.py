@@ -1,0 +1,342 @@
+"""Requests that nothing goes wrong with: the join of two nodes' tokens, shapes, choices, placement."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from pd_serve.api.tokenizer import TextTokenizer
+from tests.api import tiny
+from tests.router.conftest import Running, StartNode, StartRouter, idle, until
+from tests.router.scripted_node import expected
+
+TOKENIZER = TextTokenizer(tiny.byte_level())
+PROMPT = TOKENIZER.encode("the fox", add_special_tokens=True)
+
+
+def text(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+async def events(running: Running, path: str = "/v1/completions", **body: object) -> list[Any]:
+    found = []
+    async with running.http.stream("POST", path, json={"model": "tiny", "temperature": 0, "stream": True, **body}) as r:
+        assert r.status_code == 200, await r.aread()
+        assert r.headers["content-type"].startswith("text/event-stream")
+        async for line in r.aiter_lines():
+            if line.startswith("data: "):
+                found.append(line[6:] if line == "data: [DONE]" else json.loads(line[6:]))
+    return found
+
+
+@pytest.fixture
+async def pair(start_node: StartNode, start_router: StartRouter) -> Running:
+    return await start_router(await start_node("prefill"), await start_node("decode"))
+
+
+async def test_the_first_token_comes_from_prefill_the_rest_from_decode(
+    start_node: StartNode, start_router: StartRouter
+) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode")
+    running = await start_router(prefill, decode)
+    answer = await running.complete(return_token_ids=True)
+    choice = answer["choices"][0]
+    assert choice["token_ids"] == expected(PROMPT, 8)
+    assert choice["text"] == text(expected(PROMPT, 8))
+    assert choice["prompt_token_ids"] == PROMPT
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"] == {
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": 8,
+        "total_tokens": len(PROMPT) + 8,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    (to_prefill,), (to_decode,) = prefill.submits, decode.submits
+    assert to_prefill.id == to_decode.id
+    assert to_prefill.handoff and to_prefill.source is None
+    assert to_decode.source is not None and to_decode.source.node_id == prefill.id
+    assert decode.peers[-1].sources == [to_decode.source]
+
+
+async def test_the_first_token_does_not_wait_for_decode(start_node: StartNode, start_router: StartRouter) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode")
+    decode.hold.clear()
+    running = await start_router(prefill, decode)
+    async with running.http.stream(
+        "POST", "/v1/completions", json={"model": "tiny", "prompt": "the fox", "stream": True, "max_tokens": 4}
+    ) as answer:
+        lines = answer.aiter_lines()
+        first = json.loads((await anext(lines))[6:])
+        assert first["choices"][0]["finish_reason"] is None
+        decode.hold.set()
+        rest = [line async for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+
+
+async def test_one_event_a_token_and_the_same_text(pair: Running) -> None:
+    whole = await pair.complete("the fox", 12)
+    found = await events(pair, prompt="the fox", max_tokens=12, stream_options={"include_usage": True})
+    assert found[-1] == "data: [DONE]" or found[-1] == "[DONE]"
+    *tokens, usage = found[:-1]
+    assert len(tokens) == 12
+    assert "".join(e["choices"][0]["text"] for e in tokens) == whole["choices"][0]["text"]
+    assert [e["choices"][0]["finish_reason"] for e in tokens] == [None] * 11 + ["length"]
+    assert usage["choices"] == [] and usage["usage"] == whole["usage"]
+    assert len({e["id"] for e in found[:-1]}) == 1
+
+
+async def test_chat_stream_and_whole(pair: Running) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "fox"}]}]
+    answer = await pair.post("/v1/chat/completions", messages=messages, max_completion_tokens=6, return_token_ids=True)
+    document = answer.json()
+    prompt = TOKENIZER.encode("<|start|>user: the\nfox<|end|>\n<|start|>assistant:", add_special_tokens=False)
+    assert document["prompt_token_ids"] == prompt
+    message = document["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": text(expected(prompt, 6))}
+    found = await events(pair, "/v1/chat/completions", messages=messages, max_tokens=6, n=2)
+    deltas = [(c["index"], c["delta"]) for e in found[:-1] for c in e["choices"]]
+    for index in (0, 1):
+        mine = [delta for i, delta in deltas if i == index]
+        assert mine[0] == {"role": "assistant", "content": ""}
+        assert "".join(delta["content"] for delta in mine) == message["content"]
+
+
+async def test_eos_is_no_text_and_ends_both_nodes(start_node: StartNode, start_router: StartRouter) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode")
+    running = await start_router(prefill, decode)
+    decode.eos_at = prefill.eos_at = 3
+    answer = await running.complete(return_token_ids=True)
+    assert answer["choices"][0]["text"] == text(expected(PROMPT, 3))
+    assert answer["choices"][0]["token_ids"] == [*expected(PROMPT, 3), tiny.EOS]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 4
+    prefill.eos_at = decode.eos_at = 0
+    answer = await running.complete()
+    assert answer["choices"][0]["text"] == ""
+    await until(idle(prefill, decode), "idle")
+    whole = await running.complete(skip_special_tokens=False, include_stop_str_in_output=True)
+    assert whole["choices"][0]["text"] == tiny.SPECIALS[tiny.EOS]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+async def test_a_stop_string_ends_the_sequence_on_the_nodes(
+    start_node: StartNode, start_router: StartRouter, batch: int
+) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode", token_s=0.005)
+    decode.batch = batch
+    running = await start_router(prefill, decode)
+    ids = expected(PROMPT, 60)
+    output = text(ids)
+    stop = text(ids[9:12])  # across three tokens
+    assert output.index(stop) > 0
+    for include in (False, True):
+        body = {
+            "prompt": "the fox",
+            "max_tokens": 400,
+            "stop": [stop, "nowhere"],
+            "include_stop_str_in_output": include,
+        }
+        answer = await running.complete(**body)  # type: ignore[arg-type]
+        end = output.index(stop) + (len(stop) if include else 0)
+        assert answer["choices"][0]["text"] == output[:end]
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["choices"][0]["stop_reason"] == stop
+        assert answer["usage"]["completion_tokens"] <= 12
+        found = await events(running, **body)
+        assert "".join(c["text"] for e in found[:-1] for c in e["choices"]) == output[:end]
+        await until(idle(prefill, decode), "idle")
+        assert decode.aborted
+
+
+async def test_choices_have_their_own_seeds(pair: Running) -> None:
+    answer = await pair.complete([PROMPT, PROMPT[:2]], 6, n=2, seed=-5, temperature=1, return_token_ids=True)
+    found = [choice["token_ids"] for choice in answer["choices"]]
+    seeds = [(-5 + i) % 2**64 for i in range(2)]
+    assert found == [expected(prompt, 6, seed) for prompt in (PROMPT, PROMPT[:2]) for seed in seeds]
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == len(PROMPT) + 2
+
+
+async def test_more_sequences_than_nodes_take_at_once(pair: Running) -> None:
+    answer = await pair.complete([[i] for i in range(1, 200)], 2, return_token_ids=True)
+    assert [c["token_ids"] for c in answer["choices"]] == [expected([i], 2) for i in range(1, 200)]
+
+
+async def test_echo_and_logprobs(pair: Running) -> None:
+    answer = await pair.complete("the fox", 3, echo=True, logprobs=2)
+    choice = answer["choices"][0]
+    output = expected(PROMPT, 3)
+    assert choice["text"] == "the fox" + text(output)
+    scores = choice["logprobs"]
+    assert "".join(scores["tokens"]) == choice["text"]
+    assert scores["token_logprobs"] == [None] + [-2.0] * (len(PROMPT) - 1) + [-0.5] * 3
+    assert scores["text_offset"] == [len("".join(scores["tokens"][:i])) for i in range(len(scores["tokens"]))]
+    assert scores["top_logprobs"][0] is None and len(scores["top_logprobs"][-1]) == 2
+    scored = await pair.complete("the fox", 0, echo=True, logprobs=0)
+    assert scored["choices"][0]["text"] == "the fox"
+    assert len(scored["choices"][0]["logprobs"]["tokens"]) == len(PROMPT)
+    assert scored["usage"]["completion_tokens"] == 0
+    parts = (await events(pair, prompt=PROMPT, max_tokens=3, echo=True, logprobs=2))[:-1]
+    assert "".join(e["choices"][0]["text"] for e in parts) == choice["text"]
+    assert [t for e in parts for t in e["choices"][0]["logprobs"]["tokens"]] == scores["tokens"]
+
+
+async def test_short_prompts_and_single_tokens_take_one_node(start_node: StartNode, start_router: StartRouter) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode", local_prefill_tokens=3)
+    running = await start_router(prefill, decode)
+    assert (await running.complete([5, 6], 4, return_token_ids=True))["choices"][0]["token_ids"] == expected([5, 6], 4)
+    assert not prefill.submits and decode.submits[-1].source is None
+    await running.complete(PROMPT * 4, 1)
+    assert len(decode.submits) == 1 and not prefill.submits[-1].handoff
+
+
+async def test_decode_nodes_serve_alone(start_node: StartNode, start_router: StartRouter) -> None:
+    decode = await start_node("decode")
+    running = await start_router(decode)
+    assert (await running.complete(return_token_ids=True))["choices"][0]["token_ids"] == expected(PROMPT, 8)
+
+
+async def test_only_equal_layouts_are_paired(start_node: StartNode, start_router: StartRouter) -> None:
+    nodes = [await start_node(role, layout=layout) for layout in ("x", "y") for role in ("prefill", "decode")]
+    running = await start_router(*nodes)
+    await asyncio.gather(*(running.complete([i, i, i]) for i in range(1, 21)))
+    by_id = {node.id: node for node in nodes}
+    for node in nodes[1::2]:
+        assert len(node.submits) >= 5
+        assert all(by_id[s.source.node_id].layout == node.layout for s in node.submits if s.source)
+        assert all(by_id[s.node_id].layout == node.layout for s in node.peers[-1].sources)
+
+
+async def test_load_is_spread(start_node: StartNode, start_router: StartRouter) -> None:
+    nodes = [await start_node(role, token_s=0.01) for role in ("prefill", "prefill", "decode", "decode")]
+    running = await start_router(*nodes)
+    await asyncio.gather(*(running.complete([i, i, i]) for i in range(1, 21)))
+    for node in nodes:
+        assert 7 <= len(node.submits) <= 13
+
+
+async def test_several_models(start_node: StartNode, start_router: StartRouter) -> None:
+    first = await start_node("decode")
+    other = await start_node("decode", info=tiny.info("other"), bundle=tiny.bundle("other", chat=False))
+    running = await start_router(first, other, ready=False)
+    await until(lambda: len(running.router.registry.nodes()) == 2, "both")
+    names = [m["id"] for m in (await running.http.get("/v1/models")).json()["data"]]
+    assert sorted(names) == ["other", "tiny"]
+    await running.complete(model="other")
+    assert len(other.submits) == 1 and not first.submits
+    assert (await running.post(prompt="x", model="")).status_code == 400
+    refused = await running.post("/v1/chat/completions", model="other", messages=[{"role": "user", "content": "x"}])
+    assert refused.status_code == 400 and "/v1/completions" in refused.json()["error"]["message"]
+    assert (await running.http.get("/v1/models/other")).json()["id"] == "other"
+    assert (await running.http.get("/v1/models/third")).status_code == 404
+
+
+async def test_tokenize_and_back(pair: Running) -> None:
+    answer = (
+        await pair.http.post("/tokenize", json={"prompt": "the fox " + tiny.EMOJI, "return_token_strs": True})
+    ).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 512
+    back = await pair.http.post("/detokenize", json={"model": "tiny", "tokens": answer["tokens"]})
+    assert back.json() == {"prompt": "the fox " + tiny.EMOJI}
+    chat = await pair.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]})
+    assert chat.json()["tokens"] == TOKENIZER.encode(
+        "<|start|>user: hi<|end|>\n<|start|>assistant:", add_special_tokens=False
+    )
+
+
+async def test_the_official_clients(pair: Running) -> None:
+    messages: Any = [{"role": "user", "content": "the fox"}]
+    client = openai.AsyncOpenAI(base_url=pair.url + "/v1", api_key="none", max_retries=0)
+    whole = await client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=8,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=1,
+        user="me",
+        store=False,
+    )
+    content = whole.choices[0].message.content
+    assert content and whole.choices[0].logprobs is not None
+    parts = []
+    async for chunk in await client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        parts += [choice.delta.content or "" for choice in chunk.choices]
+        if not chunk.choices:
+            assert chunk.usage == whole.usage
+    assert "".join(parts) == content
+
+    def sync() -> str:
+        with openai.OpenAI(base_url=pair.url + "/v1", api_key="none", max_retries=0) as other:
+            stream = other.completions.create(model="tiny", prompt="the fox", max_tokens=8, temperature=0, stream=True)
+            return "".join(chunk.choices[0].text for chunk in stream)
+
+    assert await asyncio.to_thread(sync) == text(expected(PROMPT, 8))
+    with pytest.raises(openai.NotFoundError):
+        await client.completions.create(model="nothing", prompt="x")
+    await client.close()
+
+
+async def test_status_metrics_and_probes(pair: Running) -> None:
+    await pair.complete(n=2)
+    status = (await pair.http.get("/v1/status")).json()
+    assert [n["state"] for n in status["nodes"]] == ["ready", "ready"]
+    assert [n["role"] for n in status["nodes"]] == ["decode", "prefill"]
+    assert status["nodes"][0]["transport"] == "test" and status["models"][0]["name"] == "tiny"
+    assert status["in_flight"] == {"tiny": 0} and status["sequences"] == 0
+    await until(lambda: all(node.counters for node in pair.router.registry.nodes()), "counters")
+    metrics = (await pair.http.get("/metrics")).text
+    assert 'pd_serve_time_to_first_token_seconds_count{model="tiny"} 1.0' in metrics
+    assert 'pd_serve_inter_token_latency_seconds_count{model="tiny"} 14.0' in metrics
+    assert 'pd_serve_requests_total{endpoint="/v1/completions",status="200"} 1.0' in metrics
+    assert 'pd_serve_nodes{role="decode",state="ready"} 1.0' in metrics
+    assert 'transport="test"' in metrics
+    assert (await pair.http.get("/health")).status_code == 200
+
+
+async def test_request_ids(pair: Running, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="pd_serve.access")
+    given = await pair.http.post(
+        "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 2}, headers={"X-Request-Id": "abc-1"}
+    )
+    assert given.headers["x-request-id"] == "abc-1" and given.json()["id"] == "cmpl-abc-1"
+    assert any(r.getMessage().startswith("abc-1 /v1/completions 200 model=tiny") for r in caplog.records)
+    bad = await pair.http.post("/v1/completions", json={"prompt": ""}, headers={"X-Request-Id": "abc-2"})
+    assert bad.json()["error"]["request_id"] == "abc-2"
+    odd = await pair.http.get("/health", headers={"X-Request-Id": "a b\tc"})
+    assert odd.headers["x-request-id"] not in ("", "a b\tc")
+
+
+async def test_api_keys(start_node: StartNode, start_router: StartRouter) -> None:
+    running = await start_router(await start_node("decode"), api_keys=frozenset({"sk-1", "sk-2"}))
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    for header, status in (("", 401), ("Bearer sk-3", 401), ("sk-1", 401), ("Bearer sk-1", 200), ("bearer sk-2", 200)):
+        headers = {"Authorization": header} if header else {}
+        answer = await running.http.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == status
+    assert (await running.http.get("/v1/status")).status_code == 401
+    error = (await running.http.post("/tokenize", json={"prompt": "x"})).json()["error"]
+    assert error["type"] == "authentication_error" and error["request_id"]
+    for path in ("/health", "/ready", "/metrics"):
+        assert (await running.http.get(path)).status_code == 200
+
+
+async def test_a_slow_reader_gets_everything(pair: Running) -> None:
+    async with pair.http.stream(
+        "POST", "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 300, "stream": True}
+    ) as answer:
+        await asyncio.sleep(0.5)
+        lines = [line async for line in answer.aiter_lines() if line]
+    assert len(lines) == 301 and lines[-1] == "data: [DONE]"
