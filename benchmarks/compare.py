@@ -61,7 +61,9 @@ def measure(url: str, input_len: int, output_len: int, concurrency: int, request
             sys.exit(f"the load generator failed on {url}:\n{done.stderr[-2000:]}{done.stdout[-2000:]}")
         result: dict[str, Any] = json.loads(out.read_text())
     if result["failed"] or result["short_outputs"]:
-        sys.exit(f"{result['failed']} requests failed, {result['short_outputs']} were short on {url}: {result['errors']}")
+        sys.exit(
+            f"{result['failed']} requests failed, {result['short_outputs']} were short on {url}: {result['errors']}"
+        )
     return result
 
 
@@ -95,12 +97,17 @@ def main() -> int:
 
     (first, first_url), (second, second_url) = endpoints
     runs = []
-    print(f"{'c':>2} {'input':>5}  {'figure':<16} {first:>10} {second:>10} {'ratio':>6}  ratios of the repeats", flush=True)
+    print(
+        f"{'c':>2} {'input':>5}  {'figure':<16} {first:>10} {second:>10} {'ratio':>6}  ratios of the repeats",
+        flush=True,
+    )
     for concurrency, requests in zip(args.concurrency, args.requests, strict=True):
         for input_len in args.inputs:
             pairs = []
             for _ in range(args.repeats):
-                pair = [measure(url, input_len, args.output_len, concurrency, requests) for url in (first_url, second_url)]
+                pair = [
+                    measure(url, input_len, args.output_len, concurrency, requests) for url in (first_url, second_url)
+                ]
                 pairs.append(pair)
             runs.append({"concurrency": concurrency, "input_len": input_len, "pairs": pairs})
             for figure in FIGURES:

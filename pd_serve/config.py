@@ -33,6 +33,13 @@ class Common:
     log_level: str = setting(
         "info", choice("debug", "info", "warning", "error"), "Processes", "Least severe messages to log."
     )
+    drain_timeout_s: float = setting(
+        30.0,
+        decimal(0.0),
+        "Processes",
+        "After SIGTERM, the longest wait for running streams and, on nodes, for leased blocks.",
+        unit="seconds",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,13 +156,6 @@ class NodeConfig(EngineSettings):
         "Address at which other nodes' engines reach this one's.",
         reason="Empty: the host it listens on.",
     )
-    drain_timeout_s: float = setting(
-        30.0,
-        decimal(0.0),
-        "Processes",
-        "After SIGTERM, the longest wait for running streams and leased blocks.",
-        unit="seconds",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +181,15 @@ class RouterSettings(Common):
         "How often a request is tried when nodes fail under it.",
         reason="Survives three losses in a row.",
     )
+    node_wait_s: float = setting(
+        5.0,
+        decimal(0.0),
+        "Requests",
+        "How long a request waits for a node to come back when the last one is lost.",
+        unit="seconds",
+        reason="A supervisor starts a dead node again within seconds.",
+    )
+    max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def api_keys(self) -> frozenset[str]:
         """All keys, those of ``api_key_file`` included (lines with ``#`` in front do not count)."""

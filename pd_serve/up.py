@@ -22,7 +22,7 @@ from pd_serve import config as settings
 from pd_serve import logs
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
 from pd_serve.models.source import resolve
-from pd_serve.node.main import listen, netloc
+from pd_serve.net import listen, netloc
 from pd_serve.settings import values_of
 from pd_serve.supervised import Supervised
 

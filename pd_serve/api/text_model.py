@@ -18,6 +18,8 @@ from pd_serve.wire.model import ModelBundle
 
 MAX_SEQUENCES = 1024  # prompts x n of one request
 _INT32 = 2**31
+_CHARACTERS_PER_TOKEN = 16  # more than usual text has
+_TOO_LONG = "context_length_exceeded"
 
 
 class Prompt(NamedTuple):
@@ -100,6 +102,14 @@ class TextModel:
         return self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
 
     def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        limit = self.info.max_model_len
+        # Megabytes of text cost seconds: a beginning that is far too long already says as much.
+        size = _CHARACTERS_PER_TOKEN * limit
+        while size < len(text):
+            count = len(self.tokenizer.encode(text[:size], add_special_tokens=False))
+            if count > 2 * limit:  # twice, because the cut may fall into a word
+                raise bad_request(_too_long(f"more than {count // 2}", limit), param, _TOO_LONG)
+            size *= 4
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             raise bad_request("the prompt is empty: it must have at least one token", param, "empty_prompt")
@@ -116,20 +126,18 @@ class TextModel:
         limit = self.info.max_model_len
         if prompt_tokens + max(1, max_tokens) <= limit:
             return
-        code = "context_length_exceeded"
         if prompt_tokens + 1 > limit:
-            raise bad_request(
-                f"the prompt has {prompt_tokens} tokens, this model takes {limit} in all (prompt and output): "
-                "shorten the prompt",
-                param,
-                code,
-            )
+            raise bad_request(_too_long(str(prompt_tokens), limit), param, _TOO_LONG)
         raise bad_request(
             f"the prompt has {prompt_tokens} tokens and '{tokens_param}' asks for {max_tokens}, this model takes "
             f"{limit} in all: lower '{tokens_param}' to at most {limit - prompt_tokens} or shorten the prompt",
             tokens_param,
-            code,
+            _TOO_LONG,
         )
+
+
+def _too_long(tokens: str, limit: int) -> str:
+    return f"the prompt has {tokens} tokens, this model takes {limit} in all (prompt and output): shorten the prompt"
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -40,10 +40,8 @@ class Runner:
         """Writes the batch's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
         self._attention.start(batch)
         tokens, positions = torch.from_numpy(batch.tokens), torch.from_numpy(batch.positions)
-        hidden = self._model.forward(tokens, positions, self._attention)
-        if len(batch.logits_rows) < len(hidden):
-            hidden = hidden[torch.from_numpy(batch.logits_rows)]
-        return self._model.logits(hidden)
+        rows = torch.from_numpy(batch.logits_rows) if len(batch.logits_rows) < batch.num_tokens else None
+        return self._model.logits(self._model.forward(tokens, positions, self._attention, rows))
 
     def warm_up(self) -> None:
         """Compiles kernels or takes them from the cache, by a short prompt and one decode into block 0."""

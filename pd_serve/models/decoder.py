@@ -47,8 +47,8 @@ class Decoder:
         self._embedding_scale = scale if config.scale_embeddings else None
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """``tokens``, ``positions``: int64 ``[T]``. Returns ``[T, hidden]`` after the final norm."""
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:
+        """``tokens``, ``positions``: int64 ``[T]``. Returns ``[T, hidden]`` after the final norm, or only ``rows``."""
         eps = self.config.rms_norm_eps
         layers = self.weights.layers
         residual = torch.nn.functional.embedding(tokens, self.weights.embedding)
@@ -58,6 +58,10 @@ class Decoder:
         next_norms = [layer.input_norm for layer in layers[1:]] + [self.weights.norm]
         for i, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
             x = self._attend(i, layer, x, positions, attention)
+            if rows is not None and next_norm is self.weights.norm:  # the last layer: nothing sees the other rows
+                x, residual = layer.output(x[rows]), residual[rows]
+            else:
+                x = layer.output(x)
             if layer.post_attention_norm is not None:
                 x = ops.rms_norm(x, layer.post_attention_norm, eps)
             x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
@@ -84,7 +88,7 @@ class Decoder:
             q = ops.rms_norm(q, layer.q_norm, c.rms_norm_eps)
             k = ops.rms_norm(k, layer.k_norm, c.rms_norm_eps)
         ops.rope_(q, k, positions, self._cos_sin[c.layer_ropes[i]])
-        return layer.output(attention(i, q, k, v))
+        return attention(i, q, k, v)
 
 
 def load_decoder(

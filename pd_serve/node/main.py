@@ -7,13 +7,13 @@ modules are even imported.
 from __future__ import annotations
 
 import os
-import socket
 from urllib.parse import urlsplit
 
 from pd_serve import logs
 from pd_serve.config import NodeConfig
 from pd_serve.errors import ConfigError
 from pd_serve.models.source import ModelFiles, resolve
+from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.wire.engine import EngineConfig
 
@@ -68,35 +68,3 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         transports=["nixl"] if config.transport == "auto" else [config.transport],
         log_level=config.log_level,
     )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that the port is known and ours before anything slow begins."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
-    return bound
-
-
-def reachable_host(host: str) -> str:
-    """The address that others reach this machine at when it listens on ``host``."""
-    if host not in ("0.0.0.0", "::", ""):
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address it would send from
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
-
-
-def netloc(host: str, port: int) -> str:
-    """``host:port`` as a URL has it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

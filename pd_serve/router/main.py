@@ -16,12 +16,11 @@ from types import FrameType
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
-from pd_serve.errors import ConfigError
+from pd_serve.net import listen
 from pd_serve.router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 _KEEP_ALIVE_S = 75  # longer than the pools of usual clients keep a connection, so that theirs end first
 _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
@@ -40,13 +39,16 @@ def run(config: RouterConfig) -> int:
             min_decode=config.min_decode,
             request_timeout_s=config.request_timeout_s,
             max_attempts=config.max_attempts,
+            max_body_bytes=config.max_body_bytes,
+            node_wait_s=config.node_wait_s,
+            drain_timeout_s=config.drain_timeout_s,
             log_level=config.log_level,
         )
     )
 
 
 def serve(settings: RouterSettings) -> int:
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
@@ -104,18 +106,3 @@ def serve(settings: RouterSettings) -> int:
     server.run(sockets=[listener])
     log.info("ended")
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before anything slow begins, so that a taken port is said at once."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(_BACKLOG)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
-    return bound

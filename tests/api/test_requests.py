@@ -214,6 +214,21 @@ def test_the_longest_that_fits() -> None:
     completion(prompt=[1] * 500, max_tokens=12)
 
 
+def test_text_of_megabytes_is_refused_without_tokenising_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = type(MODEL.tokenizer).encode
+
+    def spy(self: Any, text: str, **options: bool) -> list[int]:
+        seen.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(MODEL.tokenizer), "encode", spy)
+    for text in ("the fox " * 500_000, "a" * 4_000_000):
+        with pytest.raises(APIError, match="shorten the prompt"):
+            completion(prompt=text)
+    assert sum(seen) < 100_000
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

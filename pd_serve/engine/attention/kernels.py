@@ -58,18 +58,16 @@ def gather_kv(
 
 
 @kernel
-def causal_softmax(
-    element: Any, scores: int, rows: int, queries: int, columns: int, first: int, window: int, scale: float
-) -> None:  # fmt: skip
-    """Softmax of ``scale * scores [rows, columns]`` in place.
+def causal_weights(
+    element: Any, scores: int, shares: int, rows: int, queries: int, columns: int, first: int, window: int, scale: float
+) -> None:
+    """``exp(scale * (scores - their maximum))`` of each row of ``scores [rows, columns]``, in place.
 
     Row r belongs to query ``r % queries``, which sees the columns up to ``first + r % queries``, of which the last
-    ``window`` (0 = all); the others become 0.
+    ``window`` (0 = all); the others become 0. ``shares[r]``, float32, is what makes the row a softmax.
     """
     f32 = np.float32(0)
     factor = np.float32(scale)
-    buffer = np.empty(columns, np.float32)
-    scratch = buffer.ctypes.data
     for row in range(rows):
         at = row * columns
         stop = first + row % queries + 1
@@ -79,16 +77,26 @@ def causal_softmax(
             highest = larger(highest, load(element, scores, at + i))
         total = np.float32(0)
         for i in range(start, stop):
-            p = exp((load(element, scores, at + i) - highest) * factor)
-            store(f32, scratch, i, p)
-            total += p
-        share = np.float32(1) / total
+            weight = exp((load(element, scores, at + i) - highest) * factor)
+            store(element, scores, at + i, weight)
+            total += weight
+        store(f32, shares, row, np.float32(1) / total)
         for i in range(start):
             store(element, scores, at + i, np.float32(0))
-        for i in range(start, stop):
-            store(element, scores, at + i, load(f32, scratch, i) * share)
         for i in range(stop, columns):
             store(element, scores, at + i, np.float32(0))
+
+
+@kernel
+def write_heads(element: Any, mixed: int, shares: int, out: int, heads: int, queries: int, dim: int) -> None:
+    """``out[q, h] = mixed[h, q] * shares[h, q]``: ``mixed [heads, queries, dim]``, ``out [queries, heads, dim]``."""
+    f32 = np.float32(0)
+    for head in range(heads):
+        for query in range(queries):
+            share = load(f32, shares, head * queries + query)
+            at, to = (head * queries + query) * dim, (query * heads + head) * dim
+            for i in range(dim):
+                store(element, out, to + i, load(element, mixed, at + i) * share)
 
 
 @njit

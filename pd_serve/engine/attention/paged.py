@@ -2,7 +2,8 @@
 
 Owned by the model runner, which calls :meth:`PagedAttention.start` before each step. Writes the new tokens' K and V
 to their slots, then attends: decodes in one kernel that reads blocks where they lie, prefill chunks by matrix
-products over a contiguous copy of what they see. Must never read a block that is 0 in a table.
+products over a contiguous copy of what they see (scores are rounded to the model's dtype on the way, as in
+transformers' eager attention). Must never read a block that is 0 in a table.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pd_serve.engine.attention.kernels import causal_softmax, decode_kernel, gather_kv, store_kv
+from pd_serve.engine.attention.kernels import causal_weights, decode_kernel, gather_kv, store_kv, write_heads
 from pd_serve.engine.attention.tiles import TOKENS
 from pd_serve.engine.batch import Batch
 from pd_serve.errors import ModelError
@@ -103,8 +104,7 @@ class PagedAttention:
         first_block = max(0, start - window + 1) // block_size
         first = first_block * block_size
         table, table_stride = self._tables[number]
-        keys = torch.empty((2, kv_heads, length - first, dim), dtype=self._dtype)
-        keys, values = keys[0], keys[1]
+        keys, values = torch.empty((2, kv_heads, length - first, dim), dtype=self._dtype)
         gather_kv(
             self._element, _INT32, pool.data_ptr(), pool.stride(0), pool.stride(1), block_size,
             table + 4 * (seq * table_stride + first_block), length - first, keys.data_ptr(), values.data_ptr(),
@@ -118,9 +118,10 @@ class PagedAttention:
             tile = q[begin : begin + count].view(count, kv_heads, share, dim).permute(1, 2, 0, 3)
             tile = tile.reshape(kv_heads, share * count, dim)
             scores = torch.bmm(tile, keys[:, low:high].transpose(1, 2))
-            causal_softmax(
-                self._element, scores.data_ptr(), kv_heads * share * count, count, high - low,
+            shares = torch.empty(heads * count)
+            causal_weights(
+                self._element, scores.data_ptr(), shares.data_ptr(), heads * count, count, high - low,
                 start + begin - first - low, group.window or 0, self._scale,
             )  # fmt: skip
-            mixed = torch.bmm(scores, values[:, low:high]).view(kv_heads, share, count, dim)
-            out[begin : begin + count].view(count, kv_heads, share, dim).copy_(mixed.permute(2, 0, 1, 3))
+            mixed = torch.bmm(scores, values[:, low:high])
+            write_heads(self._element, mixed.data_ptr(), shares.data_ptr(), out[begin].data_ptr(), heads, count, dim)

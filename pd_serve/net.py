@@ -1,0 +1,41 @@
+"""Addresses: a port that is taken before anything slow begins, and how others reach this machine."""
+
+from __future__ import annotations
+
+import socket
+
+from pd_serve.errors import ConfigError
+
+_BACKLOG = 1024
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, so that the port is known and ours before anything slow begins."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return bound
+
+
+def reachable_host(host: str) -> str:
+    """The address that others reach this machine at when it listens on ``host``."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only asks which address it would send from
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def netloc(host: str, port: int) -> str:
+    """``host:port`` as a URL has it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
