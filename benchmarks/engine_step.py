@@ -72,6 +72,8 @@ def main() -> None:
     layout = KVLayout(BLOCK_SIZE, files.dtype, config.layer_groups())
     num_blocks = max(BATCH_SIZES) * layout.blocks_for(max(CONTEXTS)) + 1
     pool = HostPool(layout, (num_blocks,) * len(layout.groups))
+    for region in pool.tensors():  # or all of it would be the kernel's one page of zeros, and in the cache
+        region.view(getattr(torch, files.dtype)).normal_()
     torch.set_num_threads(args.threads)
     model = load_decoder(files.directory, config, files.dtype, files.load_format, max_positions=max(CONTEXTS))
     runner = Runner(model, config, layout, pool.tensors(), args.threads)

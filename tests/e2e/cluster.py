@@ -152,6 +152,17 @@ class Cluster:
             role, {"port": port, "router": self.router.url, **own, **flags}, self.directory / f"{role}-{port}.log"
         )
 
+    def revive(self) -> None:
+        """Starts dead nodes again and waits until the router has all of them."""
+        for role, nodes in (("prefill", self.prefills), ("decode", self.decodes)):
+            nodes[:] = [n if n.process.poll() is None else self.start_node(role) for n in nodes]
+        want = sorted(node.url for node in self.nodes)
+
+        def linked() -> list[str]:
+            return sorted(n["url"] for n in self.router.get("/v1/status")["nodes"] if n["state"] == "ready")
+
+        wait_for(lambda: linked() == want, START_TIMEOUT_S, "all nodes linked")
+
     @property
     def nodes(self) -> list[Server]:
         return [*self.prefills, *self.decodes]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 PROMPTS = [raw_prompts()[i] for i in (0, 3, 13, 17, 20)]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234}
 KINDS: dict[str, dict[str, object]] = {"greedy": {}, "sampled": SAMPLED}
-TOKENS = 40
+TOKENS = 24
 
 Texts = dict[str, list[str]]
 
@@ -82,7 +82,7 @@ def test_preempted_and_resumed(tmp_path: Path, smollm2: Path, baseline: Texts) -
     with cluster(tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900) as small:
 
         def run(i: int) -> str:
-            return str(small.complete(PROMPTS[i], TOKENS * 4, ignore_eos=True)["choices"][0]["text"])
+            return str(small.complete(PROMPTS[i], 160, ignore_eos=True)["choices"][0]["text"])
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(run, [0, 1, 2, 3, 0, 1, 2, 3]))
