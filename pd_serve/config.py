@@ -86,7 +86,7 @@ class EngineSettings(Common):
     )
     max_num_seqs: int = setting(64, integer(1), "Scheduling", "Sequences in one batch.")
     max_num_batched_tokens: int = setting(
-        512,
+        1024,
         integer(16),
         "Scheduling",
         "Token budget of one step; longer prompts are computed in chunks of it.",

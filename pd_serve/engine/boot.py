@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A CPU core multiplies 256 rows of bfloat16 as fast, a row, as any number of them.
+SATURATING_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -129,7 +132,13 @@ def build(
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
     kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
-    limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_queue, max_model_len)
+    limits = Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        saturating_tokens=SATURATING_TOKENS,
+        max_queue=config.max_queue,
+        max_model_len=max_model_len,
+    )
     scheduler = Scheduler(kv, limits)
     info = ModelInfo(
         name=config.served_name,

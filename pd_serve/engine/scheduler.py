@@ -27,6 +27,7 @@ PROMPT_LOGPROBS_CHUNK = 64
 class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
+    saturating_tokens: int  # tokens in a step from which on more of them cost in proportion
     max_queue: int
     max_model_len: int
 
@@ -86,6 +87,8 @@ class Scheduler:
         """The next step's work, rows of one token first; empty when nothing can be done."""
         works = self._plan_decodes()
         budget = self.limits.max_num_batched_tokens - len(works)
+        if works:  # what decodes waits for the whole step: a chunk beside it is no longer than pays
+            budget = min(budget, self.limits.saturating_tokens)
         prefills = [s for s in self.running if s.num_computed + 1 < s.num_tokens or s.num_computed == 0]
         for seq in prefills:
             budget = self._plan_prefill(works, seq, budget)
@@ -120,13 +123,18 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _plan_prefill(self, works: list[Work], seq: Sequence, budget: int) -> int:
-        """Adds as much of ``seq`` as the budget allows; returns what is left of it."""
+        """Adds as much of ``seq`` as the budget allows; returns what is left of it for other prompts.
+
+        Nothing is left once the device is saturated: a second prompt would not be done sooner for sharing the step,
+        and the first would wait for it.
+        """
         count = min(seq.num_tokens - seq.num_computed, budget)
         if seq.sampling.prompt_logprobs >= 0 and seq.num_computed < seq.num_prompt:
             count = min(count, PROMPT_LOGPROBS_CHUNK)
         if count > 0:
             works.append(Work(seq, count))
-        return budget - count
+        saturated = sum(work.num_tokens for work in works) >= self.limits.saturating_tokens
+        return 0 if saturated else budget - count
 
     def _admit(self, works: list[Work], prefills: list[Sequence], budget: int) -> None:
         computing = {key for s in prefills if (key := self._next_block(s)) is not None}

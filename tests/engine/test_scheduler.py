@@ -19,10 +19,22 @@ WINDOW = LayerGroup((1,), num_kv_heads=1, head_dim=8, window=7)
 
 
 def scheduler(
-    blocks: int = 64, *, budget: int = 16, seqs: int = 8, groups: tuple[LayerGroup, ...] = (FULL,)
+    blocks: int = 64,
+    *,
+    budget: int = 16,
+    saturating: int = 10_000,
+    seqs: int = 8,
+    groups: tuple[LayerGroup, ...] = (FULL,),
 ) -> Scheduler:
     kv = KVManager(KVLayout(BLOCK, "float32", groups), (blocks,) * len(groups), 256)
-    return Scheduler(kv, Limits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_queue=100, max_model_len=255))
+    limits = Limits(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        saturating_tokens=saturating,
+        max_queue=100,
+        max_model_len=255,
+    )
+    return Scheduler(kv, limits)
 
 
 def sequence(id: str, tokens: list[int], max_tokens: int = 4) -> Sequence:
@@ -70,6 +82,15 @@ def test_two_prompts_share_a_step_under_the_budget() -> None:
     s.add(sequence("a", list(range(10))))
     s.add(sequence("b", list(range(100, 110))))
     assert [(w.seq.id, w.num_tokens) for w in s.plan()] == [("a", 10), ("b", 6)]
+
+
+def test_a_prompt_that_saturates_the_device_has_the_step_for_itself() -> None:
+    s = scheduler(budget=64, saturating=20)
+    for id, length in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
+        s.add(sequence(id, [ord(id)] * length))
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 30)]
+    # beside a decode, prompts get no more than what saturates
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 8), ("c", 8), ("d", 4)]
 
 
 def test_equal_prompts_are_computed_once() -> None:
@@ -144,13 +165,14 @@ def test_batch_arrays_of_a_mixed_step() -> None:
     ),
     blocks=st.integers(15, 40),
     budget=st.integers(2, 64),
+    saturating=st.integers(1, 64),
     windowed=st.booleans(),
     aborts=st.sets(st.integers(0, 30)),
 )
 def test_whatever_the_order_every_text_is_its_own(
-    prompts: list[tuple[list[int], int]], blocks: int, budget: int, windowed: bool, aborts: set[int]
+    prompts: list[tuple[list[int], int]], blocks: int, budget: int, saturating: int, windowed: bool, aborts: set[int]
 ) -> None:
-    s = scheduler(blocks, budget=budget, seqs=4, groups=(FULL, WINDOW) if windowed else (FULL,))
+    s = scheduler(blocks, budget=budget, saturating=saturating, seqs=4, groups=(FULL, WINDOW) if windowed else (FULL,))
     seqs = [sequence(str(i), tokens, count) for i, (tokens, count) in enumerate(prompts)]
     for seq in seqs:
         s.add(seq)
