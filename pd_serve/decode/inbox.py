@@ -39,6 +39,11 @@ FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is droppe
 LOOK_MIN_S, LOOK_MAX_S = 50e-6, 20e-3
 LOOK_DRAINING_MAX_S = 0.1
 
+# A pull is judged by its rate from so many bytes on; first pulls into fresh pages may be slow.
+JUDGED_BYTES = 4 << 20
+SLOW_BYTES_PER_S = 1e9
+SLOW_PULLS_TOLERATED = 5
+
 
 @dataclass(frozen=True)
 class Offered:
@@ -104,6 +109,7 @@ class Inbox:
                 "pull_bytes",
                 "pull_seconds",
                 "pull_descriptors",
+                "slow_pulls",
                 *(f"pull_failures_{kind}" for kind in FailureKind),
                 "handshakes",
                 "handshakes_refused",
@@ -333,7 +339,21 @@ class Inbox:
         self._counters["pull_bytes"] += pull.size_bytes
         self._counters["pull_seconds"] += seconds
         self._counters["pull_descriptors"] += pull.num_descriptors
+        if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
+            self._slow(peer, pull.size_bytes / seconds)
         return True
+
+    def _slow(self, peer: PrefillPeer, bytes_per_s: float) -> None:
+        """Counts a pull at the speed of a fall-back, and says so when they become many: never slow in silence."""
+        self._counters["slow_pulls"] += 1
+        peer.slow_pulls += 1
+        if peer.slow_pulls == SLOW_PULLS_TOLERATED:
+            log.warning(
+                "pulls from prefill node %s run at %.2f GB/s: the transport has probably fallen back to TCP. "
+                "Set UCX_PROTO_INFO=y to see its lane, and check UCX_TLS, RDMA devices, shared memory and ptrace rights",
+                peer.node_id,
+                bytes_per_s / 1e9,
+            )
 
     def _look_at_pulls(self) -> float:
         """Asks after every transfer under way; returns when to ask again."""

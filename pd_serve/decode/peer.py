@@ -62,6 +62,7 @@ class PrefillPeer:
         self.node_id = ""  # what it said of itself, once READY
         self.epoch = ""
         self.remote: Peer | None = None
+        self.slow_pulls = 0
         self.named_s = worker.clock()  # when a router or a request last named it
         self._identity = identity
         self._worker = worker

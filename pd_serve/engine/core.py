@@ -323,6 +323,8 @@ class Engine:
             "leaks": 0.0,
             **self._counters,
             "preemptions": self._scheduler.num_preemptions,
+            "queue_seconds": self._scheduler.queue_seconds,
+            "started": self._scheduler.num_started,
             "prefix_query_tokens": self._scheduler.prefix_queries,
             "prefix_hit_tokens": self._scheduler.prefix_hits,
             **self._role.counters(),

@@ -10,6 +10,7 @@ Called by the engine's main thread only. Never touches tensors.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_started = 0
+        self.queue_seconds = 0.0  # between admission and start, of all that started
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.prefix_hits = 0  # of these, found
 
@@ -58,7 +61,11 @@ class Scheduler:
         self.waiting.append(seq)
 
     def join(self, seq: Sequence) -> None:
-        """Lets a sequence run whose KV has arrived in ``seq.blocks``."""
+        """Lets a sequence run that has its blocks: computed from here on, or with KV that has arrived."""
+        if seq.arrival_s is not None:  # a preempted one has been counted
+            self.queue_seconds += time.monotonic() - seq.arrival_s
+            self.num_started += 1
+            seq.arrival_s = None
         seq.state = State.RUNNING
         self.running.append(seq)
 

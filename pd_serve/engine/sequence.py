@@ -54,7 +54,7 @@ class Sequence:
         capacity: int,
         handoff: bool = False,
         source: Source | None = None,
-        arrival_s: float = 0.0,
+        arrival_s: float | None = None,
     ) -> None:
         self.id = id
         self.origin = origin  # which router asked

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pd_serve.decode import inbox
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
@@ -73,6 +74,23 @@ def test_a_prompt_in_three_chunks(p: PrefillEnd, d: DecodeEnd) -> None:
     assert counters["pull_bytes"] == arrived.size_bytes
     assert counters["pull_descriptors"] < 12  # neighbours were merged
     assert d.ends("k") == [Arrived]
+
+
+def test_a_slow_lane_is_counted_and_said_once(
+    p: PrefillEnd, d: DecodeEnd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inbox, "JUDGED_BYTES", 1)
+    monkeypatch.setattr(inbox, "SLOW_BYTES_PER_S", 1e15)  # no memory is as fast
+    for i in range(inbox.SLOW_PULLS_TOLERATED + 2):
+        key = f"k{i}"
+        d.inbox.expect(key, p.source)
+        p.outbox.open(key)
+        p.publish(key, 22, THEIRS, token=1)
+        d.wait(key, Offered)
+        d.accept(key, OURS)
+        d.wait(key, Arrived)
+    assert d.inbox.counters()["slow_pulls"] == inbox.SLOW_PULLS_TOLERATED + 2
+    assert len([r for r in caplog.records if "GB/s" in r.message]) == 1
 
 
 def test_chunks_that_wait_become_one_pull(p: PrefillEnd, d: DecodeEnd) -> None:
