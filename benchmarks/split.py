@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from itertools import pairwise
 
 import httpx
 
@@ -58,7 +59,7 @@ def main() -> int:
                 for name, url in (("pair", args.pair), ("alone", args.alone)):
                     prompt = [ids.randrange(1000, 40000) for _ in range(length)]
                     sent, times = token_times(client, url, model, prompt)
-                    gaps = [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+                    gaps = [(b - a) * 1e3 for a, b in pairwise(times)]
                     if turn:  # the first of each warms up
                         figures[name].append(((times[0] - sent) * 1e3, gaps[0], statistics.median(gaps[1:])))
             for name, rows in figures.items():

@@ -350,7 +350,7 @@ class Inbox:
         if peer.slow_pulls == SLOW_PULLS_TOLERATED:
             log.warning(
                 "pulls from prefill node %s run at %.2f GB/s: the transport has probably fallen back to TCP. "
-                "Set UCX_PROTO_INFO=y to see its lane, and check UCX_TLS, RDMA devices, shared memory and ptrace rights",
+                "Set UCX_PROTO_INFO=y to see its lane; check UCX_TLS, RDMA devices, shared memory, ptrace rights",
                 peer.node_id,
                 bytes_per_s / 1e9,
             )
