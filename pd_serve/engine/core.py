@@ -66,6 +66,7 @@ class Engine:
         self._draining = False
         self._drained_sent = False
         self._checked_idle = True
+        self._reported_idle = True
         self._status_due_s = 0.0
         self._counters: defaultdict[str, float] = defaultdict(float)
 
@@ -86,9 +87,9 @@ class Engine:
                 self._emit(seq, output)
                 if output.failure is not None:
                     self._seqs.pop(seq.id, None)
+            self._report()  # before a step that may take a second: routers place by it
             worked = self._step()
             self._flush()
-            self._report()
 
     def _step(self) -> bool:
         """Computes one step; False when there was nothing to compute."""
@@ -289,7 +290,8 @@ class Engine:
     def _report(self) -> None:
         now_s = time.monotonic()
         idle = not self._seqs and not self._role.leases and not self._role.pulling
-        if now_s >= self._status_due_s:
+        if now_s >= self._status_due_s or idle != self._reported_idle:
+            self._reported_idle = idle
             self._status_due_s = now_s + STATUS_INTERVAL_S
             if idle and not self._checked_idle:
                 self._check_idle()

@@ -17,6 +17,9 @@ import httpx
 
 START_TIMEOUT_S = 90.0
 
+# one client for all polls: making one costs more CPU than a hundred requests
+HTTP = httpx.Client(timeout=120)
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -72,7 +75,7 @@ class Server:
         return self.process.pid
 
     def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=10).json()
+        return HTTP.get(self.url + path, timeout=10).json()
 
     def ready(self) -> bool:
         if self.process.poll() is not None:
@@ -80,7 +83,7 @@ class Server:
                 f"{self.command} ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
             )
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(self.url + "/ready", timeout=5).status_code == 200
+            return HTTP.get(self.url + "/ready", timeout=5).status_code == 200
         return False
 
     def wait_ready(self) -> None:
@@ -177,7 +180,7 @@ class Cluster:
 
     def complete(self, prompt: object, max_tokens: int = 16, **body: object) -> dict[str, Any]:
         body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **body}
-        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        answer = HTTP.post(f"{self.url}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 

@@ -20,7 +20,7 @@ from tests.e2e.prompts import raw_prompts
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROMPT = raw_prompts()[20]
-LONG = PROMPT * 3  # seconds of prefill on one core
+LONG = PROMPT * 12  # seconds of prefill on one core
 
 
 class Stream:
@@ -115,7 +115,7 @@ def test_decode_node_killed_in_mid_stream(pair: Cluster) -> None:
 def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
     prompt = f"Killed {moment}.\n" + LONG  # in nobody's prefix cache
     streams = [Stream(pair, prompt, 60) for _ in range(2)]
-    victim = wait_for(lambda: busy(pair.prefills, "running"), 30, "a prompt being computed")
+    victim = wait_for(lambda: busy(pair.prefills, "waiting_tokens"), 30, "a prompt being computed")
     if moment == "during":
         # blocks of a first chunk are being read, or just have been, while the next chunk is computed
         wait_for(lambda: any(n.blocks_used() for n in pair.decodes), 30, "a pull")
