@@ -23,7 +23,8 @@ from pd_serve.decode.expected import I32, Expected, Stage
 from pd_serve.decode.peer import PrefillPeer, State
 from pd_serve.errors import TransferError
 from pd_serve.kv.layout import KVLayout
-from pd_serve.transfer.base import PullState, Region, Transport
+from pd_serve.memory.region import Region
+from pd_serve.transfer.base import PullState, Transport
 from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.worker import Clock, TransferWorker

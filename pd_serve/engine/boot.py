@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from pd_serve.engine.scheduler import Scheduler
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
+    from pd_serve.memory.region import Region
     from pd_serve.models.config import ModelConfig
-    from pd_serve.transfer.base import Region
     from pd_serve.transfer.handshake import Identity
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.kv.layout import KVLayout
-from pd_serve.transfer.base import Region
+from pd_serve.memory.region import Region
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ import msgspec
 import zmq
 
 from pd_serve.errors import TransferError
+from pd_serve.memory.region import Region
 from pd_serve.prefill.leases import Claimed, Holder, LeaseBook
-from pd_serve.transfer.base import Region, Transport
+from pd_serve.transfer.base import Transport
 from pd_serve.transfer.handshake import Identity, answer
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.sockets import Monitored

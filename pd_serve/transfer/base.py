@@ -14,19 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_serve.errors import TransferError
-
-
-@dataclass(frozen=True)
-class Region:
-    """One layer group's blocks in this node's pool: ``num_blocks`` ranges of ``block_bytes`` at ``address``."""
-
-    address: int
-    block_bytes: int
-    num_blocks: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.block_bytes * self.num_blocks
+from pd_serve.memory.region import Region
 
 
 @dataclass(frozen=True)

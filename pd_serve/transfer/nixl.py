@@ -31,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.transfer.base import BlockMap, Peer, PullState, Region
+from pd_serve.memory.region import Region
+from pd_serve.transfer.base import BlockMap, Peer, PullState
 from pd_serve.transfer.merge import count_runs, neighbours_together
 from pd_serve.wire.peer import FailureKind
 

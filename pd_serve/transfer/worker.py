@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import zmq
 
 from pd_serve.errors import TransferError
-from pd_serve.transfer.base import Region, Transport
+from pd_serve.memory.region import Region
+from pd_serve.transfer.base import Transport
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.wire.peer import FailureKind
 

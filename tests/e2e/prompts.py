@@ -32,6 +32,7 @@ def raw_prompts() -> list[str]:
         text = f"# Part {i}\n" + inspect.getsource(source)
         long.append(text[: 250 + 300 * i])
         long.append(text[: 500 + 420 * i] + "\n\nSummary of the above:")
+    long[-1] = "# The longest\n" + inspect.getsource(json.JSONEncoder)[:3900]
     return TEXTS + long
 
 

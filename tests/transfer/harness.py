@@ -16,8 +16,8 @@ import numpy as np
 
 from pd_serve.decode.inbox import Event, Inbox, Offered
 from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.memory.region import Region
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
-from pd_serve.transfer.base import Region
 from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.nixl import NixlTransport
 from pd_serve.wire.link import Source

@@ -256,7 +256,7 @@ def test_standard_output_stays_clean() -> None:
 from pd_serve.transfer.nixl import NixlTransport
 from pd_serve.errors import TransferError
 import numpy as np
-from pd_serve.transfer.base import Region
+from pd_serve.memory.region import Region
 a = np.zeros((8, {SMALL.block_bytes(0)}), np.uint8); b = np.zeros((8, {SMALL.block_bytes(1)}), np.uint8)
 t = NixlTransport("quiet")
 t.register([Region(x.ctypes.data, x.shape[1], x.shape[0]) for x in (a, b)])
