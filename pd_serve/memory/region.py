@@ -1,8 +1,14 @@
-"""Where a layer group's blocks lie in memory: what the pool owns and a transport registers. No torch here."""
+"""Where a layer group's blocks lie in memory: what a pool owns and a transport registers. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pd_serve.memory.driver import HandleType
+
+# The region behind the groups': what a start-up self-test reads, and nothing else.
+PROBE_BLOCK_BYTES = 64 << 10
+PROBE_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -16,3 +22,22 @@ class Region:
     @property
     def size_bytes(self) -> int:
         return self.block_bytes * self.num_blocks
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One cumem allocation behind a pool: what can be exported to a peer."""
+
+    address: int
+    size_bytes: int
+    handle: int  # the driver's
+    handle_type: HandleType
+
+
+@dataclass(frozen=True)
+class PoolMemory:
+    """A rank's KV pool, as transports see it."""
+
+    device: int | None  # CUDA ordinal; None: host memory
+    regions: tuple[Region, ...]  # one a group, then the probe region
+    segments: tuple[Segment, ...] = ()  # where it is cumem memory: together they cover all regions
