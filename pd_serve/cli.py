@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_bench = typer.Typer(help="Measure an endpoint.", no_args_is_help=True)
+_bench = typer.Typer(help="Measure an endpoint, or how fast KV moves on this machine.", no_args_is_help=True)
 app.add_typer(_bench, name="bench")
 
 
@@ -141,6 +141,45 @@ def router(settings: config.RouterConfig) -> int:
 )
 def bench_serve(settings: config.BenchConfig) -> int:
     from pd_serve.bench.serve import run
+
+    return run(settings)
+
+
+@_command(
+    "bench transfer",
+    "Measure how fast KV moves between two processes of this machine, by every transport, beside the raw limit.",
+    """    pd-serve bench transfer
+
+    pd-serve bench transfer --transports nixl --size 256MiB --block-sizes 16KiB,2MiB --png rates.png
+
+    pd-serve bench transfer --device cuda --devices 0,1 --tp 2:1 --reader-block-tokens 64 --json rates.json
+
+    pd-serve bench transfer --device cuda --size 1GiB --under-load
+
+A source and a reader, each a process with a pool of its own, use the transports as nodes do: the reader pulls blocks of
+each size, lying side by side and scattered, as one request and as many, and compares every byte.""",
+)
+def bench_transfer(settings: config.BenchTransferConfig) -> int:
+    from pd_serve.bench.transfer.run import run
+
+    return run(settings)
+
+
+@_command(
+    "doctor",
+    "Say what this machine offers for moving KV, what pd-serve would use, how fast that is, and what to change.",
+    """    pd-serve doctor
+
+    pd-serve doctor --json > findings.json
+
+    PD_SERVE_TRANSPORT=ucx pd-serve doctor
+
+Run it where nodes run: in the same container, as the same user, with the same variables. Every finding is ok, a note, or a
+problem with what to do about it. The exit status is 1 when something is broken that pd-serve cannot do without, else 0.
+Nothing on the machine is changed.""",
+)
+def doctor(settings: config.DoctorConfig) -> int:
+    from pd_serve.doctor.run import run
 
     return run(settings)
 

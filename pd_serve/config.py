@@ -20,7 +20,7 @@ from typing import Any
 from pd_serve import values
 from pd_serve.errors import ConfigError
 from pd_serve.settings import Setting, declared, nearest, read_file, setting
-from pd_serve.values import choice, decimal, integer
+from pd_serve.values import choice, decimal, integer, integers
 
 PREFIX = "PD_SERVE_"
 # Read where it is used, and by whatever process comes first: a variable only.
@@ -76,7 +76,7 @@ class EngineSettings(Common):
         16,
         choice(8, 16, 32, 64, 128),
         "KV cache",
-        "Tokens a KV block holds; the same on all nodes that exchange KV.",
+        "Tokens a KV block holds; nodes may differ.",
         unit="tokens",
         reason="Small blocks hit more prefixes, large ones travel in fewer pieces.",
     )
@@ -119,7 +119,61 @@ class EngineSettings(Common):
     cpus: tuple[int, ...] = setting(
         (), values.CORES, "Device", "Cores that engines are bound to, such as 0-3,8.", reason="Empty: not bound."
     )
-    transport: str = setting("auto", choice("auto", "nixl"), "KV transfer", "How KV blocks travel between nodes.")
+    enable_cumem_allocator: bool | None = setting(
+        None,
+        values.FLAG,
+        "Device",
+        "Device memory that peers may map and NICs may register, from the CUDA driver's virtual memory calls.",
+        reason="Not given: where there is a GPU whose driver offers them.",
+    )
+    enable_sleep_mode: bool = setting(
+        False,
+        values.FLAG,
+        "Device",
+        "Let nodes be put to sleep (/sleep, /wake_up): they give back KV cache and weights. On GPUs it takes the cumem "
+        "allocator, and switches it on.",
+    )
+    pin_memory: bool = setting(
+        True,
+        values.FLAG,
+        "Device",
+        "Pin host memory that is copied to and from GPUs, where that helps.",
+        reason="Copies run at the speed of the bus. Not done on machines whose GPU has no memory of its own.",
+    )
+    transport: str = setting(
+        "auto",
+        choice("auto", "nvlink", "nixl", "ucx"),
+        "KV transfer",
+        "How KV blocks travel between nodes.",
+        reason="auto: each pair of nodes measures what both have and uses the fastest.",
+    )
+    secret: str = setting(
+        "",
+        values.TEXT,
+        "KV transfer",
+        "What nodes must prove to know before they exchange KV, the same for all; long and random. Other users of the "
+        "machine can read flags: prefer the variable or a file.",
+        reason="Empty: whoever reaches a node's peer port can read its KV.",
+    )
+    secret_file: str = setting("", values.TEXT, "KV transfer", "File with the secret.")
+    checksums: bool = setting(
+        True,
+        values.FLAG,
+        "KV transfer",
+        "Compare checksums of all KV blocks, made on both nodes' devices; off where either node says so.",
+        reason="Wrong KV is noticed by nothing else, and the checks cost little.",
+    )
+    nvlink_socket_dir: str = setting(
+        "",
+        values.TEXT,
+        "KV transfer",
+        "Directory of the sockets over which GPUs of one machine open their KV memory to each other.",
+        reason="Empty: one that only this user can enter. In Kubernetes: a volume that both pods mount.",
+    )
+    nixl_backend: str = setting("UCX", values.TEXT, "KV transfer", "The NIXL backend that reads.")
+    nixl_options: tuple[str, ...] = setting(
+        (), values.TEXTS, "KV transfer", "Options of the NIXL backend: KEY=VALUE,... (UCX reads UCX_* variables besides)."
+    )
     lease_s: float = setting(
         30.0,
         decimal(1.0),
@@ -135,6 +189,31 @@ class EngineSettings(Common):
         "A transfer that makes no progress for so long has failed; the prompt is computed again.",
         unit="seconds",
     )
+
+
+    def peer_secret(self) -> str:
+        """The secret, from wherever it was given; empty: none. Raises ConfigError."""
+        if not self.secret_file:
+            return self.secret
+        try:
+            found = Path(self.secret_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"secret_file: cannot read {self.secret_file}: {error}") from error
+        if not found:
+            raise ConfigError(f"secret_file: {self.secret_file} is empty; write a long random text into it")
+        if self.secret and self.secret != found:
+            raise ConfigError(f"secret and secret_file are both given and differ; drop one (file: {self.secret_file})")
+        return found
+
+    def nixl_backend_options(self) -> dict[str, str]:
+        """``nixl_options`` by key. Raises ConfigError."""
+        found = {}
+        for option in self.nixl_options:
+            key, equals, value = option.partition("=")
+            if not key or not equals:
+                raise ConfigError(f"nixl_options must be KEY=VALUE,..., not {option!r}")
+            found[key] = value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,18 +354,91 @@ class BenchConfig:
     json: str = setting("", values.TEXT, "Report", "File to write all figures to.", reason="Empty: a table only.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchTransferConfig:
+    """Settings of ``pd-serve bench transfer``."""
+
+    transports: tuple[str, ...] = setting(
+        (), values.TEXTS, "Endpoint", "Which to measure: nvlink, nixl, ucx.", reason="Empty: all that can be used here."
+    )
+    device: str = setting(
+        "auto",
+        choice("auto", "host", "cuda"),
+        "Endpoint",
+        "Where the two pools are.",
+        reason="auto: on GPUs where there are any.",
+    )
+    devices: tuple[int, ...] = setting(
+        (0, 1), integers(0), "Endpoint", "With cuda: the GPU of the source, and that of the reader."
+    )
+    memory: str = setting(
+        "cumem",
+        choice("cumem", "cudamalloc"),
+        "Endpoint",
+        "With cuda: how the pools are allocated.",
+        reason="cumem is what nodes use; cudamalloc is what NIXL's UCX can read over NVLink.",
+    )
+    size: int = setting(0, values.SIZE, "Load", "Bytes of a pull.", reason="0: 64MiB on the host, 256MiB on GPUs.")
+    block_sizes: tuple[int, ...] = setting(
+        tuple(1 << n for n in (12, 14, 15, 16, 18, 20, 21, 22)), values.SIZES, "Load", "Bytes of a block."
+    )
+    in_flight: tuple[int, ...] = setting(
+        (1, 16), integers(1), "Load", "Requests at once; they share the bytes of a pull."
+    )
+    tp: tuple[int, int] = setting(
+        (1, 1),
+        values.RATIO,
+        "Load",
+        "Tensor parallelism of source and reader, such as 2:1: the reader pulls heads from every source that has some.",
+    )
+    source_block_tokens: int = setting(
+        16, choice(8, 16, 32, 64, 128), "Load", "Tokens in a block of the source.", unit="tokens"
+    )
+    reader_block_tokens: int = setting(
+        16,
+        choice(8, 16, 32, 64, 128),
+        "Load",
+        "Tokens in a block of the reader.",
+        unit="tokens",
+        reason="Where they differ, a block size is that of the side with fewer tokens.",
+    )
+    under_load: bool = setting(
+        False, values.FLAG, "Load", "With cuda: also how much slower linears on the reader's GPU are during pulls."
+    )
+    repeats: int = setting(5, integer(1), "Load", "Pulls of each kind; their median counts.")
+    warmup: int = setting(2, integer(0), "Load", "Pulls before them that are not measured.")
+    json: str = setting("", values.TEXT, "Report", "File to write all figures to.", reason="Empty: a table only.")
+    png: str = setting(
+        "", values.TEXT, "Report", "PNG file to draw the figures into (needs matplotlib, the extra 'bench')."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Settings of ``pd-serve doctor``."""
+
+    json: bool = setting(False, values.FLAG, "Report", "Print the findings as JSON.")
+    self_test: bool = setting(
+        True, values.FLAG, "Report", "Measure each transport between two processes of this machine."
+    )
+
+
 COMMANDS: dict[str, type[Any]] = {
     "up": UpConfig,
     "prefill": NodeConfig,
     "decode": NodeConfig,
     "router": RouterConfig,
     "bench serve": BenchConfig,
+    "bench transfer": BenchTransferConfig,
+    "doctor": DoctorConfig,
 }
+
+# Tools have variables of their own: their settings are no deployment's.
+_TOOLS = {"bench serve": "BENCH_", "bench transfer": "BENCH_TRANSFER_", "doctor": "DOCTOR_"}
 
 
 def variable_prefix(command: str) -> str:
-    """A load generator's settings are no deployment's: they have variables of their own."""
-    return PREFIX + "BENCH_" if command.startswith("bench") else PREFIX
+    return PREFIX + _TOOLS.get(command, "")
 
 
 def settings(command: str) -> list[Setting]:

@@ -38,6 +38,12 @@ _SECTIONS = (
         "pd-serve bench serve",
         "A load generator; its variables begin with `PD_SERVE_BENCH_`.",
     ),
+    (
+        "bench transfer",
+        "pd-serve bench transfer",
+        "How fast KV moves here; its variables begin with `PD_SERVE_BENCH_TRANSFER_`.",
+    ),
+    ("doctor", "pd-serve doctor", "What this machine offers; its variables begin with `PD_SERVE_DOCTOR_`."),
 )
 
 

@@ -55,6 +55,10 @@ class Setting:
     def default_text(self) -> str:
         if self.kind is values.SIZE and isinstance(self.default, int):
             return values.render_size(self.default)
+        if self.kind is values.SIZES and isinstance(self.default, tuple):
+            return ",".join(values.render_size(size) for size in self.default)
+        if self.kind is values.RATIO and isinstance(self.default, tuple):
+            return ":".join(map(str, self.default))
         return values.render(self.default)
 
 

@@ -142,9 +142,31 @@ def _size(value: object) -> int:
 
 SIZE = Kind("SIZE", _size)
 
+SIZES = Kind("SIZE,...", lambda value: tuple(_size(item) for item in _items(value)))
+
+
+def integers(low: int) -> Kind:
+    """Whole numbers of at least ``low``, separated by commas."""
+    parse = integer(low).parse
+    return Kind("N,...", lambda value: tuple(parse(item) for item in _items(value)))
+
+
+def _ratio(value: object) -> tuple[int, int]:
+    if isinstance(value, list | tuple):
+        value = ":".join(map(str, value))
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", _text(value))
+    if match is None:
+        raise ValueError(f"must be two numbers like 2:1, not {value!r}")
+    return int(match[1]), int(match[2])
+
+
+RATIO = Kind("N:N", _ratio)
+
 
 def render(value: object) -> str:
-    """A value as a user would write it."""
+    """A value as a user would write it. None, "not given", is not written."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -7,18 +7,11 @@ import sys
 from pd_serve.decode.inbox import Inbox
 from pd_serve.decode.role import DecodeRole
 from pd_serve.engine.boot import Parts, main
-from pd_serve.transfer.choice import transport_factory
 
 
 def make_role(parts: Parts) -> DecodeRole:
     config = parts.config
-    inbox = Inbox(
-        parts.identity,
-        parts.layout,
-        transport_factory(parts.identity),
-        parts.regions,
-        pull_timeout_s=config.pull_timeout_s,
-    )
+    inbox = Inbox(parts.identity, parts.lanes(), pull_timeout_s=config.pull_timeout_s)
     inbox.begin()
     return DecodeRole(parts.kv, parts.scheduler, inbox, config.local_prefill_tokens)
 

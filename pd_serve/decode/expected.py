@@ -1,7 +1,8 @@
-"""One request whose KV is on its way: which blocks its prefill node has announced, and which were pulled.
+"""One request whose KV is on its way: what its prefill node has announced, what was pulled, and what that should sum to.
 
-Data and arithmetic only; the inbox moves it along. Logical block ``i`` of a group covers the same prompt
-tokens on both nodes, whatever pool block holds it here or there.
+Data and arithmetic only; the inbox moves it along. Both nodes' blocks are taken apart into *pieces* (see
+:mod:`pd_serve.transfer.slices`): piece ``i`` of a group covers the same prompt tokens on both, whatever pool block holds
+it here or there, and whatever the block sizes are.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import numpy.typing as npt
 
 from pd_serve.errors import TransferError
 from pd_serve.kv.layout import KVLayout
-from pd_serve.transfer.base import BlockMap, Pull
+from pd_serve.transfer.base import BlockMap, Pair, Pull
+from pd_serve.transfer.mover import I64, U64, Sums
+from pd_serve.transfer.slices import Slicing
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind, Ready
+from pd_serve.wire.peer import Blocks, FailureKind, Ready
 
 I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
 
-MAX_LOGICAL_BLOCKS = 1 << 24  # bounds what a peer's message can make this node allocate
+MAX_PIECES = 1 << 24  # of a request's group: bounds what a peer's message can make this node allocate
 
 
 class Stage(Enum):
@@ -32,39 +34,75 @@ class Stage(Enum):
 
 
 class _Group:
-    """Announced and pulled blocks of one layer group, by logical block."""
+    """Announced and pulled pieces of one layer group, by their place in the prompt."""
 
-    def __init__(self) -> None:
-        self.remote: I64 = np.full(0, -1, dtype=np.int64)  # -1: not announced
+    def __init__(self, slicing: Slicing, num_source_blocks: int, checksums: bool) -> None:
+        self._slicing = slicing
+        self._num_source_blocks = num_source_blocks
+        self._checksums = checksums
+        self.remote: I64 = np.full(0, -1, dtype=np.int64)  # pieces of the source; -1: not announced
+        self.sums: U64 = np.zeros(0, dtype=np.uint64)
         self.taken: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)  # pulled, or being pulled
 
-    def announce(self, first: int, ids: I64) -> None:
-        end = first + len(ids)
+    @property
+    def per_block(self) -> int:
+        """Pieces in a block of this node."""
+        return self._slicing.reader.pieces_per_block
+
+    def announce(self, blocks: Blocks) -> None:
+        each = self._slicing.source.pieces_per_block
+        ids = np.frombuffer(blocks.ids, dtype="<i4").astype(np.int64)
+        first, end = blocks.first * each, (blocks.first + len(ids)) * each
+        if end > MAX_PIECES or bool(((ids <= 0) | (ids >= self._num_source_blocks)).any()):
+            raise TransferError(FailureKind.TRANSFER, "the prefill node announced blocks that cannot exist")
+        if len(blocks.checksums) != (8 * len(ids) * each if self._checksums else 0):
+            raise TransferError(FailureKind.TRANSFER, "the prefill node's checksums are not those of its blocks")
+        pieces = ids if each == 1 else (ids[:, None] * each + np.arange(each, dtype=np.int64)).ravel()
         if end > len(self.remote):
             more = end - len(self.remote)
             self.remote = np.concatenate([self.remote, np.full(more, -1, dtype=np.int64)])
+            self.sums = np.concatenate([self.sums, np.zeros(more, dtype=np.uint64)])
             self.taken = np.concatenate([self.taken, np.zeros(more, dtype=np.bool_)])
         known = self.remote[first:end]
-        if bool(((known >= 0) & (known != ids)).any()):
+        if bool(((known >= 0) & (known != pieces)).any()):
             raise TransferError(FailureKind.TRANSFER, "the prefill node announced a block twice in different places")
-        self.remote[first:end] = ids
+        self.remote[first:end] = pieces
+        if self._checksums:
+            new = ~self.taken[first:end]
+            self.sums[first:end][new] = np.frombuffer(blocks.checksums, dtype="<u8")[new]
 
-    def take(self, table: I32, first: int) -> tuple[I64, I64]:
-        """Announced blocks not taken yet that have a place here: ``(remote, local)``."""
-        end = min(len(table), len(self.remote))
-        logical = np.flatnonzero((self.remote[:end] >= 0) & ~self.taken[:end])
-        logical = logical[logical >= first]
-        local = table[logical].astype(np.int64)
-        logical, local = logical[local > 0], local[local > 0]
-        self.taken[logical] = True
-        return self.remote[logical], local
+    def take(self, table: I32, first_block: int) -> tuple[I64, I64, U64]:
+        """Announced pieces not taken yet that have a place here: ``(remote, local, sums)``."""
+        each = self.per_block
+        end = min(len(table) * each, len(self.remote))
+        at = np.flatnonzero((self.remote[:end] >= 0) & ~self.taken[:end])
+        at = at[at >= first_block * each]
+        block = table[at // each].astype(np.int64)
+        at, block = at[block > 0], block[block > 0]
+        self.taken[at] = True
+        return self.remote[at], block * each + at % each, self.sums[at]
+
+    def missing(self, table: I32, first_block: int, end: int) -> I64:
+        """Pieces before ``end`` that have a place here and were not taken."""
+        at = np.arange(first_block * self.per_block, end, dtype=np.int64)
+        at = at[table[at // self.per_block] > 0]
+        beyond = at >= len(self.taken)
+        missing: I64 = at[beyond | ~self.taken[np.minimum(at, max(0, len(self.taken) - 1))]] if len(self.taken) else at
+        return missing
+
+
+@dataclass
+class Check:
+    """Checksums of pieces that have arrived, on their way."""
+
+    sums: Sums
+    announced: U64
 
 
 @dataclass
 class Expected:
     key: str
     source: Source
-    num_groups: int
     stage: Stage = Stage.CONNECTING
     offered: bool = False
     tables: list[I32] = field(default_factory=list)  # a group: logical to local block, 0 = no place here
@@ -72,57 +110,88 @@ class Expected:
     num_tokens: int = 0
     first_token: int | None = None
     pull: Pull | None = None
+    pulled: list[tuple[BlockMap, U64]] = field(default_factory=list)  # what ``pull`` reads, and its announced sums
     pull_started_s: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+    whole_from: tuple[int, ...] = ()  # see ``check_complete``
+    released: bool = False  # the prefill node has confirmed the lease
     moved_s: float = 0.0  # when something last moved
     size_bytes: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._groups = [_Group() for _ in range(self.num_groups)]
+        self._groups: list[_Group] = []
+
+    def claimed(self, pair: Pair, checksums: bool) -> None:
+        """The prefill node is known: how its pool and this one fit together."""
+        self._groups = [
+            _Group(slicing, region.num_blocks, checksums)
+            for slicing, region in zip(pair.slicings[:-1], pair.source[:-1], strict=True)
+        ]
+        self.stage = Stage.CLAIMED
 
     def announce(self, ready: Ready) -> None:
         """Takes note of what is ready. Raises TransferError for what cannot be."""
         for blocks in ready.blocks:
-            if not 0 <= blocks.group < self.num_groups or blocks.first < 0 or len(blocks.ids) % 4:
+            if not 0 <= blocks.group < len(self._groups) or blocks.first < 0 or len(blocks.ids) % 4:
                 raise TransferError(FailureKind.TRANSFER, "the prefill node's announcement makes no sense")
-            ids = np.frombuffer(blocks.ids, dtype="<i4").astype(np.int64)
-            if blocks.first + len(ids) > MAX_LOGICAL_BLOCKS or bool((ids <= 0).any()):
-                raise TransferError(FailureKind.TRANSFER, "the prefill node announced blocks that cannot exist")
-            self._groups[blocks.group].announce(blocks.first, ids)
+            self._groups[blocks.group].announce(blocks)
         self.num_tokens = max(self.num_tokens, ready.num_tokens)
         if ready.first is not None:
             self.first_token = ready.first.token
 
     def accept(self, tables: list[I32], first_block: list[int]) -> None:
-        if len(tables) != self.num_groups or len(first_block) != self.num_groups:
-            raise ValueError(f"{self.num_groups} tables and first blocks are needed")
+        if len(tables) != len(self._groups) or len(first_block) != len(self._groups):
+            raise ValueError(f"{len(self._groups)} tables and first blocks are needed")
         self.tables, self.first_block = tables, first_block
         self.stage = Stage.PULLING
 
-    def take(self) -> list[BlockMap]:
-        """What can be pulled now; counts as pulled from here on."""
+    def take(self) -> list[tuple[BlockMap, U64]]:
+        """What can be pulled now, with its announced checksums; counts as pulled from here on."""
         maps = []
         for index, group in enumerate(self._groups):
-            remote, local = group.take(self.tables[index], self.first_block[index])
+            remote, local, sums = group.take(self.tables[index], self.first_block[index])
             if len(remote):
-                maps.append(BlockMap(index, remote, local))
+                maps.append((BlockMap(index, remote, local), sums))
         return maps
 
-    def check_complete(self, layout: KVLayout) -> None:
-        """After the last announcement and the last pull: raises TransferError unless every block wanted is here."""
-        end = layout.blocks_for(self.num_tokens)
+    def check_complete(self, layout: KVLayout) -> tuple[int, ...]:
+        """After the last announcement and the last pull: raises TransferError unless all that is needed is here.
+
+        Needed is what tokens to come attend to. Returns for each group the first block from which on all is here that
+        the prompt has: with a window and another block size than here, the prefill node may hold less than whole blocks of
+        this node at the window's edge. Earlier blocks must not be offered to other prompts.
+        """
+        whole_from = []
+        end_block = layout.blocks_for(self.num_tokens)
         for index, group in enumerate(self._groups):
             first, table = self.first_block[index], self.tables[index]
-            if first >= end:
+            if first >= end_block:
+                whole_from.append(0)
                 continue
-            if len(table) < end:
+            if len(table) < end_block:
                 raise TransferError(
-                    FailureKind.TRANSFER, f"{end} blocks were announced and only {len(table)} have a place here"
+                    FailureKind.TRANSFER, f"{end_block} blocks are needed and only {len(table)} have a place here"
                 )
-            wanted = table[first:end] > 0
-            taken = np.zeros(end - first, dtype=np.bool_)
-            known = group.taken[first:end]
-            taken[: len(known)] = known
-            if bool((wanted & ~taken).any()):
-                missing = int((wanted & ~taken).sum())
-                raise TransferError(FailureKind.TRANSFER, f"the prefill node never announced {missing} blocks")
+            piece_tokens = layout.block_size // group.per_block
+            missing = group.missing(table, first, -(-self.num_tokens // piece_tokens))
+            window = layout.groups[index].window
+            seen_from = 0 if window is None else max(0, self.num_tokens - window + 1)
+            needed = int(np.count_nonzero((missing + 1) * piece_tokens > seen_from))
+            if needed:
+                raise TransferError(FailureKind.TRANSFER, f"the prefill node never announced {needed} pieces of the prompt")
+            whole_from.append(int(missing.max()) // group.per_block + 1 if len(missing) else 0)
+        return tuple(whole_from)
+
+    def open_checks(self) -> bool:
+        """Whether checksums are still on their way; drops those that hold. Raises TransferError where one does not."""
+        while self.checks and self.checks[0].sums.done():
+            check = self.checks.pop(0)
+            wrong = int(np.count_nonzero(check.sums.result() != check.announced))
+            if wrong:
+                raise TransferError(
+                    FailureKind.CHECKSUM,
+                    f"{wrong} of {len(check.announced)} pieces are not what the prefill node announced: memory was "
+                    f"reused too early, or the transport delivers wrong bytes",
+                )
+        return bool(self.checks)

@@ -3,7 +3,8 @@
 The main thread names the keys it expects, sets blocks aside when ``Offered`` comes, and may run a request
 only after ``Arrived``. All else happens on the transfer thread. A key ends in exactly one way:
 
-- ``Arrived``: every byte is here *and* the prefill node confirmed that its lease never ended;
+- ``Arrived``: every byte is here, sums to what was announced, *and* the prefill node confirmed, after the last byte had
+  come, that its lease had never ended;
 - ``Failed`` then ``Drained``;
 - ``Drained``, after ``cancel`` (where ``Arrived`` was already on its way, that is the end instead).
 
@@ -15,18 +16,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pd_serve.decode.expected import I32, Expected, Stage
+from pd_serve.decode.expected import I32, Check, Expected, Stage
 from pd_serve.decode.peer import PrefillPeer, State
 from pd_serve.errors import TransferError
-from pd_serve.kv.layout import KVLayout
-from pd_serve.memory.region import Region
-from pd_serve.transfer.base import PullState, Transport
+from pd_serve.transfer.base import PullState
 from pd_serve.transfer.handshake import Identity
+from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.transfer.probe import FLOOR_BYTES_PER_S, Prober
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -42,7 +42,7 @@ LOOK_DRAINING_MAX_S = 0.1
 
 # A pull is judged by its rate from so many bytes on; first pulls into fresh pages may be slow.
 JUDGED_BYTES = 4 << 20
-SLOW_BYTES_PER_S = 1e9
+SLOW_BYTES_PER_S = FLOOR_BYTES_PER_S
 SLOW_PULLS_TOLERATED = 5
 
 
@@ -62,6 +62,7 @@ class Arrived:
     first_token: int
     size_bytes: int
     seconds: float  # during which bytes moved
+    whole_from: tuple[int, ...] = ()  # a group: blocks before it may not be whole and must not be offered to others
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,14 @@ class Inbox:
     def __init__(
         self,
         identity: Identity,
-        layout: KVLayout,
-        make_transport: Callable[[], Transport],
-        regions: Sequence[Region],
+        lanes: Lanes,
         *,
         pull_timeout_s: float,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
-        self._layout = layout
+        self._layout = identity.layout
+        self._lanes = lanes
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._peers: dict[str, PrefillPeer] = {}  # by address
@@ -111,6 +111,9 @@ class Inbox:
                 "pull_seconds",
                 "pull_descriptors",
                 "slow_pulls",
+                "slow_lanes",
+                "self_test_failures",
+                "checksum_bytes",
                 *(f"pull_failures_{kind}" for kind in FailureKind),
                 "handshakes",
                 "handshakes_refused",
@@ -118,7 +121,8 @@ class Inbox:
             ),
             0.0,
         )
-        self._worker = TransferWorker(self, make_transport, regions, clock)
+        self._drained = True  # nothing could write to the pool when the thread ended
+        self._worker = TransferWorker(self, lanes, clock)
 
     # --- main thread
 
@@ -157,22 +161,32 @@ class Inbox:
         """Starts the transfer thread."""
         self._worker.start()
 
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """Names of those that started, preferred first; once ready."""
+        return self._lanes.names
+
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns once the transport runs. Raises TransferError."""
+        """Returns once a lane runs. Raises TransferError."""
         self._worker.wait_ready(timeout_s)
 
     def wake(self) -> None:
         """Makes the transfer thread look at its clock again."""
         self._worker.wake()
 
-    def close(self) -> None:
-        self._worker.close()
+    def close(self) -> bool:
+        """True: nothing writes to the pool any more."""
+        closed = self._worker.close() and self._drained
         self._events.close()
+        return closed
 
     # --- transfer thread: the service
 
     def start(self, worker: TransferWorker) -> None:
-        self._transport = worker.transport
+        self._prober = Prober(self._lanes.memory, self._lanes.mover)
+        for name in self._lanes.names:
+            for counter in ("pull_bytes", "lane_chosen", "self_test_bytes", "self_test_seconds"):
+                self._counters[f"{counter}_{name}"] = 0.0
 
     def run_due(self, now_s: float) -> float:
         due_s = float("inf")
@@ -186,11 +200,13 @@ class Inbox:
                 del self._peers[peer.address]
                 continue
             due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
-        return min(due_s - now_s, self._look_at_pulls())
+        return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
 
     def stop(self) -> None:
         for peer in self._peers.values():
             peer.close()
+        running = [job.pull for job in [*self._keys.values(), *self._draining] if job.pull is not None]
+        self._drained = all([pull.close() for pull in running]) and self._prober.idle
 
     # --- transfer thread: calls of the main thread
 
@@ -200,7 +216,9 @@ class Inbox:
     def _peer(self, source: Source) -> PrefillPeer:
         peer = self._peers.get(source.address)
         if peer is None:
-            peer = PrefillPeer(source.address, self._identity, self._worker, self, self._counters)
+            peer = PrefillPeer(
+                source.address, self._identity, self._worker, self._prober, self, self._counters
+            )
             self._peers[source.address] = peer
         peer.named_s = self._clock()
         return peer
@@ -209,7 +227,7 @@ class Inbox:
         if key in self._keys:
             log.error("key %s is expected twice", key)
             return
-        self._keys[key] = Expected(key, source, len(self._layout.groups))
+        self._keys[key] = Expected(key, source)
         peer = self._peer(source)
         if peer.state is State.READY:
             self._claim(self._keys[key], peer)
@@ -278,7 +296,7 @@ class Inbox:
                 f"{peer.node_id} (epoch {peer.epoch})",
             )
             return
-        job.stage = Stage.CLAIMED
+        job.claimed(peer.pair, peer.checksums)
         peer.send(wire.Claim(job.key))
 
     def _ready(self, job: Expected, ready: wire.Ready) -> None:
@@ -300,22 +318,28 @@ class Inbox:
         """Pulls what is pending, books what has ended, and releases when all is here."""
         peer = self._peers[job.source.address]
         try:
+            job.open_checks()
             while job.stage is Stage.PULLING:
                 if job.pull is None:
-                    blocks = job.take()
-                    if not blocks:
+                    job.pulled = job.take()
+                    if not job.pulled:
                         break
-                    assert peer.remote is not None
                     job.pull_started_s = time.perf_counter()
-                    job.pull = self._transport.pull(peer.remote, blocks)
+                    job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
                 if not self._booked(job, peer):
                     return
             if job.stage is Stage.PULLING and job.first_token is not None:
-                job.check_complete(self._layout)
+                job.whole_from = job.check_complete(self._layout)
                 job.stage = Stage.RELEASING
                 peer.send(wire.Release(job.key, done=True))
+            self._finish(job)
         except TransferError as error:
-            self._fail(job, FailureKind(error.kind), str(error))
+            self._failed(job, peer, error)
+
+    def _failed(self, job: Expected, peer: PrefillPeer, error: TransferError) -> None:
+        if error.kind == FailureKind.CHECKSUM:
+            log.error("%s from prefill node %s over %s: %s", job.key, peer.node_id, peer.lane.name, error)
+        self._fail(job, FailureKind(error.kind), str(error))
 
     def _booked(self, job: Expected, peer: PrefillPeer) -> bool:
         """Whether the pull under way has arrived; books it if so."""
@@ -333,16 +357,28 @@ class Inbox:
         pull.close()
         seconds = time.perf_counter() - job.pull_started_s
         job.pull = None
+        self._sum(job, peer)
         job.size_bytes += pull.size_bytes
         job.seconds += seconds
         job.moved_s = self._clock()
         self._counters["pulls"] += 1
         self._counters["pull_bytes"] += pull.size_bytes
+        self._counters[f"pull_bytes_{peer.lane.name}"] += pull.size_bytes
         self._counters["pull_seconds"] += seconds
         self._counters["pull_descriptors"] += pull.num_descriptors
         if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
             self._slow(peer, pull.size_bytes / seconds)
         return True
+
+    def _sum(self, job: Expected, peer: PrefillPeer) -> None:
+        """Starts to sum what has just arrived."""
+        if peer.checksums:
+            for blocks, announced in job.pulled:
+                slicing, region = peer.pair.slicings[blocks.group], peer.pair.reader[blocks.group]
+                rows = slicing.reader_rows(region, blocks.local)
+                job.checks.append(Check(self._lanes.mover.checksums(rows), announced))
+                self._counters["checksum_bytes"] += rows.size_bytes
+        job.pulled = []
 
     def _slow(self, peer: PrefillPeer, bytes_per_s: float) -> None:
         """Counts a pull at the speed of a fall-back, and says so when they become many: never slow in silence."""
@@ -350,17 +386,21 @@ class Inbox:
         peer.slow_pulls += 1
         if peer.slow_pulls == SLOW_PULLS_TOLERATED:
             log.warning(
-                "pulls from prefill node %s run at %.2f GB/s: the transport has probably fallen back to TCP. "
-                "Set UCX_PROTO_INFO=y to see its lane; check UCX_TLS, RDMA devices, shared memory, ptrace rights",
+                "pulls from prefill node %s over %s run at %.2f GB/s: it has probably fallen back to TCP. Run pd-serve "
+                "doctor; with UCX, UCX_PROTO_INFO=y shows what it uses; check UCX_TLS, RDMA devices, shared memory, "
+                "ptrace rights",
                 peer.node_id,
+                peer.lane.name,
                 bytes_per_s / 1e9,
             )
 
     def _look_at_pulls(self) -> float:
-        """Asks after every transfer under way; returns when to ask again."""
+        """Asks after every transfer and checksum under way; returns when to ask again."""
         look_s = float("inf")
-        for job in [j for j in self._keys.values() if j.pull is not None]:
+        for job in [j for j in self._keys.values() if j.pull is not None or j.checks]:
             self._advance(job)
+            if job.checks and job.key in self._keys:
+                look_s = min(look_s, LOOK_MIN_S)
             if job.pull is not None:
                 age_s = time.perf_counter() - job.pull_started_s
                 look_s = min(look_s, max(LOOK_MIN_S, min(LOOK_MAX_S, age_s / 10)))
@@ -378,9 +418,15 @@ class Inbox:
         if not valid:
             self._fail(job, FailureKind.EXPIRED, "its lease had ended when the bytes arrived")
             return
-        assert job.first_token is not None
-        del self._keys[job.key]
-        self._events.put(Arrived(job.key, job.first_token, job.size_bytes, job.seconds))
+        job.released = True
+        self._advance(job)
+
+    def _finish(self, job: Expected) -> None:
+        """Ends the job when all is confirmed. Raises TransferError where a checksum does not hold."""
+        if job.key in self._keys and not job.open_checks() and job.released:
+            assert job.first_token is not None
+            del self._keys[job.key]
+            self._events.put(Arrived(job.key, job.first_token, job.size_bytes, job.seconds, job.whole_from))
 
     # --- transfer thread: ends
 
@@ -393,6 +439,8 @@ class Inbox:
 
     def _give_up(self, job: Expected) -> None:
         del self._keys[job.key]
+        while job.checks:
+            self._lanes.abandon(job.checks.pop().sums)
         peer = self._peers.get(job.source.address)
         if job.stage is not Stage.CONNECTING and peer is not None and peer.state is State.READY:
             peer.send(wire.Release(job.key, done=False))

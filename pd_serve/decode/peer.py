@@ -1,8 +1,8 @@
-"""A prefill node as a decode node sees it: one address, dialled, greeted, listened to, dialled again.
+"""A prefill node as a decode node sees it: one address, dialled, greeted, tested, listened to, dialled again.
 
 Runs on the transfer thread under the inbox, which it tells what comes in. It knows nothing of requests
-but their keys in heartbeats. Every connection is a new session with its own handshake; when one ends,
-for whatever reason, the inbox gives up what depended on it, and the peer is dialled again after a pause.
+but their keys in heartbeats. Every connection is a new session with its own handshake and its own choice of lane; when
+one ends, for whatever reason, the inbox gives up what depended on it, and the peer is dialled again after a pause.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from pd_serve.decode.lane import PeerLanes
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.transfer.base import Peer
-from pd_serve.transfer.handshake import Identity, hello
+from pd_serve.transfer.base import Pair
+from pd_serve.transfer.handshake import Greeting, Identity, shortened
+from pd_serve.transfer.probe import Lane, Prober
 from pd_serve.transfer.sockets import Monitored
 from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire import peer as wire
@@ -25,10 +27,11 @@ from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0  # from dialling to the end of the handshake
+CONNECT_TIMEOUT_S = 5.0  # from dialling to the end of the self-test
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
 HEARTBEATS_PER_LEASE = 6
 MISSED_HEARTBEATS = 3
+LAST_WORDS_MS = 100  # what was said last may take so long to leave
 MIN_SILENCE_S = 2.0  # a busy machine may keep a healthy peer from answering for so long
 
 
@@ -45,6 +48,7 @@ class Listener(Protocol):
 class State(Enum):
     PAUSED = "paused"
     GREETING = "greeting"
+    TESTING = "testing"  # the handshake is done; lanes are measured
     READY = "ready"
 
 
@@ -54,30 +58,51 @@ class PrefillPeer:
         address: str,
         identity: Identity,
         worker: TransferWorker,
+        prober: Prober,
         listener: Listener,
         counters: dict[str, float],
     ) -> None:
         self.address = address
         self.state = State.PAUSED
-        self.node_id = ""  # what it said of itself, once READY
+        self.node_id = ""  # what it said of itself, from TESTING on
         self.epoch = ""
-        self.remote: Peer | None = None
         self.slow_pulls = 0
         self.named_s = worker.clock()  # when a router or a request last named it
         self._identity = identity
         self._worker = worker
+        self._prober = prober
         self._listener = listener
         self._counters = counters
         self._wire: Monitored | None = None
+        self._greeting: Greeting | None = None
+        self._about: wire.About | None = None
+        self._lanes: PeerLanes | None = None
         self._retry_s = RETRY_MIN_S
-        self._due_s = 0.0  # when to dial again (PAUSED), to give up (GREETING)
+        self._due_s = 0.0  # when to dial again (PAUSED), to give up (GREETING, TESTING)
         self._logged = ""
-        self._lease_s = 0.0
         self._heartbeat_due_s = 0.0
         self._unanswered_s: float | None = None  # when the oldest unanswered heartbeat was sent
         self._seq = 0
 
     # --- asked by the inbox
+
+    @property
+    def lane(self) -> Lane:
+        """What to pull over; while READY."""
+        assert self._lanes is not None and self._lanes.chosen is not None
+        return self._lanes.chosen
+
+    @property
+    def pair(self) -> Pair:
+        """While READY."""
+        assert self._lanes is not None
+        return self._lanes.pair
+
+    @property
+    def checksums(self) -> bool:
+        """Whether announced blocks come with checksums; while READY."""
+        assert self._about is not None
+        return self._about.checksums
 
     def hurry(self) -> None:
         """Somebody waits: dial now instead of after the pause."""
@@ -86,28 +111,27 @@ class PrefillPeer:
 
     def send(self, message: wire.ToPrefill) -> None:
         """Sends, or gives the connection up where it does not take messages any more."""
-        if self._wire is None:
-            return
-        try:
-            self._wire.socket.send(wire.encoder.encode(message), zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self.lose(FailureKind.PEER_LOST, "it does not read its messages")
+        self._send_frame(wire.encoder.encode(message))
 
     def run_due(self, now_s: float, keys: Callable[[], list[str]]) -> float:
         """Dials, gives up, sends heartbeats for ``keys``; returns when it is due again."""
-        if self.state is State.PAUSED:
-            if now_s >= self._due_s:
-                self._dial()
-        elif self.state is State.GREETING:
-            if now_s >= self._due_s:
-                self.lose(FailureKind.CONNECT, f"no answer to the handshake within {CONNECT_TIMEOUT_S:g} s")
-        else:
-            return self._heartbeat(now_s, keys())
+        match self.state:
+            case State.PAUSED:
+                if now_s >= self._due_s:
+                    self._dial()
+            case State.GREETING:
+                if now_s >= self._due_s:
+                    self.lose(FailureKind.CONNECT, f"no answer to the handshake within {CONNECT_TIMEOUT_S:g} s")
+            case State.TESTING:
+                if now_s >= self._due_s:
+                    self.lose(FailureKind.CONNECT, f"no transport has passed its test within {CONNECT_TIMEOUT_S:g} s")
+            case State.READY:
+                return self._heartbeat(now_s, keys())
         return self._due_s
 
     def lose(self, kind: FailureKind, message: str) -> None:
         """Ends the connection and dials again later. What waited for the peer fails with ``kind``."""
-        self._hang_up()
+        self._hang_up(linger_ms=LAST_WORDS_MS)
         self._due_s = self._worker.clock() + self._retry_s
         self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
         text = f"prefill node {self.node_id or '(unknown)'} at {self.address}: {message}"
@@ -119,7 +143,7 @@ class PrefillPeer:
     def close(self) -> None:
         if self.state is not State.PAUSED:
             self.send(wire.Bye(self._identity.epoch))
-        self._hang_up(linger_ms=100)
+        self._hang_up(linger_ms=LAST_WORDS_MS)
 
     # --- the connection
 
@@ -134,18 +158,29 @@ class PrefillPeer:
             return
         self._worker.listen(self._wire.socket, self._receive)
         self._worker.listen(self._wire.monitor, self._receive)
-        self.send(hello(self._identity))
+        lanes = self._worker.lanes
+        self._greeting = Greeting(self._identity, lanes.memory.regions, lanes.describe())
+        self._send_frame(self._greeting.hello)
 
-    def _hang_up(self, linger_ms: int = 0) -> None:
+    def _send_frame(self, frame: bytes) -> None:
+        if self._wire is None:
+            return
+        try:
+            self._wire.socket.send(frame, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self.lose(FailureKind.PEER_LOST, "it does not read its messages")
+
+    def _hang_up(self, linger_ms: int) -> None:
         self.state = State.PAUSED
+        self._greeting = None
+        lanes, self._lanes = self._lanes, None
+        if lanes is not None:
+            lanes.close()
         if self._wire is not None:
             self._worker.unlisten(self._wire.socket)
             self._worker.unlisten(self._wire.monitor)
             self._wire.close(linger_ms)
             self._wire = None
-        if self.remote is not None:
-            self.remote.close()
-            self.remote = None
 
     def _receive(self) -> None:
         connection = self._wire
@@ -175,14 +210,20 @@ class PrefillPeer:
 
     def _take(self, message: wire.ToDecode) -> None:
         match message:
-            case wire.Welcome():
-                self._welcome(message)
             case wire.Refused():
                 self._counters["handshakes_refused"] += 1
                 self._retry_s = RETRY_MAX_S  # it takes a restart of either end to change this
-                self.lose(FailureKind.HANDSHAKE, message.reason)
+                self.lose(FailureKind.HANDSHAKE, shortened(message.reason))
             case wire.Bye():
                 self.lose(FailureKind.PEER_LOST, "it left")
+            case _ if self.state is State.GREETING:
+                self._greeted(message)
+            case wire.LaneMessage():
+                self._lane_says(message)
+            case wire.Challenge() | wire.Welcome():
+                self._counters["garbage_frames"] += 1
+            case _ if self.state is not State.READY:
+                self._counters["garbage_frames"] += 1  # nothing was claimed yet
             case wire.HeartbeatAck():
                 if message.seq == self._seq:
                     self._unanswered_s = None
@@ -190,39 +231,80 @@ class PrefillPeer:
             case _:
                 self._listener.peer_says(self, message)
 
-    def _welcome(self, welcome: wire.Welcome) -> None:
-        if self.state is not State.GREETING:
-            self._counters["garbage_frames"] += 1
-            return
-        me = self._identity
-        self.node_id, self.epoch = welcome.node_id, welcome.epoch
-        if not me.protocol_min <= welcome.protocol <= me.protocol_max or welcome.transport not in me.transports:
-            self.lose(
-                FailureKind.HANDSHAKE,
-                f"it settled on protocol {welcome.protocol} over {welcome.transport}; this node speaks "
-                f"{me.protocol_min}..{me.protocol_max} over {', '.join(me.transports)}",
-            )
-            return
+    def _greeted(self, message: wire.ToDecode) -> None:
+        greeting = self._greeting
+        assert greeting is not None
         try:
-            self.remote = self._worker.transport.connect(welcome.endpoint)
+            if isinstance(message, wire.Challenge) and not greeting.challenged:
+                self.send(self._proof(greeting, message))
+            elif isinstance(message, wire.Welcome) and greeting.challenged:
+                self._welcome(*greeting.accept(message))
+            else:
+                self._counters["garbage_frames"] += 1
         except HandshakeError as error:
-            self.lose(FailureKind.HANDSHAKE, str(error))
+            self._counters["handshakes_refused"] += 1
+            self._retry_s = RETRY_MAX_S
+            self.lose(FailureKind.HANDSHAKE, shortened(str(error)))
+
+    def _proof(self, greeting: Greeting, challenge: wire.Challenge) -> wire.Proof:
+        try:
+            return greeting.prove(challenge)
+        except HandshakeError:
+            # so that its log tells of it too; why is nobody's business there
+            self.send(wire.Refused("the prefill node could not prove that it knows the decode node's secret"))
+            raise
+
+    # --- lanes
+
+    def _welcome(self, about: wire.About, pair: Pair) -> None:
+        """Connects each lane that both have, and has them tested. Raises HandshakeError where there is none."""
+        self.node_id, self.epoch, self._about = about.node_id, about.epoch, about
+        self.state = State.TESTING
+        self._lanes = PeerLanes(about, pair, self._worker.lanes, self._prober, self.send)
+        self._lanes.connect(self._tested)
+
+    def _tested(self) -> None:
+        """The self-test is over."""
+        lanes = self._lanes
+        assert lanes is not None and self._about is not None
+        self._counters["self_test_failures"] += len(lanes.verdict.why_not)
+        for name, (size_bytes, seconds) in lanes.verdict.timed.items():
+            self._counters[f"self_test_bytes_{name}"] += size_bytes
+            self._counters[f"self_test_seconds_{name}"] += seconds
+        if lanes.chosen is None:
+            why = "; ".join(f"{name}: {text}" for name, text in lanes.why_not.items())
+            self._retry_s = RETRY_MAX_S
+            self.lose(FailureKind.CONNECT, f"no transport has passed its test ({why})")
             return
-        except TransferError as error:
-            self.lose(FailureKind(error.kind), str(error))
-            return
+        name = lanes.chosen.name
         self._counters["handshakes"] += 1
-        self._lease_s = welcome.lease_s
-        self._heartbeat_due_s = self._worker.clock() + self._lease_s / HEARTBEATS_PER_LEASE
+        self._counters[f"lane_chosen_{name}"] += 1
+        if lanes.slow:
+            self._counters["slow_lanes"] += 1
+            log.warning("%s", lanes.complaint(self.node_id))
+        self.send(wire.Chosen(name, lanes.rate, {k: shortened(v) for k, v in lanes.why_not.items()}))
+        if self.state is not State.TESTING:
+            return  # lost just now
+        self._heartbeat_due_s = self._worker.clock() + self._about.lease_s / HEARTBEATS_PER_LEASE
         self._unanswered_s = None
         self._retry_s = RETRY_MIN_S
         self._logged = ""
         self.state = State.READY
-        log.info("reads from prefill node %s (epoch %s) over %s", self.node_id, self.epoch, welcome.transport)
+        log.info("reads from prefill node %s (epoch %s) over %s", self.node_id, self.epoch, lanes.summary())
         self._listener.peer_ready(self)
 
+    def _lane_says(self, message: wire.LaneMessage) -> None:
+        assert self._lanes is not None
+        try:
+            self._lanes.receive(message)
+        except TransferError as error:
+            self.lose(FailureKind(error.kind), f"transport {message.lane}: {error}")
+
+    # --- heartbeats
+
     def _heartbeat(self, now_s: float, keys: list[str]) -> float:
-        interval_s = self._lease_s / HEARTBEATS_PER_LEASE
+        assert self._about is not None
+        interval_s = self._about.lease_s / HEARTBEATS_PER_LEASE
         if not keys:
             self._unanswered_s = None
             return float("inf")

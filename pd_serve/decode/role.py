@@ -113,7 +113,7 @@ class DecodeRole:
             return None
         assert seq.blocks is not None
         seq.num_computed = seq.num_tokens
-        self._kv.commit(seq.blocks, seq.tokens, seq.num_computed)
+        self._kv.commit(seq.blocks, seq.tokens, seq.num_computed, event.whole_from)
         output = Output(id=seq.id, index=seq.output_index, tokens=[], event="arrived", num_cached=seq.num_cached)
         seq.append(event.first_token)
         self._scheduler.join(seq)
@@ -127,6 +127,10 @@ class DecodeRole:
     def peers(self, peers: Peers) -> None:
         for source in peers.sources:
             self._inbox.connect(source)
+
+    @property
+    def transport(self) -> str:
+        return ",".join(self._inbox.lanes)
 
     @property
     def queued(self) -> int:
@@ -143,5 +147,5 @@ class DecodeRole:
     def counters(self) -> dict[str, float]:
         return self._inbox.counters()
 
-    def close(self) -> None:
-        self._inbox.close()
+    def close(self) -> bool:
+        return self._inbox.close()

@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from pd_serve import logs
 from pd_serve.engine.channel import Channel
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
-from pd_serve.wire.link import ModelInfo
+from pd_serve.wire.link import Load, ModelInfo
 
 if TYPE_CHECKING:
     from pd_serve.engine.core import Engine
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from pd_serve.engine.scheduler import Scheduler
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
-    from pd_serve.memory.region import Region
+    from pd_serve.memory.region import PoolMemory
     from pd_serve.models.config import ModelConfig
+    from pd_serve.models.decoder import Decoder
     from pd_serve.transfer.handshake import Identity
+    from pd_serve.transfer.lanes import Lanes
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +48,58 @@ SATURATING_TOKENS = 256
 
 @dataclass(frozen=True)
 class Parts:
-    """What a role is built from."""
+    """What a role is built from: the same for every role of an engine, but for the identity's epoch."""
 
     config: EngineConfig
     identity: Identity
     layout: KVLayout
     kv: KVManager
     scheduler: Scheduler
-    regions: list[Region]
+    memory: PoolMemory
+
+    def lanes(self) -> Lanes:
+        """What the role's transfer thread will start."""
+        from pd_serve.transfer.choice import lanes_for
+
+        config = self.config
+        return lanes_for(
+            config.transport,
+            f"{self.identity.node_id}-{self.identity.epoch}",
+            self.memory,
+            nixl_backend=config.nixl_backend,
+            nixl_options=config.nixl_options,
+            nvlink_socket_dir=config.nvlink_socket_dir,
+        )
 
 
 # Starts the role's transfer thread; Role.wait_ready is called when the model is loaded.
 RoleFactory = Callable[[Parts], "Role"]
+
+
+class Roles:
+    """The roles of one engine, one after another (see :class:`pd_serve.engine.presence.Roles`)."""
+
+    def __init__(self, make: RoleFactory, parts: Parts, info: ModelInfo) -> None:
+        self._make = make
+        self._parts = parts
+        self._info = info
+
+    def open(self) -> Role:
+        self._parts = replace(self._parts, identity=replace(self._parts.identity, epoch=uuid.uuid4().hex))
+        return self._make(self._parts)
+
+    def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
+        parts = self._parts
+        return EngineReady(
+            model=self._info,
+            layout=parts.layout.kin(),
+            layout_text=parts.layout.describe(),
+            epoch=parts.identity.epoch,
+            peer_address=role.wait_ready(),
+            transport=role.transport,
+            load=load,
+            start_s=start_s,
+        )
 
 
 class Stopwatch:
@@ -88,7 +130,7 @@ def main(make_role: RoleFactory) -> int:
         stack.callback(context.term)
         channel = stack.enter_context(Channel(context, config.address))
         try:
-            engine, ready, close = build(config, channel, make_role)
+            engine, ready = build(config, channel, make_role)
         except PDServeError as error:
             channel.send_node(EngineFailed(str(error)))
             return 1
@@ -96,15 +138,13 @@ def main(make_role: RoleFactory) -> int:
             log.exception("the engine cannot start")
             channel.send_node(EngineFailed(f"the engine cannot start: {type(error).__name__}: {error}"))
             return 1
-        stack.callback(close)
+        stack.callback(engine.close)
         channel.send_node(ready)
         engine.run()
     return 0
 
 
-def build(
-    config: EngineConfig, channel: Channel, make_role: RoleFactory
-) -> tuple[Engine, EngineReady, Callable[[], None]]:
+def build(config: EngineConfig, channel: Channel, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
     """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
     watch = Stopwatch()
     import torch
@@ -113,12 +153,15 @@ def build(
     torch.set_grad_enabled(False)
 
     from pd_serve.engine.core import Engine
+    from pd_serve.engine.presence import Presence
     from pd_serve.engine.runner import Runner
     from pd_serve.engine.sampler import Sampler
     from pd_serve.engine.scheduler import Limits, Scheduler
+    from pd_serve.engine.sleep import HostSleeper
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.pool import HostPool
+    from pd_serve.memory.switches import check_expandable_segments
     from pd_serve.models.config import ModelConfig, fingerprint
     from pd_serve.models.decoder import load_decoder
     from pd_serve.transfer.handshake import Identity
@@ -131,6 +174,7 @@ def build(
     max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
+    check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=config.enable_cumem_allocator)
     kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
@@ -147,24 +191,28 @@ def build(
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
     )
+    # every role opens under an epoch of its own
     identity = Identity(
         node_id=config.node_id,
-        epoch=uuid.uuid4().hex,
+        epoch="",
         model=info.fingerprint,
-        layout=layout.fingerprint(),
-        layout_text=layout.describe(),
-        transports=tuple(config.transports),
+        layout=layout,
+        secret=config.secret.encode(),
+        checksums=config.checksums,
     )
-    # the transport starts on its own thread while the model loads
-    role = make_role(Parts(config, identity, layout, kv, scheduler, pool.regions()))
+    roles = Roles(make_role, Parts(config, identity, layout, kv, scheduler, pool.memory()), info)
+
+    def load() -> Decoder:
+        return load_decoder(directory, model, config.dtype, config.load_format, max_positions=max_model_len + 1)
+
+    role = roles.open()  # the transport starts on its own thread while the model loads
     try:
         watch.lap("pool")
-        decoder = load_decoder(directory, model, config.dtype, config.load_format, max_positions=max_model_len + 1)
+        runner = Runner(load(), model, layout, pool.tensors(), config.threads)
         watch.lap("load")
-        runner = Runner(decoder, model, layout, pool.tensors(), config.threads)
         runner.warm_up()
         watch.lap("warm_up")
-        peer_address = role.wait_ready()
+        role.wait_ready()
         pool.populate()
         watch.lap("transfer")
     except BaseException:
@@ -175,22 +223,12 @@ def build(
         scheduler=scheduler,
         runner=runner,
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
-        role=role,
+        presence=Presence(roles, role, kv, HostSleeper(pool, runner, load)),
         channel=channel,
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
     )
-    ready = EngineReady(
-        model=info,
-        layout=identity.layout,
-        layout_text=identity.layout_text,
-        epoch=identity.epoch,
-        peer_address=peer_address,
-        transport=",".join(config.transports),
-        load=engine.load(),
-        start_s=watch.phases,
-    )
-    return engine, ready, role.close
+    return engine, roles.introduce(role, engine.load(), watch.phases)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, capacity: int) -> int:

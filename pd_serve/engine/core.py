@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
@@ -21,10 +22,12 @@ from torch import Tensor
 from pd_serve.engine.batch import Batch
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.plan import Work, build_batch
-from pd_serve.engine.role import Role
+from pd_serve.engine.presence import Presence
 from pd_serve.engine.sampler import Sampler
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
+from pd_serve.engine.sleep import TAGS
+from pd_serve.errors import PDServeError
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
@@ -32,6 +35,8 @@ from pd_serve.wire import link
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
+# An engine that is to sleep and has ended its requests waits so long for transfers that still write to its blocks.
+TRANSFERS_END_S = 10.0
 
 
 class Compute(Protocol):
@@ -47,7 +52,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Compute,
         sampler: Sampler,
-        role: Role,
+        presence: Presence,
         channel: Channel,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
@@ -56,7 +61,8 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
-        self._role = role
+        self._presence = presence
+        self._role = presence.role
         self._channel = channel
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
@@ -68,20 +74,22 @@ class Engine:
         self._checked_idle = True
         self._reported_idle = True
         self._status_due_s = 0.0
+        self._bedtime: wire.Sleep | None = None  # an order that waits for work to end
+        self._bedtime_due_s = math.inf  # when it is given up
+        self._poller = zmq.Poller()
         self._counters: defaultdict[str, float] = defaultdict(float)
 
     # --- the loop -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serves until the node says ``Shutdown``."""
-        poller = zmq.Poller()
-        poller.register(self._channel.socket, zmq.POLLIN)
-        poller.register(self._role.fileno(), zmq.POLLIN)
+        self._poller.register(self._channel.socket, zmq.POLLIN)
+        self._poller.register(self._role.fileno(), zmq.POLLIN)
         worked = False
         while not self._stopping:
             # after an empty plan only a message or a transfer event can change anything
             wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
-            poller.poll(math.ceil(wait_s * 1000))
+            self._poller.poll(math.ceil(wait_s * 1000))
             self._receive()
             for seq, output in self._role.events():
                 self._emit(seq, output)
@@ -90,6 +98,7 @@ class Engine:
             self._report()  # before a step that may take a second: routers place by it
             worked = self._step()
             self._flush()
+            self._turn_in()
 
     def _step(self) -> bool:
         """Computes one step; False when there was nothing to compute."""
@@ -213,6 +222,10 @@ class Engine:
                 self._status_due_s = 0.0
             case wire.Shutdown():
                 self._stopping = True
+            case wire.Sleep():
+                self._told_to_sleep(message)
+            case wire.Wake():
+                self._answer(message.number, self._wake(message.tags))
             case link.Peers():
                 self._role.peers(message)
 
@@ -249,6 +262,8 @@ class Engine:
         """Why this attempt cannot be taken. Routers check first; a node never relies on it."""
         if self._draining:
             return link.Failure("refused", "this node is shutting down", retry_after_s=1.0)
+        if self._bedtime is not None or self._presence.level:
+            return link.Failure("refused", "this node goes to sleep", retry_after_s=1.0)
         if submit.id in self._seqs:
             return link.Failure("invalid", f"attempt {submit.id} is running already")
         if not submit.tokens or len(submit.tokens) % 4:
@@ -285,6 +300,72 @@ class Engine:
             self._channel.send_router(origin, link.Outputs(outputs))
         self._outbound.clear()
 
+    # --- sleep --------------------------------------------------------------------------------------
+
+    def _told_to_sleep(self, order: wire.Sleep) -> None:
+        if not order.now:
+            self._bedtime, self._bedtime_due_s = order, math.inf
+            self._status_due_s = 0.0
+        elif self._bedtime is not None and self._bedtime.number == order.number:
+            self._bedtime_due_s = time.monotonic() + TRANSFERS_END_S
+            for seq in list(self._seqs.values()):
+                self._end(seq, "the node goes to sleep")
+
+    def _turn_in(self) -> None:
+        """Carries out an order to sleep once nothing runs, and never while a transfer may still write to a block."""
+        order = self._bedtime
+        if order is None:
+            return
+        hurried = self._bedtime_due_s < math.inf
+        if self._seqs or self._role.pulling or (self._role.leases and not hurried):
+            if time.monotonic() > self._bedtime_due_s:
+                self._bedtime = None
+                self._answer(
+                    order.number,
+                    f"{self._role.pulling} transfers from other nodes have not ended within {TRANSFERS_END_S:g} s, and "
+                    "may still write to the KV cache: try again when those nodes answer",
+                )
+            return
+        if not self._presence.level and not self._role.leases:
+            self._check_idle()
+        self._bedtime = None
+        failure = ""
+        try:
+            self._presence.sleep(order.level)
+        except Exception as error:
+            log.exception("the engine cannot fall asleep")
+            failure = "; ".join(filter(None, (_sentence(error), self._wake(TAGS))))
+        self._role_changed()
+        self._answer(order.number, failure)
+
+    def _wake(self, tags: Collection[str]) -> str:
+        """Brings tags back, and the engine with the last of them. Returns what went wrong, if anything did."""
+        try:
+            ready = self._presence.wake(tags, self.load())
+        except Exception as error:
+            log.exception("the engine cannot wake up")
+            return _sentence(error)
+        self._role_changed()
+        if ready is not None:
+            ready.load = self.load()
+            self._channel.send_node(ready)
+        return ""
+
+    def _role_changed(self) -> None:
+        self._poller.unregister(self._role.fileno())
+        self._role = self._presence.role
+        self._poller.register(self._role.fileno(), zmq.POLLIN)
+
+    def _answer(self, number: int, failure: str) -> None:
+        self._status_due_s = 0.0
+        self._report()
+        asleep = self._presence.sleeper.asleep
+        self._channel.send_node(wire.SleepState(number, self._presence.level, asleep, failure))
+
+    def close(self) -> None:
+        """Ends what peers can reach. After ``run``."""
+        self._presence.close()
+
     # --- status -------------------------------------------------------------------------------------
 
     def _report(self) -> None:
@@ -295,7 +376,8 @@ class Engine:
             self._status_due_s = now_s + STATUS_INTERVAL_S
             if idle and not self._checked_idle:
                 self._check_idle()
-            self._channel.send_node(link.Status(self.load(), self._counter_snapshot()))
+            memory = self._presence.sleeper.report()
+            self._channel.send_node(link.Status(self.load(), self._counter_snapshot(), memory))
         if self._draining and idle and not self._drained_sent:
             self._drained_sent = True
             self._channel.send_node(wire.Drained())
@@ -317,7 +399,7 @@ class Engine:
             groups=self._kv.usage(),
             leases=self._role.leases,
             pulling=self._role.pulling,
-            draining=self._draining,
+            draining=self._draining or self._bedtime is not None or self._presence.level > 0,
         )
 
     def _counter_snapshot(self) -> dict[str, float]:
@@ -329,5 +411,9 @@ class Engine:
             "started": self._scheduler.num_started,
             "prefix_query_tokens": self._scheduler.prefix_queries,
             "prefix_hit_tokens": self._scheduler.prefix_hits,
-            **self._role.counters(),
+            **self._presence.counters(),
         }
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, PDServeError) else f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -41,6 +42,10 @@ class Role(Protocol):
         """The prefill nodes that a router knows."""
 
     @property
+    def transport(self) -> str:
+        """Names of the transports that run, separated by commas; after ``wait_ready``."""
+
+    @property
     def queued(self) -> int:
         """Sequences this role holds that have no blocks yet."""
 
@@ -52,4 +57,48 @@ class Role(Protocol):
 
     def counters(self) -> dict[str, float]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.
+
+        True: no transfer touches the pool any more.
+        """
+
+
+class NoRole:
+    """What a sleeping engine has for a role: it refuses before it would ask this one anything."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC)  # never readable
+        self.queued = self.leases = self.pulling = 0
+        self.transport = ""
+
+    def wait_ready(self) -> str:
+        raise AssertionError("nobody reaches a sleeping engine")
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def submitted(self, seq: Sequence) -> Output | None:
+        raise AssertionError("a sleeping engine takes nothing")
+
+    def computed(self, seq: Sequence, token: int | None) -> None:
+        raise AssertionError("a sleeping engine computes nothing")
+
+    def ended(self, seq: Sequence, reason: str) -> None:
+        """It has no sequence."""
+
+    def abandoned(self, key: str) -> None:
+        """It holds nothing."""
+
+    def events(self) -> Iterator[tuple[Sequence, Output]]:
+        return iter(())
+
+    def peers(self, peers: Peers) -> None:
+        """Routers name them again when the engine is awake."""
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> bool:
+        os.close(self._fd)
+        return True

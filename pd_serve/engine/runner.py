@@ -29,15 +29,29 @@ class Runner:
         torch.set_num_threads(threads)
         if threads > 1:
             set_kernel_threads(threads)
-        self._model = model
+        self._model: Decoder | None = model
         self._layout = layout
         self._attention = PagedAttention(
             layout, regions, config.num_heads, config.attention_scale, parallel=threads > 1
         )
 
+    @property
+    def model(self) -> Decoder | None:
+        """None between ``unload`` and ``load``; nothing can be computed then."""
+        return self._model
+
+    def unload(self) -> None:
+        """Lets go of the weights."""
+        self._model = None
+
+    def load(self, model: Decoder) -> None:
+        """Takes the weights that come after ``unload``: of the same model."""
+        self._model = model
+
     @torch.inference_mode()
     def execute(self, batch: Batch) -> Tensor:
         """Writes the batch's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
+        assert self._model is not None, "the weights are asleep"
         self._attention.start(batch)
         tokens, positions = torch.from_numpy(batch.tokens), torch.from_numpy(batch.positions)
         rows = torch.from_numpy(batch.logits_rows) if len(batch.logits_rows) < batch.num_tokens else None

@@ -20,12 +20,21 @@ REGION_ALIGNMENT = 4096  # bytes: regions start on a page
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that share block tables. ``window``: a token attends to itself and ``window - 1`` before it."""
+    """Layers that share block tables. ``window``: a token attends to itself and ``window - 1`` before it.
+
+    With tensor parallelism a rank holds the heads ``first_head .. first_head + num_kv_heads`` of ``heads_of_model``.
+    """
 
     layers: tuple[int, ...]
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    first_head: int = 0
+    total_kv_heads: int = 0  # of the whole model; 0: this rank holds all of them
+
+    @property
+    def heads_of_model(self) -> int:
+        return self.total_kv_heads or self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,18 @@ class KVLayout:
         return tuple(offsets), at
 
     def describe(self) -> str:
-        """One line that two nodes must agree on; the fingerprint's preimage, shown in mismatch errors."""
+        """One line: the fingerprint's preimage, shown in messages."""
         parts = [
-            f"layers={','.join(map(str, g.layers))};heads={g.num_kv_heads};dim={g.head_dim};window={g.window}"
+            f"layers={','.join(map(str, g.layers))};heads={g.first_head}+{g.num_kv_heads}/{g.heads_of_model};"
+            f"dim={g.head_dim};window={g.window}"
             for g in self.groups
         ]
-        return f"block-major/HND v1 block={self.block_size} dtype={self.dtype} [{' | '.join(parts)}]"
+        return f"block-major/HND v2 block={self.block_size} dtype={self.dtype} [{' | '.join(parts)}]"
+
+    def kin(self) -> str:
+        """16 hex digits: equal for nodes that can exchange blocks, whatever their block size and share of the heads."""
+        parts = [f"{g.layers};{g.heads_of_model};{g.head_dim};{g.window}" for g in self.groups]
+        return hashlib.sha256(f"{self.dtype} {' | '.join(parts)}".encode()).hexdigest()[:16]
 
     def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over :meth:`describe`."""

@@ -6,6 +6,7 @@ blocks; a group with a window gives back those that no later token can see.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +52,13 @@ class KVManager:
         self.layout = layout
         self.prefix_caching = prefix_caching
         self._capacity = layout.blocks_for(capacity_tokens)
-        self._tree = PrefixTree(len(layout.groups))
-        self._pools: list[BlockPool[Slot]] = [BlockPool(n, self._evicted) for n in num_blocks]
+        self._num_blocks = num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything: all blocks are free, no prefix is known. Whoever held blocks must be gone for good."""
+        self._tree = PrefixTree(len(self.layout.groups))
+        self._pools: list[BlockPool[Slot]] = [BlockPool(n, self._evicted) for n in self._num_blocks]
 
     def _evicted(self, slot: Slot) -> None:
         node, group = slot
@@ -134,8 +140,11 @@ class KVManager:
             start = max(start, self.layout.first_live_block(group, num_tokens))
         return start
 
-    def commit(self, blocks: SequenceBlocks, tokens: Tokens, num_computed: int) -> None:
-        """Offers the blocks that ``num_computed`` tokens have filled to later prompts, and leaves the window."""
+    def commit(self, blocks: SequenceBlocks, tokens: Tokens, num_computed: int, whole_from: Sequence[int] = ()) -> None:
+        """Offers the blocks that ``num_computed`` tokens have filled to later prompts, and leaves the window.
+
+        ``whole_from``, one a group: earlier blocks are not offered, because parts of them may be missing.
+        """
         size = self.layout.block_size
         full = num_computed // size
         if self.prefix_caching and full > blocks.num_committed:
@@ -145,6 +154,8 @@ class KVManager:
                 node = self._tree.child(node, key)
                 for group, pool in enumerate(self._pools):
                     block = int(blocks.tables[group][i])
+                    if whole_from and i < whole_from[group]:
+                        continue
                     if block and not node.blocks[group] and pool.owner(block) is None:
                         node.blocks[group] = block
                         pool.own(block, (node, group))

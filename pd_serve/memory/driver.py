@@ -4,8 +4,8 @@
 (tags, nesting, frees, sleep, export, mapping a peer's memory) knows only this file, and is tested on a
 driver that maps host memory (memfd).
 
-A *handle* is physical memory; a *reservation* is a range of addresses; mapping joins the two. An address keeps its value
-while the handle behind it is unmapped, released and replaced: that is what sleep needs.
+A *handle* is physical memory; a *reservation* is a range of addresses; mapping joins the two. An address keeps its
+value while the handle behind it is unmapped, released and replaced: that is what sleep needs.
 """
 
 from __future__ import annotations

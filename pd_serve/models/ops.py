@@ -28,6 +28,11 @@ class Linear:
         self._weight = _reorder(weight, 1)
         self._bias = bias
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory; a packed weight has no address that could be asked for."""
+        return [self._weight] if self._bias is None else [self._weight, self._bias]
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``."""
         return _linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]

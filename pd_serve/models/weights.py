@@ -56,6 +56,15 @@ class ModelWeights:
     norm: Tensor
     lm_head: Linear
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors, packed copies included."""
+        held = [self.embedding, self.norm, *self.lm_head.tensors]
+        for layer in self.layers:
+            for part in vars(layer).values():
+                held += part.tensors if isinstance(part, Linear) else [] if part is None else [part]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
 
 class TensorSource(Protocol):
     """Named tensors of a checkpoint."""

@@ -1,14 +1,16 @@
-"""The node's HTTP surface: health, status and metrics for operators; the model and the link for routers.
+"""The node's HTTP surface: health, status, metrics and sleep for operators; the model and the link for routers.
 
-Made by the node's main loop. Starlette rather than FastAPI: five fixed routes need no schemas, and every
+Made by the node's main loop. Starlette rather than FastAPI: a few fixed routes need no schemas, and every
 tenth of a second of a start counts.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +19,7 @@ from starlette.websockets import WebSocket
 
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import TRY_AGAIN, Links
+from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep, State
 from pd_serve.wire.link import Hello
 
 
@@ -25,10 +28,11 @@ class NodeState(Protocol):
 
     engine: EngineProcess
     links: Links
+    sleep: Sleep | None  # None: not enabled
     draining: bool
 
     def hello(self) -> Hello | None:
-        """How the node introduces itself to routers; None before its engine can serve."""
+        """How the node introduces itself to routers; None while its engine cannot serve: it starts, or sleeps."""
 
     def describe(self) -> dict[str, object]:
         """``GET /v1/status``."""
@@ -38,9 +42,15 @@ class NodeState(Protocol):
 
 
 def build(node: NodeState) -> Starlette:
+    def rest() -> str:
+        """Why the node is alive and does not serve, because it sleeps; empty when it is awake."""
+        return "" if node.sleep is None or node.sleep.state is State.AWAKE else node.sleep.state.value
+
     async def health(_: Request) -> Response:
         if node.engine.ready is None:
             return JSONResponse({"status": "starting"})
+        if (resting := rest()) and node.engine.alive():  # memory moves for longer than an engine may be silent
+            return JSONResponse({"status": resting})
         if node.engine.answering():
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "the engine does not answer"}, status_code=503)
@@ -48,6 +58,8 @@ def build(node: NodeState) -> Starlette:
     async def ready(_: Request) -> Response:
         if node.draining:
             return JSONResponse({"ready": False, "reason": "draining"}, status_code=503)
+        if resting := rest():
+            return JSONResponse({"ready": False, "reason": resting}, status_code=503)
         if not node.engine.answering():
             reason = "starting" if node.engine.ready is None else "the engine does not answer"
             return JSONResponse({"ready": False, "reason": reason}, status_code=503)
@@ -59,7 +71,14 @@ def build(node: NodeState) -> Starlette:
     async def metrics(_: Request) -> Response:
         from pd_serve.node.metrics import render  # 50 ms that the start need not pay
 
-        body = render(node.engine.status, node.engine.ready, links=len(node.links), draining=node.draining)
+        sleeping = node.sleep is not None and node.sleep.describe().is_sleeping
+        body = render(
+            node.engine.status,
+            node.engine.ready,
+            links=len(node.links),
+            draining=node.draining,
+            sleeping=sleeping,
+        )
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def model(_: Request) -> Response:
@@ -72,9 +91,45 @@ def build(node: NodeState) -> Starlette:
         hello = node.hello()
         if hello is None:
             await websocket.accept()
-            await websocket.close(TRY_AGAIN, "starting")
+            await websocket.close(TRY_AGAIN, rest() or "starting")
             return
         await node.links.serve(websocket, hello, node.engine)
+
+    def order(carry_out: Callable[[Sleep, Request], Awaitable[Document]]) -> Callable[[Request], Awaitable[Response]]:
+        """A route of sleep: what ``carry_out`` answers or refuses."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                if node.sleep is None:
+                    raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
+                if node.engine.ready is None or node.draining:
+                    raise Refused(503, f"the node is {'shutting down' if node.draining else 'starting'}: try again")
+                document = await carry_out(node.sleep, request)
+            except Refused as error:
+                headers = {"Retry-After": "1"} if error.status == 503 else None
+                return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+            return JSONResponse(msgspec.to_builtins(document))
+
+        return answer
+
+    async def fall_asleep(sleep: Sleep, request: Request) -> Document:
+        fields = await _fields(request, "level")
+        level = fields.get("level", 1)
+        if str(level) not in map(str, LEVELS):
+            raise Refused(
+                400, f"level is 1 (keep the weights in host memory) or 2 (drop them too), not {level!r}: change it"
+            )
+        return await sleep.sleep(int(str(level)))
+
+    async def wake_up(sleep: Sleep, request: Request) -> Document:
+        fields = await _fields(request, "tags")
+        tags = fields.get("tags", list(TAGS))
+        if not isinstance(tags, list) or not tags or not all(tag in TAGS for tag in tags):
+            raise Refused(400, f"tags is a list of {' and '.join(TAGS)}, not {tags!r}: leave it out to wake everything")
+        return await sleep.wake(tags)
+
+    async def is_sleeping(sleep: Sleep, _: Request) -> Document:
+        return sleep.describe()
 
     return Starlette(
         routes=[
@@ -83,6 +138,25 @@ def build(node: NodeState) -> Starlette:
             Route("/metrics", metrics),
             Route("/v1/status", status),
             Route("/model", model),
+            Route("/sleep", order(fall_asleep), methods=["POST"]),
+            Route("/wake_up", order(wake_up), methods=["POST"]),
+            Route("/is_sleeping", order(is_sleeping)),
             WebSocketRoute("/link", link),
         ]
     )
+
+
+async def _fields(request: Request, known: str) -> dict[str, object]:
+    """The fields of the query and of a JSON body, in which ``known`` is the only one there may be. Raises Refused."""
+    body = await request.body()
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, object]) if body.strip() else {}
+    except msgspec.DecodeError as error:
+        raise Refused(400, f"the body is not a JSON object ({error}): send {known} as JSON or in the query") from None
+    for name in request.query_params:
+        values: list[object] = list(request.query_params.getlist(name))
+        fields[name] = values if name == "tags" else values[-1]
+    for name in fields:
+        if name != known:
+            raise Refused(400, f"there is no field '{name:.50}': the only one is '{known}'")
+    return fields

@@ -6,13 +6,14 @@ Used by the node's main loop and its links. Never decodes what routers and engin
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -52,6 +53,8 @@ class EngineProcess:
         self._started: asyncio.Event = asyncio.Event()
         self._drained: asyncio.Event = asyncio.Event()
         self._failure: str | None = None
+        self._orders: dict[int, asyncio.Future[wire.SleepState]] = {}  # to sleep or wake, not answered yet
+        self._order_numbers = itertools.count(1)
 
     def start(self, config: wire.EngineConfig, *, command: list[str] | None = None) -> None:
         """Starts the process, on the main thread. ``command``: another engine than the real one, for tests."""
@@ -114,6 +117,28 @@ class EngineProcess:
             return False
         return True
 
+    async def sleep(self, level: int, grace_s: float, hurry: Callable[[], Awaitable[None]]) -> wire.SleepState:
+        """Asks the engine to sleep. Where it cannot within ``grace_s``, calls ``hurry`` and ends what still runs."""
+        number, answer = self._order()
+        self.tell(wire.Sleep(number, level))
+        await asyncio.wait({answer}, timeout=grace_s)
+        if not answer.done():
+            log.warning("requests or leases are still there after %g s: they end now", grace_s)
+            await hurry()
+            self.tell(wire.Sleep(number, level, now=True))
+        return await answer
+
+    async def wake(self, tags: Sequence[str]) -> wire.SleepState:
+        """Asks the engine to bring back what these tags held."""
+        number, answer = self._order()
+        self.tell(wire.Wake(number, list(tags)))
+        return await answer
+
+    def _order(self) -> tuple[int, asyncio.Future[wire.SleepState]]:
+        number = next(self._order_numbers)
+        answer = self._orders[number] = asyncio.get_running_loop().create_future()
+        return number, answer
+
     async def wait_end(self) -> str:
         """Waits for the process to end; says how, in words."""
         assert self._child is not None
@@ -121,6 +146,8 @@ class EngineProcess:
         self._read()  # its last words may have come first
         self._started.set()
         self._drained.set()
+        for number in list(self._orders):
+            self._answered(wire.SleepState(number, 0, [], failure="the engine ended"))
         return describe_exit(status)
 
     async def stop(self) -> None:
@@ -171,7 +198,8 @@ class EngineProcess:
                 self._changed(message)
             case wire.EngineReady():
                 self.ready = message
-                self.status = Status(message.load)
+                before = self.status or Status(message.load)
+                self.status = msgspec.structs.replace(before, load=message.load)
                 self._started.set()
                 # It is connected, for good: without its path nobody else can, and a killed node leaves nothing behind.
                 shutil.rmtree(self._directory, ignore_errors=True)
@@ -180,3 +208,10 @@ class EngineProcess:
                 self._started.set()
             case wire.Drained():
                 self._drained.set()
+            case wire.SleepState():
+                self._answered(message)
+
+    def _answered(self, state: wire.SleepState) -> None:
+        order = self._orders.pop(state.number, None)
+        if order is not None and not order.done():
+            order.set_result(state)

@@ -12,10 +12,13 @@ from urllib.parse import urlsplit
 from pd_serve import logs
 from pd_serve.config import NodeConfig
 from pd_serve.errors import ConfigError
+from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.wire.engine import EngineConfig
+
+ENGINES_ON_GPU = False  # they compute on CPUs so far
 
 
 def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
@@ -44,6 +47,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         raise ConfigError(
             f"--cpus names cores that this process may not use: {sorted(missing)}, not of {sorted(allowed)}"
         )
+    memory = resolve_memory(config.enable_cumem_allocator, config.enable_sleep_mode, on_gpu=ENGINES_ON_GPU)
     return EngineConfig(
         role=config.role,
         node_id=f"{config.role}@{urlsplit(url).netloc}",
@@ -65,6 +69,14 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         lease_s=config.lease_s,
         pull_timeout_s=config.pull_timeout_s,
         prefix_caching=config.prefix_caching,
-        transports=["nixl"] if config.transport == "auto" else [config.transport],
+        transport=config.transport,
+        nixl_backend=config.nixl_backend,
+        nixl_options=config.nixl_backend_options(),
+        nvlink_socket_dir=config.nvlink_socket_dir,
+        checksums=config.checksums,
+        secret=config.peer_secret(),
+        enable_cumem_allocator=memory.enable_cumem_allocator,
+        enable_sleep_mode=memory.enable_sleep_mode,
+        pin_memory=config.pin_memory,
         log_level=config.log_level,
     )

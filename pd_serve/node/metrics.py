@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from pd_serve.wire.engine import EngineReady
 from pd_serve.wire.link import Status
+from pd_serve.wire.memory import FRAGMENTATION_METRIC, USAGE_METRICS
 
 PREFIX = "pd_serve_node_"
 _LOAD = {
@@ -21,15 +22,19 @@ _LOAD = {
 
 
 class _Collector:
-    def __init__(self, status: Status | None, ready: EngineReady | None, links: int, draining: bool) -> None:
+    def __init__(
+        self, status: Status | None, ready: EngineReady | None, links: int, draining: bool, sleeping: bool
+    ) -> None:
         self._status = status
         self._ready = ready
         self._links = links
         self._draining = draining
+        self._sleeping = sleeping
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(PREFIX + "links", "Routers linked", value=self._links)
         yield GaugeMetricFamily(PREFIX + "draining", "1 while the node takes nothing new", value=self._draining)
+        yield GaugeMetricFamily(PREFIX + "sleeping", "1 while the node sleeps", value=self._sleeping)
         if self._ready is not None:
             info = {
                 "model": self._ready.model.name,
@@ -50,12 +55,22 @@ class _Collector:
             for state in ("used", "cached", "free"):
                 blocks.add_metric([str(number), state], getattr(group, state))
         yield blocks
+        if (memory := self._status.memory) is not None:
+            for field, (name, text) in USAGE_METRICS.items():
+                gauge = GaugeMetricFamily(PREFIX + name, text, labels=["device", "tag"])
+                for tag, usage in memory.tags.items():
+                    gauge.add_metric([memory.device, tag], getattr(usage, field))
+                yield gauge
+            name, text = FRAGMENTATION_METRIC
+            fragmentation = GaugeMetricFamily(PREFIX + name, text, labels=["device"])
+            fragmentation.add_metric([memory.device], memory.fragmentation)
+            yield fragmentation
         for name, value in sorted(self._status.counters.items()):
             yield CounterMetricFamily(PREFIX + name, "Counted by the engine since it started", value=value)
 
 
-def render(status: Status | None, ready: EngineReady | None, *, links: int, draining: bool) -> bytes:
+def render(status: Status | None, ready: EngineReady | None, *, links: int, draining: bool, sleeping: bool) -> bytes:
     """The body of ``GET /metrics``."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(status, ready, links, draining))
+    registry.register(_Collector(status, ready, links, draining, sleeping))
     return generate_latest(registry)

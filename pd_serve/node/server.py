@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
@@ -26,9 +27,13 @@ from pd_serve.node import links as codes
 from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
+from pd_serve.node.sleep import Sleep, State
 from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, Hello, Load, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle
+
+if TYPE_CHECKING:
+    from pd_serve.node.registration import Registration
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +54,11 @@ class Node:
         self.engine = engine
         self.links = Links()
         self.draining = False
+        self.sleep = Sleep(engine, self, config.drain_timeout_s) if engine_config.enable_sleep_mode else None
         self._config = config
         self._engine_config = engine_config
         self._url = url
+        self._registration: Registration | None = None
         self._stop = asyncio.Event()
         self._started_s = time.time()
         self._ready_s: float | None = None
@@ -66,7 +73,7 @@ class Node:
 
     def hello(self) -> Hello | None:
         ready = self.engine.ready
-        if ready is None or not self.engine.alive():
+        if ready is None or not self.engine.alive() or self._resting():
             return None
         return Hello(
             link_version=LINK_VERSION,
@@ -110,6 +117,8 @@ class Node:
             "ready_at": self._ready_s,
             "engine": engine,
             "load": msgspec.to_builtins(self._load()),
+            "memory": msgspec.to_builtins(status.memory) if status is not None else None,
+            "sleep": msgspec.to_builtins(self.sleep.describe()) if self.sleep is not None else None,
             "counters": status.counters if status is not None else {},
         }
 
@@ -126,14 +135,39 @@ class Node:
             return "draining"
         if self.engine.ready is None:
             return "starting"
+        if self.sleep is not None and self._resting():
+            return self.sleep.state.value
         return "serving" if self.engine.answering() else "stuck"
 
     def _load(self) -> Load | None:
-        """The engine's load, with ``draining`` true from the moment the node knows it."""
-        if self.engine.status is None:
-            return None
-        load = self.engine.status.load
-        return msgspec.structs.replace(load, draining=True) if self.draining else load
+        return self._marked(self.engine.status).load if self.engine.status is not None else None
+
+    def _marked(self, status: Status) -> Status:
+        """A status of the engine, with ``draining`` true from the moment the node knows it."""
+        if not self.draining and not self._resting():
+            return status
+        return msgspec.structs.replace(status, load=msgspec.structs.replace(status.load, draining=True))
+
+    def _resting(self) -> bool:
+        return self.sleep is not None and self.sleep.state is not State.AWAKE
+
+    # --- routers (see sleep.Routers) ------------------------------------------------------------------
+
+    def drain(self) -> None:
+        if (load := self._load()) is not None:
+            self.links.broadcast(Status(load))
+
+    def join(self) -> None:
+        if self._config.router and self._registration is None and not self.draining:
+            from pd_serve.node.registration import Registration  # a node without routers needs no HTTP client
+
+            self._registration = Registration(self._config.router, self._url, self.links.lost)
+
+    async def leave(self) -> None:
+        registration, self._registration = self._registration, None
+        if registration is not None:
+            await registration.leave()
+        self.links.close(codes.TRY_AGAIN, "the node sleeps")
 
     # --- life -----------------------------------------------------------------------------------------
 
@@ -192,11 +226,7 @@ class Node:
             started.model.max_model_len,
             ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in started.start_s.items()),
         )
-        registration = None
-        if self._config.router:
-            from pd_serve.node.registration import Registration  # a node without routers needs no HTTP client
-
-            registration = Registration(self._config.router, self._url, self.links.lost)
+        self.join()
         try:
             await asyncio.wait({engine_end, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not engine_end.done():
@@ -205,14 +235,13 @@ class Node:
                 self.links.close(codes.INTERNAL, "the engine died")
                 raise PDServeError(f"the engine died ({engine_end.result()}); its last words are above")
         finally:
-            if registration is not None:
-                await registration.leave()
+            if self._registration is not None:
+                await self._registration.leave()
 
     async def _drain(self) -> None:
         self.draining = True
         log.info("draining: at most %g s", self._config.drain_timeout_s)
-        if (load := self._load()) is not None:
-            self.links.broadcast(Status(load))
+        self.drain()
         if not await self.engine.drain(self._config.drain_timeout_s):
             load = self._load()
             left = f"{load.running + load.waiting} requests, {load.leases} leases" if load else "unknown work"
@@ -227,6 +256,4 @@ class Node:
         self._stop.set()
 
     def _status_changed(self, status: Status) -> None:
-        if self.draining:
-            status = msgspec.structs.replace(status, load=msgspec.structs.replace(status.load, draining=True))
-        self.links.broadcast(status)
+        self.links.broadcast(self._marked(status))

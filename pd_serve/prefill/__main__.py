@@ -7,14 +7,11 @@ import sys
 from pd_serve.engine.boot import Parts, main
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.prefill.role import PrefillRole
-from pd_serve.transfer.choice import transport_factory
 
 
 def make_role(parts: Parts) -> PrefillRole:
     config = parts.config
-    outbox = Outbox(
-        parts.identity, transport_factory(parts.identity), parts.regions, host=config.peer_host, lease_s=config.lease_s
-    )
+    outbox = Outbox(parts.identity, parts.lanes(), host=config.peer_host, lease_s=config.lease_s)
     outbox.begin()
     return PrefillRole(parts.kv, parts.scheduler, outbox)
 

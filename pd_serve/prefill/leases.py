@@ -87,6 +87,10 @@ class LeaseBook:
         """All that was published of an open key."""
         return self._leases[key].ready
 
+    def holds(self, key: str, holder: Holder) -> bool:
+        lease = self._leases.get(key)
+        return lease is not None and lease.holder == holder
+
     def why_ended(self, key: str) -> str:
         return self._ended.get(key, "another decode node holds it")
 

@@ -97,6 +97,10 @@ class PrefillRole:
             self._kv.close(blocks)
 
     @property
+    def transport(self) -> str:
+        return ",".join(self._outbox.lanes)
+
+    @property
     def queued(self) -> int:
         return 0
 
@@ -111,5 +115,5 @@ class PrefillRole:
     def counters(self) -> dict[str, float]:
         return self._outbox.counters()
 
-    def close(self) -> None:
-        self._outbox.close()
+    def close(self) -> bool:
+        return self._outbox.close()

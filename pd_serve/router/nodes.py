@@ -13,6 +13,7 @@ from typing import Protocol
 from pd_serve.api.text_model import TextModel
 from pd_serve.router.policy import NodeView
 from pd_serve.wire import link
+from pd_serve.wire.memory import MemoryReport
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Node:
         self.url = hello.url
         self.load = hello.load
         self.counters: dict[str, float] = {}
+        self.memory: MemoryReport | None = None
         self.attempts: dict[str, Attempt] = {}
         self.alive = True
         self._send = send
@@ -71,6 +73,8 @@ class Node:
         self.load = status.load
         if status.counters:
             self.counters = status.counters
+        if status.memory is not None:
+            self.memory = status.memory
         self._sent = self._sent_tokens = 0
 
     def view(self) -> NodeView:

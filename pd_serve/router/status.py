@@ -64,4 +64,5 @@ def _node(node: Node) -> dict[str, Any]:
         "in_flight": len(node.attempts),
         "load": msgspec.to_builtins(node.load),
         "counters": node.counters,
+        "memory": msgspec.to_builtins(node.memory),
     }

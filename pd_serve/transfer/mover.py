@@ -59,6 +59,9 @@ class Mover(Protocol):
         memory that was reused or never written, not against an adversary.
         """
 
+    def write(self, address: int, data: bytes) -> None:
+        """Copies host bytes to ``address`` and returns when they are there: for a few MiB (the self-test), not for KV."""
+
     def allocate(self, size_bytes: int) -> int:
         """Memory of this kind for staging, alive until ``close``: its address, 4096-byte aligned."""
 

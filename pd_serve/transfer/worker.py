@@ -1,4 +1,4 @@
-"""The engine's transfer thread: it owns the Transport and all peer sockets, and runs one service on them.
+"""The engine's transfer thread: it owns the lanes and all peer sockets, and runs one service on them.
 
 The service is a prefill node's outbox or a decode node's inbox. The main thread hands it closures with
 ``call`` and reads its events from a mailbox; nothing else is shared. The thread sleeps until a socket
@@ -12,15 +12,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import zmq
 
 from pd_serve.errors import TransferError
-from pd_serve.memory.region import Region
-from pd_serve.transfer.base import Transport
+from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.wire.peer import FailureKind
 
@@ -35,7 +34,7 @@ class Service(Protocol):
     """What runs on the transfer thread. Every method is called there."""
 
     def start(self, worker: TransferWorker) -> None:
-        """Opens sockets; the transport is registered. What it raises makes the start fail."""
+        """Opens sockets; the lanes are started. What it raises makes the start fail."""
 
     def run_due(self, now_s: float) -> float:
         """Does what is due; returns in how many seconds it wants to be called again (``inf``: not by itself)."""
@@ -45,18 +44,11 @@ class Service(Protocol):
 
 
 class TransferWorker:
-    """The thread. ``make_transport`` runs on it: starting NIXL takes 0.4 s, which overlaps with loading a model."""
+    """The thread. ``lanes`` start on it: NIXL takes 0.4 s, which overlaps with loading a model."""
 
-    def __init__(
-        self,
-        service: Service,
-        make_transport: Callable[[], Transport],
-        regions: Sequence[Region],
-        clock: Clock = time.monotonic,
-    ) -> None:
+    def __init__(self, service: Service, lanes: Lanes, clock: Clock = time.monotonic) -> None:
         self._service = service
-        self._make_transport = make_transport
-        self._regions = regions
+        self.lanes = lanes
         self.clock = clock
         self._calls: Mailbox[Callable[[], object]] = Mailbox()
         self._ready: Future[None] = Future()
@@ -85,15 +77,16 @@ class TransferWorker:
         """Makes the thread look at its clock again."""
         self.call(lambda: None)
 
-    def close(self, timeout_s: float = 2.0) -> None:
-        """Stops the service, the transport and the thread. Idempotent."""
+    def close(self, timeout_s: float = 2.0) -> bool:
+        """Stops the service, the lanes and the thread; whether it did stop. Idempotent."""
         if self._thread.is_alive():
             self.call(setattr, self, "_stopping", True)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 log.error("the transfer thread did not stop within %g s", timeout_s)
-                return
+                return False
         self._calls.close()
+        return True
 
     # --- transfer thread
 
@@ -111,18 +104,18 @@ class TransferWorker:
         try:
             self._poller = zmq.Poller()
             self._poller.register(self._calls.fileno(), zmq.POLLIN)
-            self.transport = self._make_transport()
-            self.transport.register(self._regions)
+            self.lanes.start()
             self._service.start(self)
         except Exception as error:
-            self._ready.set_exception(error)
+            self._guarded(self.lanes.close)
             self.context.destroy(linger=0)
+            self._ready.set_exception(error)
             return
         self._ready.set_result(None)
         while not self._stopping:
             self._turn()
         self._guarded(self._service.stop)
-        self._guarded(self.transport.close)
+        self._guarded(self.lanes.close)
         self._guarded(lambda: self.context.destroy(linger=0))
 
     def _turn(self) -> None:
@@ -132,7 +125,7 @@ class TransferWorker:
             return
         delay_s = MAX_SLEEP_S
         try:
-            self.transport.progress()
+            delay_s = min(delay_s, self.lanes.progress())
             delay_s = min(delay_s, self._service.run_due(self.clock()))
         except Exception:
             self._internal_error()

@@ -39,21 +39,33 @@ class EngineConfig(msgspec.Struct, frozen=True):
     lease_s: float
     pull_timeout_s: float
     prefix_caching: bool
-    transports: list[str]
+    transport: str  # "auto": whichever the machine offers; or a name
+    nixl_backend: str
+    nixl_options: dict[str, str]
+    nvlink_socket_dir: str  # empty: this user's own
+    checksums: bool  # of KV blocks
+    secret: str  # that nodes prove to each other; empty: none
+    enable_cumem_allocator: bool
+    enable_sleep_mode: bool
+    pin_memory: bool  # where it helps
     log_level: str = "info"
+
+    def __repr__(self) -> str:
+        """Without the secret: whatever is printed may end up in a log."""
+        return f"EngineConfig(role={self.role!r}, node_id={self.node_id!r}, ...)"
 
 
 class EngineReady(msgspec.Struct, tag="engine_ready"):
-    """Engine to node, once: it can serve."""
+    """Engine to node, at the start and after each sleep: it can serve. Epoch and peer address are new each time."""
 
     model: ModelInfo
-    layout: str  # KVLayout.fingerprint()
+    layout: str  # KVLayout.kin()
     layout_text: str  # KVLayout.describe()
     epoch: str
     peer_address: str
     transport: str
     load: Load
-    start_s: dict[str, float]  # how long each phase of the start took
+    start_s: dict[str, float]  # how long each phase of the start, or of waking, took
 
 
 class EngineFailed(msgspec.Struct, tag="engine_failed"):
@@ -80,8 +92,36 @@ class Shutdown(msgspec.Struct, tag="shutdown"):
     """Node to engine: end now."""
 
 
-ToEngine = Drop | Drain | Shutdown | Peers
-FromEngine = EngineReady | EngineFailed | Status | Drained
+class Sleep(msgspec.Struct, tag="sleep"):
+    """Node to engine: refuse new work; when nothing runs and no lease is held, withdraw the pool from peers and give
+    memory back. Answered by ``SleepState``. ``now``, in a second message of the same number: end what is left.
+    """
+
+    number: int  # of the order; its answer bears the same
+    level: int  # 1: the KV cache goes, weights move to or stay in host memory; 2: weights go too
+    now: bool = False
+
+
+class Wake(msgspec.Struct, tag="wake"):
+    """Node to engine: bring back what these tags held. Answered by ``SleepState``; before it, where nothing is left
+    asleep, comes ``EngineReady``.
+    """
+
+    number: int
+    tags: list[str]
+
+
+class SleepState(msgspec.Struct, tag="sleep_state"):
+    """Engine to node: what ``Sleep`` or ``Wake`` led to."""
+
+    number: int
+    level: int  # 0: awake
+    asleep: list[str]  # tags
+    failure: str = ""  # why the order was not carried out (a sentence for the user); the rest says what is so now
+
+
+ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake
+FromEngine = EngineReady | EngineFailed | Status | Drained | SleepState
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

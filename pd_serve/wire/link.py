@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pd_serve.wire.memory import MemoryReport
+
 LINK_VERSION = 1
 
 
@@ -147,6 +149,7 @@ class Status(msgspec.Struct, tag="status"):
 
     load: Load
     counters: dict[str, float] = {}
+    memory: MemoryReport | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -166,7 +169,7 @@ class Hello(msgspec.Struct, tag="hello"):
     url: str
     model: ModelInfo
     layout: str  # layout fingerprint
-    epoch: str  # new at every engine start
+    epoch: str  # new at every engine start, and after every sleep
     peer_address: str
     transport: str
     local_prefill_tokens: int  # decode: prompts up to so many uncached tokens are computed here

@@ -1,7 +1,10 @@
 """Messages between the engines of two nodes (the *peer channel*): a decode engine dials a prefill engine.
 
 ZeroMQ DEALER (decode) to ROUTER (prefill), one frame a message, MessagePack. KV bytes never travel
-here: they are read by the transport that the handshake settled on.
+here: they are read over one of the lanes that the handshake found both ends to have.
+
+A connection begins so: ``Hello``, ``Challenge``, ``Proof``, ``Welcome``, then ``LaneMessage`` as lanes need
+it, and ``Chosen`` after the self-test. What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
 
 A *lease* is a prefill node's promise not to reuse a request's blocks. It is renewed by heartbeats
 while the decode node waits and ends by release, cancel, expiry, or a new epoch of the peer.
@@ -10,24 +13,47 @@ while the decode node waits and ends by release, cancel, expiry, or a new epoch 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
+from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.region import Region
+
 # Versions of this protocol that this build speaks; both ends settle on the newest they share.
-PROTOCOL_MIN = 1
-PROTOCOL_MAX = 1
+PROTOCOL_MIN = 2
+PROTOCOL_MAX = 2
 
 
 class FailureKind(StrEnum):
     """Why a pull ended without usable blocks."""
 
-    HANDSHAKE = "handshake"  # version, model, layout or transport do not match
+    HANDSHAKE = "handshake"  # secret, version, model, layout or transport do not match
     CONNECT = "connect"  # the peer cannot be reached
     PEER_LOST = "peer_lost"  # it stopped answering, or came back with another epoch
     EXPIRED = "expired"  # the lease had ended when the bytes arrived
     CANCELLED = "cancelled"  # the prefill node gave the request up
     TRANSFER = "transfer"  # the transport reported an error
     TIMEOUT = "timeout"  # nothing moved for too long
+    CHECKSUM = "checksum"  # what arrived is not what was announced
+
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Mac = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Reasons = Annotated[dict[Name, Annotated[str, msgspec.Meta(max_length=4096)]], msgspec.Meta(max_length=16)]
+# what each transport says of itself (``Transport.describe``), the sender's favourite first
+Described = Annotated[dict[Name, bytes], msgspec.Meta(max_length=16)]
+Regions = Annotated[list[Region], msgspec.Meta(max_length=257)]
+
+MAX_HELLO_BYTES = 1 << 20  # nothing longer is looked at before its sender has proved the secret
+
+
+class Version(msgspec.Struct, tag="hello"):
+    """What every version's ``Hello`` has: enough to refuse one that cannot be read."""
+
+    protocol_min: int
+    protocol_max: int
 
 
 class Hello(msgspec.Struct, tag="hello"):
@@ -35,29 +61,69 @@ class Hello(msgspec.Struct, tag="hello"):
 
     protocol_min: int
     protocol_max: int
-    node_id: str
-    epoch: str
-    model: str  # model fingerprint
-    layout: str  # layout fingerprint
-    transports: list[str]  # what this end can pull with, preferred first
-    layout_text: str = ""  # what ``layout`` stands for, for a refusal that says what differs
+    node_id: Name
+    epoch: Name
+    model: Name  # model fingerprint
+    layout: KVLayout
+    regions: Regions
+    lanes: Described
+    checksums: bool  # whether it wants checksums with the blocks
+    nonce: Nonce
+
+
+class Challenge(msgspec.Struct, tag="challenge"):
+    """Prefill to decode: it knows the secret, if ``mac`` holds (:mod:`pd_serve.transfer.auth`). It says no more yet."""
+
+    nonce: Nonce
+    mac: Mac
+
+
+class Proof(msgspec.Struct, tag="proof"):
+    """Decode to prefill: it knows the secret too."""
+
+    mac: Mac
+
+
+class About(msgspec.Struct):
+    """What a prefill node says of itself, once the decode node has proved the secret."""
+
+    protocol: int
+    node_id: Name
+    epoch: Name
+    layout: KVLayout
+    regions: Regions
+    lanes: Described  # those that both have and this end could prepare
+    why_not: Reasons  # the others of the decode node's
+    lease_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+    checksums: bool  # announced blocks come with them
 
 
 class Welcome(msgspec.Struct, tag="welcome"):
-    """Prefill to decode: the handshake succeeded."""
+    """Prefill to decode: the handshake succeeded. ``mac`` vouches for ``about``, an :class:`About` in MessagePack."""
 
-    protocol: int
-    node_id: str
-    epoch: str
-    transport: str
-    endpoint: bytes  # Transport.describe() of the prefill end
-    lease_s: float
+    about: bytes
+    mac: Mac
 
 
 class Refused(msgspec.Struct, tag="refused"):
-    """Prefill to decode: these two cannot work together; ``reason`` names both sides' values."""
+    """Either end: these two cannot work together; ``reason`` says why."""
 
     reason: str
+
+
+class LaneMessage(msgspec.Struct, tag="lane"):
+    """Either end, after ``Welcome``: what one end of a transport has to tell the other."""
+
+    lane: str
+    payload: bytes
+
+
+class Chosen(msgspec.Struct, tag="chosen"):
+    """Decode to prefill, once: the lane that it will pull over. The others are not used any more."""
+
+    lane: Name
+    bytes_per_s: float  # measured; 0: not measured
+    why_not: Reasons
 
 
 class Claim(msgspec.Struct, tag="claim"):
@@ -72,6 +138,7 @@ class Blocks(msgspec.Struct, array_like=True):
     group: int
     first: int
     ids: bytes  # int32 little-endian
+    checksums: bytes = b""  # uint64 little-endian, one a piece (see pd_serve.transfer.slices); empty: switched off
 
 
 class First(msgspec.Struct, array_like=True):
@@ -131,9 +198,11 @@ class Bye(msgspec.Struct, tag="bye"):
     epoch: str
 
 
-ToPrefill = Hello | Claim | Heartbeat | Release | Bye
-ToDecode = Welcome | Refused | Ready | HeartbeatAck | Released | Cancel | Bye
+ToPrefill = Hello | Proof | Refused | LaneMessage | Chosen | Claim | Heartbeat | Release | Bye
+ToDecode = Challenge | Welcome | Refused | LaneMessage | Ready | HeartbeatAck | Released | Cancel | Bye
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
 decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
+decode_version = msgspec.msgpack.Decoder(Version).decode
+decode_about = msgspec.msgpack.Decoder(About).decode

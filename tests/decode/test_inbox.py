@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, PrefillEnd, until
+from tests.transfer.scripted import copy_lanes
 
 
 @pytest.fixture
@@ -313,13 +315,13 @@ def test_nothing_moves_for_too_long(p: PrefillEnd, d: DecodeEnd, clock: Clock, d
     ("other", "word"),
     [
         ({"model": "m1"}, "models differ"),
-        ({"layout": "0f0f"}, "KV layouts differ"),
-        ({"transports": ("smoke",)}, "no transport in common"),
+        ({"layout": dataclasses.replace(SMALL, block_size=6)}, "block sizes do not fit"),
         ({"protocol_min": 5, "protocol_max": 6}, "protocol versions"),
+        ({"secret": b"another"}, "--secret-file"),
     ],
 )
 def test_a_refused_handshake(p: PrefillEnd, other: dict[str, object], word: str) -> None:
-    d = DecodeEnd(me=other)
+    d = DecodeEnd(other.get("layout", SMALL), me=other, lanes=copy_lanes)  # type: ignore[arg-type]
     d.inbox.expect("k", p.source)
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.HANDSHAKE

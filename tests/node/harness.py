@@ -49,6 +49,9 @@ class NodeUnderTest:
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=5)
 
+    def post(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=30, **options)
+
     def status(self) -> dict[str, object]:
         return dict(self.get("/v1/status").json())
 

@@ -13,6 +13,7 @@ import msgspec
 import zmq
 
 from pd_serve.wire import engine, link
+from pd_serve.wire.memory import MemoryReport, TagUsage
 
 BEHAVIOUR = sys.argv[1]
 FLOOD_BYTES = 200 << 20
@@ -37,13 +38,24 @@ def main() -> int:
     heard: Counter[str] = Counter()
     running: list[tuple[int, str, list[int], int]] = []  # origin, id, tokens, next index
     draining = drained = False
+    bedtime: engine.Sleep | None = None
+    level, asleep, epoch = 0, list[str](), 1
 
     def load() -> link.Load:
         groups = [link.GroupUsage(total=10, used=len(running), cached=2, free=8 - len(running))]
-        return link.Load(0, len(running), 0, groups, draining=draining)
+        return link.Load(0, len(running), 0, groups, draining=draining or level > 0)
+
+    def ready() -> engine.EngineReady:
+        address = f"tcp://127.0.0.1:{epoch}"
+        return engine.EngineReady(model, "1a40", "a layout", f"epoch-{epoch}", address, "nixl", load(), {"import": 0.1})
+
+    def status() -> link.Status:
+        tags = {"weights": TagUsage(20, 30, 20), "kv_cache": TagUsage(8, 8, 0 if "kv_cache" in asleep else 8)}
+        counters = {name: float(count) for name, count in heard.items()} | {"leaks": 0.0}
+        return link.Status(load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep)))
 
     model = link.ModelInfo(config.served_name, "f00d", 128, 1000, [2])
-    say(engine.EngineReady(model, "1a40", "a layout", "epoch-1", "tcp://127.0.0.1:1", "nixl", load(), {"import": 0.1}))
+    say(ready())
     status_due_s = 0.0
     while True:
         while socket.poll(10):
@@ -56,6 +68,17 @@ def main() -> int:
                     return 0
                 case engine.Drain():
                     draining = True
+                case engine.Sleep():
+                    bedtime = message
+                    if message.now:
+                        running = []
+                case engine.Wake(number=number, tags=tags):
+                    asleep = [tag for tag in asleep if tag not in tags]
+                    failure = "no files" if BEHAVIOUR == "sleeps-for-ever" else ""
+                    if level and not asleep and not failure:
+                        level, epoch = 0, epoch + 1
+                        say(ready())
+                    say(engine.SleepState(number, level, asleep, failure))
                 case engine.Drop(origin=gone):
                     running = [entry for entry in running if entry[0] != gone]
                     heard[f"dropped_{gone}"] += 1
@@ -77,12 +100,19 @@ def main() -> int:
             if not last:
                 still.append((origin, name, ids, index + 1))
         running = still
+        if bedtime is not None and not running:
+            failure = "a transfer is still under way" if BEHAVIOUR == "cannot-sleep" else ""
+            if not failure:
+                level, asleep = bedtime.level, ["weights", "kv_cache"]
+                say(status())
+            say(engine.SleepState(bedtime.number, level, asleep, failure))
+            bedtime = None
         if draining and not drained and not running and BEHAVIOUR != "never-drains":
             drained = True
             say(engine.Drained())
         if time.monotonic() >= status_due_s:
             status_due_s = time.monotonic() + 0.1
-            say(link.Status(load(), {name: float(count) for name, count in heard.items()} | {"leaks": 0.0}))
+            say(status())
 
 
 if __name__ == "__main__":

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import uuid
 from collections.abc import Iterator
 
+import msgspec
+import numpy as np
 import pytest
 import zmq
 
-from pd_serve.transfer.handshake import hello
+from pd_serve.errors import HandshakeError
+from pd_serve.memory.region import PROBE_BLOCKS
+from pd_serve.prefill import outbox
+from pd_serve.transfer import auth, probe
+from pd_serve.transfer.auth import Prover
+from pd_serve.transfer.handshake import Greeting
 from pd_serve.wire import peer as wire
-from tests.transfer.harness import SMALL, Clock, PrefillEnd, identity, until
+from tests.transfer.harness import LARGE, SMALL, Clock, Pool, PrefillEnd, identity, until
+from tests.transfer.scripted import Script, copy_lanes
 
 LEASE_S = 30.0
 
@@ -19,12 +28,17 @@ LEASE_S = 30.0
 class Client:
     """A decode node reduced to its socket."""
 
-    def __init__(self, end: PrefillEnd, node_id: str = "D", **other: object) -> None:
+    def __init__(
+        self, end: PrefillEnd, node_id: str = "D", lanes: dict[str, bytes] | None = None, **other: object
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(end.outbox.address)
         self.identity = identity(node_id, SMALL, **other)
+        self.pool = Pool(self.identity.layout, 8)
+        lanes = {"copy": b"copy"} if lanes is None else lanes
+        self.greeting = Greeting(self.identity, self.pool.memory().regions, lanes)
 
     def say(self, message: wire.ToPrefill) -> None:
         self.socket.send(wire.encoder.encode(message))
@@ -34,8 +48,16 @@ class Client:
         return wire.decode_to_decode(self.socket.recv())
 
     def greet(self) -> wire.ToDecode:
-        self.say(hello(self.identity))
-        return self.hear()
+        """A whole handshake; what ends it."""
+        self.socket.send(self.greeting.hello)
+        challenge = self.hear()
+        if not isinstance(challenge, wire.Challenge):
+            return challenge
+        self.say(self.greeting.prove(challenge))
+        answer = self.hear()
+        if isinstance(answer, wire.Welcome):
+            assert self.hear() == wire.LaneMessage("copy", b"served")  # never before the welcome
+        return answer
 
     def sync(self, keys: list[str] | None = None) -> list[str]:
         """All that was said before has been handled; returns the keys that hold no lease."""
@@ -56,7 +78,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def end(clock: Clock) -> Iterator[PrefillEnd]:
-    made = PrefillEnd(lease_s=LEASE_S, clock=clock)
+    made = PrefillEnd(lease_s=LEASE_S, clock=clock, lanes=copy_lanes)
     yield made
     made.close()
     assert made.outbox.counters()["transfer_faults"] == 0
@@ -77,9 +99,12 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
     client = Client(end)
     welcome = client.greet()
     assert isinstance(welcome, wire.Welcome)
-    assert (welcome.node_id, welcome.epoch) == ("P", end.identity.epoch)
-    assert (welcome.protocol, welcome.transport, welcome.lease_s) == (wire.PROTOCOL_MAX, "nixl", LEASE_S)
-    assert len(welcome.endpoint) > 100
+    about, pair = client.greeting.accept(welcome)
+    assert (about.node_id, about.epoch, about.layout) == ("P", end.identity.epoch, SMALL)
+    assert (about.protocol, about.lanes, about.why_not) == (wire.PROTOCOL_MAX, {"copy": b"copy"}, {})
+    assert (about.lease_s, about.checksums) == (LEASE_S, True)
+    assert pair.source == end.pool.memory().regions and pair.reader == client.pool.memory().regions
+    assert np.array_equal(end.pool.probe.view("<u4"), probe.pattern(end.identity.epoch, 0, PROBE_BLOCKS))
     client.close()
 
 
@@ -87,9 +112,10 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
     ("other", "words"),
     [
         ({"model": "m1"}, ("models differ", "m0", "m1")),
-        ({"layout": "f00"}, ("KV layouts differ", "f00", SMALL.fingerprint())),
-        ({"transports": ("smoke",)}, ("no transport", "smoke", "nixl")),
-        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "1..1")),
+        ({"layout": LARGE}, ("numbers of layer groups differ", "2 at the prefill node", "1 at the decode node")),
+        ({"lanes": {"smoke": b"", "fire": b""}}, ("no transport", "smoke", "fire", "copy")),
+        ({"lanes": {}}, ("no transport", "can use none")),
+        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "2..2")),
     ],
 )
 def test_refusals_name_both_values(
@@ -104,6 +130,7 @@ def test_refusals_name_both_values(
         client.close()
     assert end.outbox.counters()["handshakes_refused"] == 3
     assert sum("refused decode node" in r.message for r in caplog.records) == 1
+    assert end.outbox.counters()["handshakes"] == 0
 
 
 def test_chunks_go_out_as_they_come_and_the_release_is_valid(end: PrefillEnd, client: Client) -> None:
@@ -116,7 +143,7 @@ def test_chunks_go_out_as_they_come_and_the_release_is_valid(end: PrefillEnd, cl
     end.publish("k", 10, TABLES, first=1, token=42)
     last = client.hear()
     assert isinstance(last, wire.Ready) and last.first == wire.First(42)
-    assert [(b.group, b.first, len(b.ids)) for b in last.blocks] == [(0, 1, 8), (1, 1, 8)]
+    assert [(b.group, b.first, len(b.ids), len(b.checksums)) for b in last.blocks] == [(0, 1, 8, 16), (1, 1, 8, 16)]
     client.say(wire.Release("k", done=True))
     assert client.hear() == wire.Released("k", valid=True)
     assert until(lambda: end.why("k")) == "released"
@@ -266,3 +293,293 @@ def test_garbage_is_dropped_and_counted(end: PrefillEnd, client: Client) -> None
 def test_close_says_goodbye(end: PrefillEnd, client: Client) -> None:
     end.close()
     assert client.hear() == wire.Bye(end.identity.epoch)
+
+
+# --- who may read
+
+
+def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    for secret, what in ((b"wrong", "its secret is not this node's"), (b"", "it has no secret and this node has one")):
+        for _ in range(3):
+            client = Client(end, secret=secret)
+            client.socket.send(client.greeting.hello)
+            challenge = client.hear()
+            assert isinstance(challenge, wire.Challenge)
+            with pytest.raises(HandshakeError, match="--secret-file"):  # a real client would leave now
+                client.greeting.prove(challenge)
+            said = (client_nonce(client), challenge.nonce, client.greeting.hello)
+            client.say(wire.Proof(auth.proof(secret, Prover.READER, *said)))
+            refused = client.hear()
+            assert isinstance(refused, wire.Refused) and "secret" in refused.reason
+            assert end.identity.node_id not in refused.reason.split() and SMALL.dtype not in refused.reason
+            client.say(wire.Claim("k"))  # has no session
+            client.close()
+        assert sum(what in r.message and "--secret-file" in r.message for r in caplog.records) == 1
+    assert end.outbox.counters()["handshakes_unproved"] == 6
+    assert end.outbox.counters()["handshakes"] == 0
+    good = Client(end, secret=b"right")
+    assert isinstance(good.greet(), wire.Welcome)
+    good.close()
+    end.close()
+    assert not any("right" in r.getMessage() for r in caplog.records)
+
+
+def client_nonce(client: Client) -> bytes:
+    hello = wire.decode_to_prefill(client.greeting.hello)
+    assert isinstance(hello, wire.Hello)
+    return hello.nonce
+
+
+def test_a_client_that_leaves_because_of_the_secret_is_counted(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    client = Client(end)
+    client.socket.send(client.greeting.hello)
+    client.hear()
+    client.say(wire.Refused("no\nthanks"))
+    until(lambda: end.outbox.counters()["handshakes_unproved"])
+    assert any("'no\\nthanks'" in r.getMessage() for r in caplog.records)  # in no shape to fake other lines
+    client.close()
+    end.close()
+
+
+def test_what_was_recorded_is_worth_nothing(end: PrefillEnd, client: Client) -> None:
+    hold(end, client, "k")
+    first, second = Client(end, "X"), Client(end, "X")
+    first.socket.send(first.greeting.hello)
+    challenge = first.hear()
+    assert isinstance(challenge, wire.Challenge)
+    proof = first.greeting.prove(challenge)
+    second.socket.send(first.greeting.hello)  # the same words in another connection
+    again = second.hear()
+    assert isinstance(again, wire.Challenge) and again.nonce != challenge.nonce
+    second.say(proof)
+    assert isinstance(second.hear(), wire.Refused)
+    second.say(proof)  # its handshake is over
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    first.say(proof)
+    assert isinstance(first.hear(), wire.Welcome)
+    assert client.sync(["k"]) == []
+    for one in (first, second):
+        one.close()
+
+
+def test_only_a_proved_node_takes_over_a_node_id(clock: Clock) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    client = Client(end, secret=b"right")
+    client.greet()
+    hold(end, client, "k")
+    impostor = Client(end, secret=b"guessed")  # of the same node id
+    impostor.socket.send(impostor.greeting.hello)
+    assert isinstance(impostor.hear(), wire.Challenge)
+    impostor.say(wire.Proof(os.urandom(32)))
+    assert isinstance(impostor.hear(), wire.Refused)
+    assert client.sync(["k"]) == []
+    again = Client(end, secret=b"right")
+    assert isinstance(again.greet(), wire.Welcome)
+    assert until(lambda: end.why("k")) == "peer_lost"
+    for one in (client, impostor, again):
+        one.close()
+    end.close()
+
+
+def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: Client, clock: Clock) -> None:
+    idle = Client(end, "X")
+    idle.socket.send(idle.greeting.hello)
+    challenge = idle.hear()
+    assert isinstance(challenge, wire.Challenge)
+    clock.now_s += outbox.HANDSHAKE_S
+    end.outbox.wake()
+    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 1)
+    idle.say(idle.greeting.prove(challenge))
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    idle.close()
+    gone = Client(end, "X")
+    gone.socket.send(gone.greeting.hello)
+    gone.hear()
+    gone.close()
+    clock.now_s += outbox.HANDSHAKE_S
+    end.outbox.wake()
+    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 2)
+
+
+def test_handshakes_at_once_are_bounded(end: PrefillEnd, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "MAX_HANDSHAKES", 3)
+    many = [Client(end, f"X{i}") for i in range(6)]
+    for one in many:
+        one.socket.send(one.greeting.hello)
+        assert isinstance(one.hear(), wire.Challenge)
+    assert end.outbox.counters()["handshakes_unfinished"] == 3
+    assert client.sync() == []
+    late = Client(end, "late")
+    assert isinstance(late.greet(), wire.Welcome)
+    for one in [*many, late]:
+        one.close()
+
+
+def hello_with(client: Client, **other: object) -> bytes:
+    """The client's Hello with fields of a stranger's making."""
+    fields = msgspec.msgpack.decode(client.greeting.hello)
+    return msgspec.msgpack.encode({**fields, **other})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"nonce": b"short"},
+        {"node_id": ""},
+        {"node_id": "x" * 600},
+        {"lanes": {f"lane{i}": b"" for i in range(40)}},
+        {"regions": [{"address": 4096, "block_bytes": 1, "num_blocks": 1}] * 400},
+        {"layout": 7},
+        {"layout": {"block_size": "16", "dtype": "float32", "groups": []}},
+        {"model": "x" * (1 << 20)},
+    ],
+)
+def test_a_hello_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    stranger = Client(end, "X")
+    stranger.socket.send(hello_with(stranger, **other))
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    assert client.sync() == []
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"regions": []},
+        {"regions": [{"address": 1 << 62, "block_bytes": -1, "num_blocks": 1 << 62}] * 3},
+        {"regions": [{"address": 0, "block_bytes": 256, "num_blocks": 4}] * 3},
+        {
+            "layout": {
+                "block_size": 0,
+                "dtype": "float32",
+                "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}],
+            }
+        },
+        {"layout": {"block_size": 4, "dtype": "smoke", "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}]}},
+        {"layout": {"block_size": 4, "dtype": "float32", "groups": []}},
+        {
+            "layout": {
+                "block_size": 1 << 40,
+                "dtype": "float32",
+                "groups": [{"layers": [0], "num_kv_heads": 1 << 40, "head_dim": 1 << 40}],
+            }
+        },
+    ],
+)
+def test_a_reader_that_makes_no_sense_is_refused(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    """It knows the secret; its words may still be anything."""
+    stranger = Client(end, "X")
+    stranger.greeting.hello = hello_with(stranger, **other)
+    refused = stranger.greet()
+    assert isinstance(refused, wire.Refused) and "decode node" in refused.reason
+    assert client.sync() == []
+    stranger.close()
+
+
+def test_an_older_protocol_is_told(end: PrefillEnd) -> None:
+    stranger = Client(end, "X")
+    fields = msgspec.msgpack.decode(stranger.greeting.hello)
+    old = {k: fields[k] for k in ("type", "node_id", "epoch", "model")} | {"protocol_min": 1, "protocol_max": 1}
+    stranger.socket.send(msgspec.msgpack.encode(old | {"layout": "f00", "transports": ["nixl"]}))
+    refused = stranger.hear()
+    assert isinstance(refused, wire.Refused) and "1..1" in refused.reason and "2..2" in refused.reason
+    stranger.close()
+
+
+def test_a_second_hello_changes_nothing(end: PrefillEnd, client: Client) -> None:
+    hold(end, client, "k")
+    client.socket.send(client.greeting.hello)
+    client.say(wire.Proof(os.urandom(32)))
+    assert client.sync(["k"]) == []
+    assert end.outbox.counters()["garbage_frames"] == 2
+
+
+# --- lanes
+
+
+def test_lanes_hear_their_messages_and_the_choice_closes_the_others(clock: Clock) -> None:
+    a, b, c = Script(), Script(), Script(cannot_serve="no room")
+    end = PrefillEnd(clock=clock, lanes=lambda memory: copy_lanes(memory, a=a, b=b, c=c))
+    client = Client(end, lanes={"b": b"b", "a": b"a", "c": b"c", "d": b"d"})
+    client.socket.send(client.greeting.hello)
+    challenge = client.hear()
+    assert isinstance(challenge, wire.Challenge)
+    client.say(client.greeting.prove(challenge))
+    welcome = client.hear()
+    assert isinstance(welcome, wire.Welcome)
+    about, _ = client.greeting.accept(welcome)
+    assert about.lanes == {"a": b"a", "b": b"b"}
+    assert about.why_not == {
+        "c": "the prefill node cannot serve it: no room",
+        "d": "the prefill node does not use it",
+    }
+    assert [client.hear() for _ in range(2)] == [wire.LaneMessage("b", b"served"), wire.LaneMessage("a", b"served")]
+    client.say(wire.LaneMessage("a", b"hi"))
+    client.say(wire.LaneMessage("d", b"unknown"))
+    assert client.hear() == wire.LaneMessage("a", b"you said hi")
+    assert (a.open_readers, b.open_readers) == (1, 1)
+    client.say(wire.Chosen("c", 1e9, {}))  # never offered
+    client.say(wire.Chosen("a", 1e9, {"b": "slower"}))
+    client.say(wire.Chosen("b", 1e9, {}))  # once is enough
+    client.say(wire.LaneMessage("b", b"was on its way"))
+    assert client.sync() == []
+    assert (a.open_readers, b.open_readers) == (1, 0)
+    assert end.outbox.counters()["garbage_frames"] == 2
+    hold(end, client, "k")
+    a.rejects_messages = True  # the lane in use fails: the decode node must know
+    client.say(wire.LaneMessage("a", b"nonsense"))
+    assert isinstance(client.hear(), wire.Bye)
+    assert until(lambda: end.why("k")) == "peer_lost"
+    assert a.open_readers == 0
+    client.close()
+    end.close()
+
+
+# --- checksums
+
+
+def sums_of(ready: wire.ToDecode) -> list[int]:
+    assert isinstance(ready, wire.Ready)
+    return [int(s) for b in ready.blocks for s in np.frombuffer(b.checksums, "<u8")]
+
+
+def naive_sum(block: np.ndarray) -> int:
+    words = block.view("<u4")
+    return sum(int(x) * ((i * 0x9E3779B1 & 0xFFFFFFFF) | 1) for i, x in enumerate(words)) % 2**64
+
+
+def test_announced_blocks_carry_their_checksums(end: PrefillEnd, client: Client) -> None:
+    end.outbox.open("k")
+    client.say(wire.Claim("k"))
+    end.publish("k", 10, TABLES, token=1)
+    expected = [naive_sum(end.pool.groups[g][i]) for g in range(2) for i in TABLES[g]]
+    assert sums_of(client.hear()) == expected
+    end.outbox.open("late")  # and when it is claimed afterwards
+    end.publish("late", 10, TABLES, token=1)
+    client.say(wire.Claim("late"))
+    assert sums_of(client.hear()) == expected
+    assert end.outbox.counters()["checksum_bytes"] == 6 * sum(SMALL.block_bytes(g) for g in range(2))
+
+
+def test_pieces_of_a_reader_with_smaller_blocks_are_summed(end: PrefillEnd) -> None:
+    small = Client(end, "small", layout=dataclasses.replace(SMALL, block_size=2))
+    assert isinstance(small.greet(), wire.Welcome)
+    end.outbox.open("k")
+    end.publish("k", 4, [[3], []])
+    small.say(wire.Claim("k"))
+    block = end.pool.groups[0][3].reshape(4, 2, 32 * 2)  # [layer and K|V][piece][token and dim]
+    assert sums_of(small.hear()) == [naive_sum(np.ascontiguousarray(block[:, p]).ravel()) for p in range(2)]
+    small.close()
+
+
+def test_no_checksums_where_either_end_wants_none(end: PrefillEnd) -> None:
+    client = Client(end, checksums=False)
+    welcome = client.greet()
+    assert isinstance(welcome, wire.Welcome) and not client.greeting.accept(welcome)[0].checksums
+    end.outbox.open("k")
+    client.say(wire.Claim("k"))
+    end.publish("k", 10, TABLES, token=1)
+    assert sums_of(client.hear()) == []
+    client.close()

@@ -1,4 +1,6 @@
-"""Two ends of a transfer with real NIXL: pools of random bytes, an outbox, an inbox, an outbox in its own process."""
+"""Two ends of a transfer, with real NIXL unless a test brings other lanes: pools of random bytes, an outbox, an inbox,
+an outbox in its own process.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,14 @@ import numpy as np
 
 from pd_serve.decode.inbox import Event, Inbox, Offered
 from pd_serve.kv.layout import KVLayout, LayerGroup
-from pd_serve.memory.region import Region
+from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
+from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.handshake import Identity
-from pd_serve.transfer.nixl import NixlTransport
+from pd_serve.transfer.lanes import Lanes
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
+from tests.transfer.scripted import aligned
 
 # two groups with blocks of different size, the second with a window
 SMALL = KVLayout(4, "float32", (LayerGroup((0, 1), 1, 8), LayerGroup((2, 3, 4), 1, 8, window=16)))
@@ -58,7 +62,7 @@ class Clock:
 
 
 class Pool:
-    """One array of bytes a group."""
+    """One array of bytes a group, and one for the probe region."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, seed: int | None = None) -> None:
         self.layout = layout
@@ -67,25 +71,22 @@ class Pool:
         self.groups: list[np.ndarray[Any, Any]] = []
         for group in range(len(layout.groups)):
             shape = (num_blocks, layout.block_bytes(group))
-            if seed is None:
-                array = np.full(shape, 7, dtype=np.uint8)
-            else:
-                array = rng.integers(0, 256, shape, dtype=np.uint8)
+            array = aligned(shape[0] * shape[1]).reshape(shape)
+            array[:] = 7 if seed is None else rng.integers(0, 256, shape, dtype=np.uint8)
             self.groups.append(array)
+        self.probe = aligned(PROBE_BLOCKS * PROBE_BLOCK_BYTES).reshape(PROBE_BLOCKS, PROBE_BLOCK_BYTES)
 
-    def regions(self) -> list[Region]:
-        return [Region(a.ctypes.data, a.shape[1], a.shape[0]) for a in self.groups]
+    def memory(self) -> PoolMemory:
+        arrays = [*self.groups, self.probe]
+        return PoolMemory(None, tuple(Region(a.ctypes.data, a.shape[1], a.shape[0]) for a in arrays))
+
+
+def nixl_lanes(memory: PoolMemory) -> Lanes:
+    return lanes_for("nixl", agent_name("h"), memory)
 
 
 def identity(node_id: str, layout: KVLayout, /, **other: Any) -> Identity:
-    values = {
-        "node_id": node_id,
-        "epoch": uuid.uuid4().hex,
-        "model": "m0",
-        "layout": layout.fingerprint(),
-        "layout_text": layout.describe(),
-        "transports": ("nixl",),
-    }
+    values = {"node_id": node_id, "epoch": uuid.uuid4().hex, "model": "m0", "layout": layout}
     return Identity(**{**values, **other})
 
 
@@ -99,13 +100,13 @@ class PrefillEnd:
         lease_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         me: dict[str, Any] | None = None,
+        lanes: Callable[[PoolMemory], Lanes] = nixl_lanes,
     ) -> None:
         self.pool = Pool(layout, num_blocks, seed)
         self.identity = identity("P", layout, **(me or {}))
         self.outbox = Outbox(
             self.identity,
-            lambda: NixlTransport(agent_name("p")),
-            self.pool.regions(),
+            lanes(self.pool.memory()),
             host="127.0.0.1",
             lease_s=lease_s,
             clock=clock,
@@ -122,12 +123,15 @@ class PrefillEnd:
         self, key: str, num_tokens: int, tables: list[list[int]], first: int = 0, token: int | None = None
     ) -> None:
         """Announces each group's blocks ``tables[group][first:]``."""
-        blocks = [
-            Blocks(group, first, np.array(table[first:], dtype="<i4").tobytes())
-            for group, table in enumerate(tables)
-            if table[first:]
-        ]
-        self.outbox.publish(key, num_tokens, blocks, token)
+        blocks = [(group, first, table[first:]) for group, table in enumerate(tables) if table[first:]]
+        self.publish_blocks(key, num_tokens, blocks, token)
+
+    def publish_blocks(
+        self, key: str, num_tokens: int, blocks: list[tuple[int, int, list[int]]], token: int | None = None
+    ) -> None:
+        """Announces blocks: group, first logical block, pool blocks."""
+        items = [Blocks(group, first, np.array(ids, dtype="<i4").tobytes()) for group, first, ids in blocks]
+        self.outbox.publish(key, num_tokens, items, token)
 
     def why(self, key: str) -> str | None:
         self.ended += self.outbox.events()
@@ -146,17 +150,11 @@ class DecodeEnd:
         pull_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         me: dict[str, Any] | None = None,
+        lanes: Callable[[PoolMemory], Lanes] = nixl_lanes,
     ) -> None:
         self.pool = Pool(layout, num_blocks)
         self.identity = identity("D", layout, **(me or {}))
-        self.inbox = Inbox(
-            self.identity,
-            layout,
-            lambda: NixlTransport(agent_name("d")),
-            self.pool.regions(),
-            pull_timeout_s=pull_timeout_s,
-            clock=clock,
-        )
+        self.inbox = Inbox(self.identity, lanes(self.pool.memory()), pull_timeout_s=pull_timeout_s, clock=clock)
         self.inbox.begin()
         self.inbox.wait_ready()
         self.seen: list[Event] = []

@@ -1,0 +1,120 @@
+"""Each lane measured between two processes of this machine: a pull of the region that nodes measure when they connect.
+
+The two ends are those of ``bench transfer``. Which lane nodes would choose follows from the figures as it does when
+they connect: the fastest.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from pd_serve import records
+from pd_serve.bench.transfer.job import Job
+from pd_serve.bench.transfer.run import READER
+from pd_serve.doctor.findings import Finding, broken, note, ok, problem
+
+# Below it a lane has probably fallen back to something that it should not use; see transfer/probe.py.
+FLOOR_GB_PER_S = 1.0
+NVLINK_FLOOR_GB_PER_S = 100.0
+
+
+class Rate(msgspec.Struct, frozen=True):
+    """What came of a lane: gigabytes a second, or why there is none."""
+
+    lane: str
+    gb_per_s: float | None
+    why_not: str = ""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where the two ends keep their pools. ``devices``: of source and reader; None: host memory."""
+
+    devices: tuple[int, int] | None = None
+    cumem: bool = False
+    nvlinked: bool = False  # GPUs of this machine read each other's memory over NVLink
+
+    def __str__(self) -> str:
+        if self.devices is None:
+            return "between nodes of this machine, in host memory"
+        return f"between cuda:{self.devices[0]} and cuda:{self.devices[1]}"
+
+
+async def measure(lane: str, place: Place, timeout_s: float) -> Rate:
+    """Takes a second or two; never raises."""
+    job = Job(lane, place.devices is not None, place.devices or (0, 0), place.cumem, repeats=9)
+    rates: list[float] = []
+    failures: list[str] = []
+
+    def take(record: dict[str, Any]) -> None:
+        if record["kind"] == "case":
+            rates.append(record["gb_per_s"])
+        elif record["kind"] == "failed":
+            failures.append(record["message"])
+
+    if timeout_s <= 0:
+        return Rate(lane, None, "no time left for it")
+    outcome = await records.run([READER], take, stdin=msgspec.json.encode(job), timeout_s=timeout_s)
+    if failures:
+        return Rate(lane, None, failures[0])
+    if outcome.timed_out or outcome.status:
+        return Rate(lane, None, outcome.why(timeout_s))
+    if not rates:
+        return Rate(lane, None, "it measured nothing")
+    return Rate(lane, max(rates))
+
+
+async def measure_all(lanes: list[str], place: Place, deadline_s: float) -> list[Rate]:
+    """One after the other, so that they do not slow each other down."""
+    return [await measure(lane, place, deadline_s - time.monotonic()) for lane in lanes]
+
+
+def judge(rates: list[Rate], wanted: str, place: Place) -> list[Finding]:
+    """``wanted``: the setting ``transport``."""
+    best = max((rate.gb_per_s or 0.0 for rate in rates), default=0.0)
+    return [*(_judge(rate, wanted, place, best) for rate in rates), _choice(rates, wanted, place)]
+
+
+def _judge(rate: Rate, wanted: str, place: Place, best: float) -> Finding:
+    if rate.gb_per_s is None:
+        level = note if wanted in ("auto", rate.lane) else ok
+        return level(rate.lane, f"cannot be used: {rate.why_not}")
+    floor = NVLINK_FLOOR_GB_PER_S if rate.lane == "nvlink" and place.nvlinked else FLOOR_GB_PER_S
+    if rate.gb_per_s >= floor:
+        return ok(rate.lane, f"{rate.gb_per_s:.1f} GB/s")
+    if rate.lane == "nvlink":
+        fix = "end what else uses the GPUs; nvidia-smi nvlink -s and -e show links that are down or make errors"
+    elif place.devices is not None:
+        fix = (
+            "its UCX cannot open this memory (cumem by file descriptor) and goes through the host: use the nvlink "
+            "lane, fabric handles (IMEX), or a UCX that can"
+        )
+    else:
+        fix = "see the UCX, RDMA and host sections for what it had to fall back to"
+    text = f"{rate.gb_per_s:.2f} GB/s, far below what it should be"
+    # a slow lane that no node would use is nothing to mend
+    if wanted == "auto" and best >= 10 * rate.gb_per_s:
+        return note(rate.lane, f"{text}; not used", fix)
+    return problem(rate.lane, text, fix)
+
+
+def _choice(rates: list[Rate], wanted: str, place: Place) -> Finding:
+    name = "pd-serve would use"
+    usable = {rate.lane: rate.gb_per_s for rate in rates if rate.gb_per_s is not None}
+    if wanted != "auto":
+        if wanted in usable:
+            better = max(usable, key=lambda lane: usable[lane])
+            if usable[better] > 1.5 * usable[wanted]:
+                fix = f"--transport auto, or {better}"
+                return note(name, f"{wanted} {place}, as --transport says, though {better} is faster", fix)
+            return ok(name, f"{wanted} {place}, as --transport says")
+        return broken(name, f"{wanted}, as --transport says, and that does not work here", "--transport auto")
+    # in host memory NIXL does the same with less work, and is chosen where it works (transfer/choice.py)
+    if place.devices is None and "nixl" in usable:
+        return ok(name, f"nixl {place}")
+    if usable:
+        best = max(usable, key=lambda lane: usable[lane])
+        return ok(name, f"{best} {place}: the fastest of {', '.join(usable)}")
+    return broken(name, "nothing: no lane works", "mend one of the lanes above; nixl needs no special hardware")

@@ -1,0 +1,114 @@
+"""A source as its reader sees it: prepared lists, and the choice between reading directly and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pd_serve.errors import TransferError
+from pd_serve.transfer.base import BlockMap, Pair, Send
+from pd_serve.transfer.mover import I64
+from pd_serve.transfer.nixl.bindings import I32, Agent
+from pd_serve.transfer.nixl.direct import Index, LocalLists, check_range, in_order, listed
+from pd_serve.transfer.nixl.limits import Limits
+from pd_serve.transfer.nixl.pull import NixlPull
+from pd_serve.transfer.nixl.reads import Remote
+from pd_serve.transfer.nixl.unpacker import Item, LocalRing, PackedPull, Unpacker
+from pd_serve.wire.peer import FailureKind
+
+
+class NixlPeer:
+    """One session's. See :class:`pd_serve.transfer.base.Peer`. Raises TransferError."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        remote: Remote,
+        lists: LocalLists,
+        ring: LocalRing,
+        pair: Pair,
+        device: int | None,
+        limits: Limits,
+        send: Send,
+    ) -> None:
+        self.remote = remote
+        self._agent = agent
+        self._lists = lists
+        self._pair = pair
+        self._limits = limits
+        self._at_source = Index(pair.slicings, [s.source for s in pair.slicings], pair.source, limits)
+        self._here = Index(pair.slicings, [s.reader for s in pair.slicings], pair.reader, limits)
+        self._key, self._local = lists.take(self._here)
+        try:
+            self._prepared = agent.prepare(self._at_source.descriptors(), device, remote.name)
+        except TransferError:
+            lists.give_back(self._key)
+            raise
+        self.unpacker = Unpacker(ring, remote, pair, device, send)
+        self.closed = False
+        remote.users += 1
+
+    def receive(self, message: bytes) -> None:
+        self.unpacker.receive(message)
+
+    def pull(self, blocks: Sequence[BlockMap]) -> NixlPull:
+        """Raises TransferError where it cannot even start."""
+        self.remote.settle()
+        if self.remote.broken or self.closed:
+            raise TransferError(FailureKind.PEER_LOST, "the prefill node's endpoint has failed")
+        remote_ids: list[I64] = []
+        local_ids: list[I64] = []
+        items: list[Item] = []
+        size_bytes = packed_bytes = descriptors = 0
+        for blockmap in blocks:
+            if not len(blockmap.remote):
+                continue
+            group, slicing = blockmap.group, self._pair.slicings[blockmap.group]
+            check_range(blockmap.remote, slicing.source, self._pair.source[group], "the prefill node")
+            check_range(blockmap.local, slicing.reader, self._pair.reader[group], "this node")
+            remote, local, count = in_order(slicing, blockmap.remote, blockmap.local)
+            size = slicing.piece_bytes * len(remote)
+            size_bytes += size
+            many = count > self._limits.direct_descriptors and size < count * self._limits.direct_bytes
+            if listed(slicing, self._limits) and not many:
+                remote_ids.append(self._at_source.entries(group, remote))
+                local_ids.append(self._here.entries(group, local))
+                descriptors += count
+            else:
+                items.append(Item(group, remote, local))
+                packed_bytes += size
+        read = packed = None
+        if items:
+            chunk_bytes = max(self._limits.chunk_bytes, packed_bytes // 4)
+            packed = PackedPull(items, packed_bytes, chunk_bytes)
+            self.unpacker.start(packed)
+        if remote_ids:
+            try:
+                read = self.remote.read(self._local, _together(local_ids), self._prepared, _together(remote_ids))
+            except TransferError:
+                if packed is not None:
+                    self.unpacker.end(packed)
+                raise
+        return NixlPull(size_bytes, descriptors, read, packed, self.unpacker)
+
+    def close(self) -> None:
+        """Gives the session up. What it reads goes on until it has ended; ``settle`` then frees the rest."""
+        if not self.closed:
+            self.closed = True
+            self.unpacker.close()
+
+    def settle(self) -> bool:
+        """Once closed: True when everything was freed. Not to be called again then."""
+        self.unpacker.advance()
+        if not self.unpacker.idle or not self.remote.settle():
+            return False
+        self.unpacker.release()
+        self._agent.release_list(self._prepared)
+        self._lists.give_back(self._key)
+        self.remote.users -= 1
+        return True
+
+
+def _together(ids: list[I64]) -> I32:
+    return (ids[0] if len(ids) == 1 else np.concatenate(ids)).astype(np.int32)

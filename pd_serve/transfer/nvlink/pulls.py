@@ -1,0 +1,95 @@
+"""Pulls and the copies they share: all pulls of one turn go to the device in one call, and end with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pd_serve.errors import TransferError
+from pd_serve.transfer.base import PullState
+from pd_serve.transfer.mover import Rows, Work
+from pd_serve.wire.peer import FailureKind
+
+if TYPE_CHECKING:
+    from pd_serve.transfer.nvlink.peer import NvlinkPeer
+
+
+class Batch:
+    """One call of the mover."""
+
+    def __init__(self, work: Work) -> None:
+        self._work: Work | None = work
+        self.error: TransferError | None = None
+
+    def ended(self) -> bool:
+        """No byte is read or written any more. Never blocks."""
+        if self._work is not None:
+            try:
+                if self._work.done():
+                    self._work = None
+            except TransferError as error:
+                self.error, self._work = error, None
+        return self._work is None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pieces of one group. ``source`` has addresses of the source's process, for its mapping may not be there yet."""
+
+    group: int
+    source: Rows
+    target: Rows
+
+
+class NvlinkPull:
+    """One transfer. See :class:`pd_serve.transfer.base.Pull`. ``flush``: starts what waits, this pull included."""
+
+    def __init__(self, peer: NvlinkPeer, parts: list[Part], num_descriptors: int, flush: Callable[[], None]) -> None:
+        self.size_bytes = sum(part.target.size_bytes for part in parts)
+        self.num_descriptors = num_descriptors
+        self.peer = peer
+        self._parts = parts
+        self._flush = flush
+        self._batch: Batch | None = None
+        self._state = PullState.RUNNING if parts else PullState.DONE
+        self._error: TransferError | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self._batch is None and self._state is PullState.RUNNING
+
+    def items(self, bases: list[int]) -> list[tuple[Rows, Rows]]:
+        """For the mover; ``bases``: where the source's regions are mapped here."""
+        return [
+            (Rows(bases[part.group], part.source.starts, part.source.rows, part.source.row_bytes), part.target)
+            for part in self._parts
+        ]
+
+    def start(self, batch: Batch) -> None:
+        self._batch = batch
+        self._parts = []
+
+    def fail(self, error: TransferError) -> None:
+        self._state = PullState.FAILED
+        self._error = error
+        self._parts = []
+
+    def poll(self) -> PullState:
+        if self.waiting:
+            self._flush()
+        if self._state is PullState.RUNNING and self._batch is not None and self._batch.ended():
+            if self._batch.error is None:
+                self._state = PullState.DONE
+            else:
+                self.fail(self._batch.error)
+        return self._state
+
+    def error(self) -> TransferError:
+        assert self._error is not None, "only after FAILED"
+        return self._error
+
+    def close(self) -> bool:
+        if self.waiting:
+            self.fail(TransferError(FailureKind.CANCELLED, "the pull was closed before it began"))
+        return self._batch is None or self._batch.ended()

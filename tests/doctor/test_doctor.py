@@ -1,0 +1,136 @@
+"""The command as a process, and what becomes of checks that raise, hang or crash."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from pd_serve import config, records
+from pd_serve.doctor import run as doctor
+from pd_serve.doctor.findings import Finding, Level, Section, broken, note, ok
+from pd_serve.doctor.machine import Machine
+from pd_serve.doctor.report import as_json, show
+from pd_serve.doctor.section import guarded
+from pd_serve.doctor.selftest import Rate
+
+pytestmark = pytest.mark.timeout(90)
+
+COMMAND = [sys.executable, "-m", "pd_serve.cli", "doctor"]
+
+
+def environ(**variables: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
+    return clean | {"COLUMNS": "200", "NO_COLOR": "1"} | variables
+
+
+def test_the_whole_as_json() -> None:
+    answer = subprocess.run(
+        [*COMMAND, "--json"], capture_output=True, text=True, timeout=60, env=environ(), check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stderr == ""
+    result = json.loads(answer.stdout)
+    assert result["broken"] is False and result["version"]
+    sections = {section["name"]: section for section in result["sections"]}
+    assert set(sections) == {*doctor.SECTIONS, "selftest"}
+    for section in sections.values():
+        for finding in section["findings"]:
+            assert finding["level"] in ("ok", "note", "problem") and finding["what"] and finding["value"]
+            assert finding["fix"] or finding["level"] != "problem", finding
+            assert "could not be checked" not in finding["value"], finding
+    assert sum(result["counts"].values()) == sum(len(section["findings"]) for section in sections.values())
+    transports = {finding["what"]: finding["value"] for finding in sections["nixl"]["findings"]}["UCX transports"]
+    assert "tcp" in transports
+    lanes = {lane["lane"]: lane for lane in result["lanes"]}
+    assert lanes["nixl"]["gb_per_s"] > 0, lanes
+    assert any(finding["what"] == "pd-serve would use" for finding in sections["selftest"]["findings"])
+
+
+def test_a_wrong_setting_is_a_finding_and_an_exit_status() -> None:
+    variables = environ(PD_SERVE_KV_CACHE_MEMORY="a lot")
+    command = [*COMMAND, "--no-self-test"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables, check=False)
+    assert answer.returncode == 1
+    assert "PD_SERVE_KV_CACHE_MEMORY must be a size" in answer.stdout and "cannot work here" in answer.stdout
+    assert "Traceback" not in answer.stderr + answer.stdout
+
+
+def test_a_check_that_raises_is_a_finding() -> None:
+    def strange_check(machine: Machine) -> list[Finding]:
+        raise ZeroDivisionError("oh")
+
+    (found,) = guarded(strange_check, Machine())
+    assert (found.level, found.what) == (Level.NOTE, "strange check")
+    assert "ZeroDivisionError: oh" in found.value
+
+
+async def test_a_section_that_hangs_or_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = records.run
+    monkeypatch.setattr(doctor, "SECTION_TIMEOUT_S", 1.0)
+
+    async def instead(arguments: list[str], *rest: Any, **options: Any) -> records.Outcome:
+        return await run(["timeit", "-n1", "-r1", code], *rest, **options)
+
+    monkeypatch.setattr(records, "run", instead)
+    code = "import time; time.sleep(60)"
+    section = await doctor._section("host", config.DoctorConfig(), {})
+    assert section.findings[-1].value == "no answer within 1 s" and section.findings[-1].fix
+    code = "import os; os.abort()"
+    section = await doctor._section("host", config.DoctorConfig(), {})
+    assert "killed by SIGABRT" in section.findings[-1].value
+
+
+async def test_records_are_told_from_noise() -> None:
+    code = (
+        "import os; from pd_serve import records; records.claim_stdout(); os.write(1, b'noise without an end');"
+        "records.emit({'a': 1}); print('more'); records.emit({'b': [2]})"
+    )
+    found: list[dict[str, Any]] = []
+    outcome = await records.run(["timeit", "-n1", "-r1", code], found.append)
+    assert found == [{"a": 1}, {"b": [2]}]
+    assert outcome.status == 0 and "noise without an end" in outcome.noise and "more" in outcome.noise
+
+
+async def test_a_cancelled_run_leaves_no_process() -> None:
+    task = asyncio.create_task(records.run(["timeit", "-n1", "-r1", "import time; time.sleep(60)"], lambda _: None))
+    while not (children := psutil.Process().children()):
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_ctrl_c_ends_everything() -> None:
+    process = psutil.Popen(COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ(), text=True)
+    deadline = time.monotonic() + 20
+    while not (children := process.children(recursive=True)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = Section("host", "Machine", [ok("a [b]", "1"), note("c", "2", "do this")], 0.1)
+    show([fine, Section("empty", "Nothing", [], 0.0)])
+    text = capsys.readouterr().out
+    assert "a [b]" in text and "do this" in text and "0 problems, 1 notes" in text and "Nothing" not in text
+    bad = Section("nixl", "NIXL", [broken("NIXL", "gone", "pip install nixl")], 0.1)
+    show([fine, bad])
+    assert "pd-serve cannot work here as it is; 1 problems, 1 notes" in capsys.readouterr().out
+    data = as_json([fine, bad], [Rate("nixl", None, "gone")])
+    assert data["broken"] and data["counts"] == {"ok": 1, "note": 1, "problem": 1}
+    assert data["lanes"] == [{"lane": "nixl", "gb_per_s": None, "why_not": "gone"}]
