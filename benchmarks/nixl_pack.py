@@ -3,7 +3,8 @@
     python -m benchmarks.nixl_pack --device host
     python -m benchmarks.nixl_pack --device cuda --devices 0,1 --size 268435456
 
-Two processes with a pool of bytes each; control messages go over ZeroMQ, and threads sleep in between. Every pull is checked by checksums on both sides. ``ratio`` is to the faster of the two contiguous rates.
+Two processes with a pool of bytes each; control messages go over ZeroMQ, and threads sleep in between.
+Every pull is checked by checksums on both sides. ``ratio`` is to the faster of the two contiguous rates.
 """
 
 from __future__ import annotations

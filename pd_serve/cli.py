@@ -174,9 +174,9 @@ def bench_transfer(settings: config.BenchTransferConfig) -> int:
 
     PD_SERVE_TRANSPORT=ucx pd-serve doctor
 
-Run it where nodes run: in the same container, as the same user, with the same variables. Every finding is ok, a note, or a
-problem with what to do about it. The exit status is 1 when something is broken that pd-serve cannot do without, else 0.
-Nothing on the machine is changed.""",
+Run it where nodes run: in the same container, as the same user, with the same variables. A finding is ok, a note, or a
+problem with what to do about it. The exit status is 1 when something is broken that pd-serve cannot do without, else
+0. Nothing on the machine is changed.""",
 )
 def doctor(settings: config.DoctorConfig) -> int:
     from pd_serve.doctor.run import run

@@ -172,7 +172,10 @@ class EngineSettings(Common):
     )
     nixl_backend: str = setting("UCX", values.TEXT, "KV transfer", "The NIXL backend that reads.")
     nixl_options: tuple[str, ...] = setting(
-        (), values.TEXTS, "KV transfer", "Options of the NIXL backend: KEY=VALUE,... (UCX reads UCX_* variables besides)."
+        (),
+        values.TEXTS,
+        "KV transfer",
+        "Options of the NIXL backend: KEY=VALUE,... (UCX reads UCX_* variables besides).",
     )
     lease_s: float = setting(
         30.0,
@@ -189,7 +192,6 @@ class EngineSettings(Common):
         "A transfer that makes no progress for so long has failed; the prompt is computed again.",
         unit="seconds",
     )
-
 
     def peer_secret(self) -> str:
         """The secret, from wherever it was given; empty: none. Raises ConfigError."""

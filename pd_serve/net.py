@@ -1,8 +1,9 @@
-"""Addresses: a port that is taken before anything slow begins, and how others reach this machine."""
+"""Addresses: a port that is taken before anything slow begins, how others reach this machine, and which one it is."""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 from pd_serve.errors import ConfigError
 
@@ -39,3 +40,11 @@ def reachable_host(host: str) -> str:
 def netloc(host: str, port: int) -> str:
     """``host:port`` as a URL has it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def boot_id() -> str:
+    """The same in all containers of a machine, and different on every other; empty where the kernel tells none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -50,7 +50,7 @@ def test_help_names_every_setting(command: str) -> None:
 
 def test_help_of_the_whole() -> None:
     answer = run("--help")
-    for command in ["up", "prefill", "decode", "router", "bench", "version"]:
+    for command in ["up", "prefill", "decode", "router", "bench", "doctor", "version"]:
         assert f" {command} " in answer.stdout
 
 

@@ -176,3 +176,14 @@ def test_the_documentation_names_every_setting() -> None:
         for setting in config.settings(command):
             assert f"`{setting.variable}`" in text
             assert setting.help.replace("|", "\\|") in text
+
+
+def test_lists_of_sizes_and_numbers_and_ratios(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("block_sizes: [4KiB, 65536]\ntp: '4:2'\n")
+    loaded = load("bench transfer", {"PD_SERVE_BENCH_TRANSFER_DEVICES": "2,3"}, file, in_flight="1, 8")
+    assert (loaded.block_sizes, loaded.tp, loaded.devices, loaded.in_flight) == ((4096, 65536), (4, 2), (2, 3), (1, 8))
+    assert load("bench serve", {"PD_SERVE_BENCH_REQUESTS": "3"}).requests == 3
+    for name, value in {"tp": "2", "block_sizes": "4 apples", "in_flight": "0", "devices": "-1"}.items():
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be"):
+            load("bench transfer", **{name: value})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,8 @@ from pd_serve.doctor import report, selftest
 from pd_serve.doctor.findings import Finding, Section, problem
 from pd_serve.errors import ConfigError
 
-DEADLINE_S = 14.0  # of all; then what is missing is said to be missing
+DEADLINE_S = 13.0  # of all; then what is missing is said to be missing
 SECTION_TIMEOUT_S = 7.0
-_AT_ONCE = 2  # loading libraries is what takes time, and that takes cores
 _INTERRUPTED = 130
 
 SECTIONS = {
@@ -64,7 +64,8 @@ async def _examine(config: DoctorConfig) -> Result:
     deadline_s = time.monotonic() + DEADLINE_S
     facts: dict[str, Any] = {}
     sections: dict[str, Section] = {}
-    turns = asyncio.Semaphore(_AT_ONCE)
+    # loading libraries is what takes time, and that takes cores
+    turns = asyncio.Semaphore(max(2, len(os.sched_getaffinity(0)) // 2))
     with _progress(len(SECTIONS) + config.self_test) as (begin, end):
 
         async def one(name: str) -> None:

@@ -6,19 +6,23 @@ they connect: the fastest.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
 import time
 from typing import Any
 
 import msgspec
 
-from pd_serve import records
 from pd_serve.bench.transfer.job import Job
-from pd_serve.bench.transfer.run import READER
+from pd_serve.bench.transfer.start import run_reader
 from pd_serve.doctor.findings import Finding, broken, note, ok, problem
 
 # Below it a lane has probably fallen back to something that it should not use; see transfer/probe.py.
 FLOOR_GB_PER_S = 1.0
 NVLINK_FLOOR_GB_PER_S = 100.0
+_CORES_A_LANE = 4
+_AGAIN = "run it again while the machine does nothing else"
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -27,6 +31,7 @@ class Rate(msgspec.Struct, frozen=True):
     lane: str
     gb_per_s: float | None
     why_not: str = ""
+    too_late: bool = False  # nothing is known of it
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -42,9 +47,9 @@ class Place(msgspec.Struct, frozen=True):
         return f"between cuda:{self.devices[0]} and cuda:{self.devices[1]}"
 
 
-async def measure(lane: str, place: Place, timeout_s: float) -> Rate:
-    """Takes a second or two; never raises."""
-    job = Job(lane, place.devices is not None, place.devices or (0, 0), place.cumem, repeats=9)
+async def measure(lane: str, place: Place, lock: str, timeout_s: float) -> Rate:
+    """Takes some seconds, nearly all of it to start two processes; never raises."""
+    job = Job(lane, place.devices is not None, place.devices or (0, 0), place.cumem, repeats=9, lock=lock)
     rates: list[float] = []
     failures: list[str] = []
 
@@ -55,20 +60,27 @@ async def measure(lane: str, place: Place, timeout_s: float) -> Rate:
             failures.append(record["message"])
 
     if timeout_s <= 0:
-        return Rate(lane, None, "no time left for it")
-    outcome = await records.run([READER], take, stdin=msgspec.json.encode(job), timeout_s=timeout_s)
+        return Rate(lane, None, "no time was left for it", too_late=True)
+    outcome = await run_reader(job, take, timeout_s)
     if failures:
         return Rate(lane, None, failures[0])
     if outcome.timed_out or outcome.status:
-        return Rate(lane, None, outcome.why(timeout_s))
+        return Rate(lane, None, outcome.why(timeout_s), too_late=outcome.timed_out)
     if not rates:
         return Rate(lane, None, "it measured nothing")
     return Rate(lane, max(rates))
 
 
 async def measure_all(lanes: list[str], place: Place, deadline_s: float) -> list[Rate]:
-    """One after the other, so that they do not slow each other down."""
-    return [await measure(lane, place, deadline_s - time.monotonic()) for lane in lanes]
+    """Lanes start together where there are cores for it, and measure one after the other."""
+    at_once = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // _CORES_A_LANE))
+    with tempfile.TemporaryDirectory(prefix="pd-serve-doctor-") as directory:
+
+        async def one(lane: str) -> Rate:
+            async with at_once:
+                return await measure(lane, place, f"{directory}/lock", deadline_s - time.monotonic())
+
+        return list(await asyncio.gather(*(one(lane) for lane in lanes)))
 
 
 def judge(rates: list[Rate], wanted: str, place: Place) -> list[Finding]:
@@ -79,6 +91,8 @@ def judge(rates: list[Rate], wanted: str, place: Place) -> list[Finding]:
 
 def _judge(rate: Rate, wanted: str, place: Place, best: float) -> Finding:
     if rate.gb_per_s is None:
+        if rate.too_late:
+            return note(rate.lane, f"not measured: {rate.why_not}", _AGAIN)
         level = note if wanted in ("auto", rate.lane) else ok
         return level(rate.lane, f"cannot be used: {rate.why_not}")
     floor = NVLINK_FLOOR_GB_PER_S if rate.lane == "nvlink" and place.nvlinked else FLOOR_GB_PER_S
@@ -103,6 +117,9 @@ def _judge(rate: Rate, wanted: str, place: Place, best: float) -> Finding:
 def _choice(rates: list[Rate], wanted: str, place: Place) -> Finding:
     name = "pd-serve would use"
     usable = {rate.lane: rate.gb_per_s for rate in rates if rate.gb_per_s is not None}
+    late = {rate.lane for rate in rates if rate.too_late}
+    if wanted in late or (late and not usable):
+        return note(name, "unknown: its lanes were not measured in time", _AGAIN)
     if wanted != "auto":
         if wanted in usable:
             better = max(usable, key=lambda lane: usable[lane])

@@ -1,8 +1,9 @@
 """Which bytes of two pools are the same part of the KV, when block sizes or tensor parallelism differ. Pure arithmetic.
 
-A *piece* is what both sides can name: ``min`` of the two block sizes in tokens (one must divide the other). Of a piece, the
-heads that both ranks hold are exchanged. Inside a block (``[layer][K|V][kv head][token][dim]``, see kv/layout.py) a piece is
-a fixed pattern of *rows*, contiguous runs of ``row_bytes`` at the offsets ``rows``, in the same order on both sides.
+A *piece* is what both sides can name: ``min`` of the two block sizes in tokens (one must divide the other). Of a piece,
+the heads that both ranks hold are exchanged. Inside a block (``[layer][K|V][kv head][token][dim]``, see kv/layout.py) a
+piece is a fixed pattern of *rows*, contiguous runs of ``row_bytes`` at the offsets ``rows``, in the same order on both
+sides.
 Where layouts agree, a piece is a block and has one row.
 """
 
@@ -66,15 +67,15 @@ class Slicing:
 
 
 def slicings(source: KVLayout, reader: KVLayout) -> tuple[Slicing, ...]:
-    """One for each layer group, then the probe region's. Raises HandshakeError with both sides' values where they differ."""
+    """One for each layer group, then the probe region's. Raises HandshakeError with both sides' values."""
     _same("KV data types", source.dtype, reader.dtype, "start both with the same --dtype")
     if source.dtype not in DTYPE_BYTES:
         raise HandshakeError(f"KV data type {source.dtype} is unknown here; run the same version on both nodes")
     sizes = sorted((source.block_size, reader.block_size))
     if not 0 < sizes[0] <= sizes[1] <= MAX_BLOCK_SIZE or sizes[1] % sizes[0]:
         raise HandshakeError(
-            f"block sizes do not fit: {source.block_size} tokens at the prefill node, {reader.block_size} at the decode "
-            "node; start both with the same --block-size, or with sizes of which one divides the other"
+            f"block sizes do not fit: {source.block_size} tokens at the prefill node, {reader.block_size} at the "
+            "decode node; start both with the same --block-size, or with sizes of which one divides the other"
         )
     _same("numbers of layer groups", len(source.groups), len(reader.groups), _SAME_MODEL)
     item = DTYPE_BYTES[source.dtype]

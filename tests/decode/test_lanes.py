@@ -110,8 +110,7 @@ def test_lanes_of_only_one_end_are_named(make: Make, caplog: pytest.LogCaptureFi
     p = PrefillEnd(lanes=using(a=Script(), b=Script(), x=Script(cannot_start="no card")))
     d = DecodeEnd(lanes=using(b=Script(), c=Script(), x=Script(), y=Script(cannot_start="no driver")))
     d.inbox.connect(p.source)
-    until(lambda: d.inbox.counters()["handshakes"])
-    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("reads from")]
+    [line] = until(lambda: [r.getMessage() for r in caplog.records if r.getMessage().startswith("reads from")])
     assert "over b (" in line
     assert "not c: the prefill node does not use it" in line
     assert "not x: no card" in line

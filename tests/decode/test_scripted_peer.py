@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import threading
-import uuid
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,11 +11,14 @@ import pytest
 import zmq
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
-from pd_serve.transfer.nixl import NixlTransport
+from pd_serve.transfer import probe
+from pd_serve.transfer.handshake import Reception
+from pd_serve.transfer.host_mover import HostMover
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
-from tests.transfer.harness import SMALL, Clock, DecodeEnd, Pool, agent_name, until
+from tests.transfer.harness import SMALL, Clock, DecodeEnd, Pool, identity, until
+from tests.transfer.scripted import Script, copy_lanes
 
 
 class Scripted:
@@ -23,9 +26,10 @@ class Scripted:
 
     def __init__(self) -> None:
         self.pool = Pool(SMALL, 64, seed=2)
-        self.transport = NixlTransport(agent_name("s"))
-        self.transport.register(self.pool.regions())
-        self.epoch = uuid.uuid4().hex
+        self.mover = HostMover()
+        self.renew()
+        self.before: dict[type, list[wire.ToDecode | bytes]] = {}  # said before the answer to a message of this kind
+        self.answers_handshakes = True
         self.answers_heartbeats = True
         self.release_valid = True
         self.heard: list[wire.ToPrefill] = []
@@ -34,9 +38,13 @@ class Scripted:
         self._port = 0
         self.open()
 
+    def renew(self) -> None:
+        self.identity = identity("S", SMALL, checksums=False)
+        probe.fill(self.pool.memory(), self.mover, self.identity.epoch)
+
     @property
     def source(self) -> Source:
-        return Source("S", self.epoch, f"tcp://127.0.0.1:{self._port}")
+        return Source("S", self.identity.epoch, f"tcp://127.0.0.1:{self._port}")
 
     def open(self) -> None:
         self._socket = self._context.socket(zmq.ROUTER)
@@ -66,9 +74,15 @@ class Scripted:
             who, frame = self._socket.recv_multipart()
             message = wire.decode_to_prefill(frame)
             self.heard.append(message)
+            for early in self.before.get(type(message), []):
+                self.say(early)
             match message:
-                case wire.Hello():
-                    self.say(wire.Welcome(1, "S", self.epoch, "nixl", self.transport.describe(), 30.0))
+                case wire.Hello() if self.answers_handshakes:
+                    reception = Reception(self.identity, message, frame)
+                    self.say(reception.challenge)
+                case wire.Proof() if self.answers_handshakes:
+                    reception.check(message)
+                    self.say(reception.welcome(self.pool.memory().regions, {"copy": b"copy"}, {}, 30.0))
                 case wire.Heartbeat() if self.answers_heartbeats:
                     self.say(wire.HeartbeatAck(message.seq, []))
                 case wire.Release(done=True):
@@ -82,7 +96,6 @@ class Scripted:
     def close(self) -> None:
         self.shut()
         self._context.term()
-        self.transport.close()
 
 
 @pytest.fixture
@@ -99,7 +112,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def d(clock: Clock) -> Iterator[DecodeEnd]:
-    made = DecodeEnd(clock=clock)
+    made = DecodeEnd(clock=clock, lanes=copy_lanes)
     yield made
     made.close()
     assert made.inbox.counters()["transfer_faults"] == 0
@@ -193,7 +206,7 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
     d.wait("k", Offered)
     s.shut()
     assert d.wait("k", Failed, 2.0).kind is FailureKind.PEER_LOST
-    s.epoch = uuid.uuid4().hex
+    s.renew()
     s.open()
     clock.now_s += 10  # the pause before the next attempt
     d.inbox.wake()
@@ -203,3 +216,88 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
     d.inbox.expect("new", s.source)
     until(lambda: any(isinstance(m, wire.Claim) and m.key == "new" for m in s.heard))
     assert d.ends("new") == []
+
+
+# --- the handshake
+
+
+ABOUT = wire.encoder.encode({"protocol": 2})
+EVERYTHING: list[wire.ToDecode | bytes] = [
+    b"",
+    os.urandom(100),
+    wire.Welcome(ABOUT, bytes(32)),
+    wire.LaneMessage("copy", b"early"),
+    wire.LaneMessage("smoke", b"early"),
+    ready(16, [1, 2, 3, 4], token=6),
+    wire.Released("k", valid=True),
+    wire.HeartbeatAck(1, ["k"]),
+    wire.Cancel("k", "?"),
+]
+
+
+def test_nothing_but_a_challenge_is_heard_after_the_hello(s: Scripted, d: DecodeEnd) -> None:
+    s.before[wire.Hello] = EVERYTHING
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    assert d.inbox.counters()["garbage_frames"] == len(EVERYTHING)
+    assert d.ends("k") == [] and not d.find("k", Offered)
+
+
+def test_nothing_but_a_welcome_is_heard_after_the_challenge(s: Scripted, d: DecodeEnd) -> None:
+    challenge = wire.Challenge(bytes(32), bytes(32))
+    said = [m for m in EVERYTHING if not isinstance(m, wire.Welcome)]
+    s.before[wire.Proof] = [challenge, *said]
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    assert d.inbox.counters()["garbage_frames"] == len(said) + 1
+    assert d.ends("k") == [] and not d.find("k", Offered)
+
+
+def test_a_second_handshake_in_a_session_is_not_heard(s: Scripted, d: DecodeEnd) -> None:
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Claim)
+    s.say(wire.Challenge(bytes(32), bytes(32)))
+    s.say(wire.Welcome(ABOUT, bytes(32)))
+    until(lambda: d.inbox.counters()["garbage_frames"] == 2)
+    assert d.ends("k") == []
+
+
+@pytest.mark.parametrize(
+    ("after", "said", "word"),
+    [
+        (wire.Hello, wire.Challenge(bytes(32), bytes(32)), "could not prove"),
+        (wire.Hello, wire.Refused("x" * 100_000), "xxx ..."),
+        (wire.Proof, wire.Welcome(ABOUT, bytes(32)), "not proved"),
+        (wire.Proof, wire.Refused("no room"), "no room"),
+    ],
+)
+def test_a_handshake_that_fails(s: Scripted, d: DecodeEnd, after: type, said: wire.ToDecode, word: str) -> None:
+    s.before[after] = [said]
+    d.inbox.expect("k", s.source)
+    failed = d.wait("k", Failed)
+    assert failed.kind is FailureKind.HANDSHAKE
+    assert word in failed.message and len(failed.message) < 2000
+    d.wait("k", Drained)
+
+
+def test_a_handshake_that_is_not_answered(s: Scripted, d: DecodeEnd, clock: Clock) -> None:
+    s.answers_handshakes = False
+    d.inbox.expect("k", s.source)
+    s.wait_for(wire.Hello)
+    clock.now_s += 5
+    d.inbox.wake()
+    failed = d.wait("k", Failed)
+    assert failed.kind is FailureKind.CONNECT and "no answer to the handshake" in failed.message
+
+
+def test_a_self_test_that_does_not_end(clock: Clock, s: Scripted) -> None:
+    hanging = Script(hangs=True)
+    d = DecodeEnd(clock=clock, lanes=lambda memory: copy_lanes(memory, copy=hanging))
+    d.inbox.expect("k", s.source)
+    until(lambda: hanging.pulls)
+    clock.now_s += 5
+    d.inbox.wake()
+    failed = d.wait("k", Failed)
+    assert failed.kind is FailureKind.CONNECT and "has passed its test" in failed.message
+    assert not d.inbox.close()  # the read may still come, so the memory cannot be given away
+    hanging.hangs = False

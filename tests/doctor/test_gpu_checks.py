@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -58,10 +59,10 @@ class Driver:
 
 def test_handle_types_are_probed_by_allocating() -> None:
     driver = Driver({HandleType.FABRIC: "CUDA_ERROR_NOT_PERMITTED"})
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
     handles = gpu.probe(cast(VirtualMemoryDriver, driver), 0)
     assert handles == gpu.Handles("CUDA_ERROR_NOT_PERMITTED", "", "", "")
-    assert not driver.open and len(os.listdir("/proc/self/fd")) == descriptors
+    assert not driver.open and len(list(Path("/proc/self/fd").iterdir())) == descriptors
     found = by_name(gpu.judge(FACTS, handles))
     assert "file descriptors" in found["cuda:0 cumem memory"].value
     assert found["cuda:0 fabric handles"].level is Level.NOTE
@@ -90,6 +91,12 @@ def test_no_driver_is_a_plain_line_and_a_broken_one_a_problem(tmp_path: Any) -> 
     (tmp_path / "dev/nvidiactl").touch()
     found = gpu._no_driver(DriverError("cuInit", NO_LIBRARY), Machine(root=tmp_path))
     assert found.level is Level.PROBLEM and "libcuda" in found.value and found.fix
+
+
+def test_a_driver_that_is_too_old_for_torch() -> None:
+    assert gpu.judge_version("12.8", "13.0").level is Level.PROBLEM
+    assert gpu.judge_version("13.0", "13.2").level is Level.OK
+    assert gpu.judge_version("13.0", "").level is Level.OK
 
 
 @pytest.mark.gpu
@@ -223,3 +230,7 @@ def test_the_choice_follows_from_the_figures() -> None:
     assert host["pd-serve would use"].value.startswith("nixl between nodes of this machine")
     nothing = by_name(judge([Rate("nixl", None, "gone")], "auto", Place()))["pd-serve would use"]
     assert nothing.broken and nothing.fix
+    late = by_name(judge([Rate("nixl", None, "no answer", too_late=True)], "auto", Place()))
+    assert {finding.level for finding in late.values()} == {Level.NOTE} and "unknown" in late[
+        "pd-serve would use"
+    ].value

@@ -127,7 +127,7 @@ class Server:
 
 
 class Cluster:
-    """A router with nodes that register themselves. Flags given are for all nodes."""
+    """A router with nodes that register themselves. Flags given are for all nodes; ``only``: further ones of a role."""
 
     def __init__(
         self,
@@ -136,10 +136,12 @@ class Cluster:
         prefill: int = 1,
         decode: int = 1,
         router: dict[str, object] | None = None,
+        only: dict[str, dict[str, object]] | None = None,
         **flags: object,
     ) -> None:
         self.directory = directory
         self.flags = {"threads": 1, "drain_timeout_s": 5, **flags}
+        self.only = only or {}
         self.router = self.start_router(free_port(), router or {}, prefill, decode)
         self.prefills = [self.start_node("prefill") for _ in range(prefill)]
         self.decodes = [self.start_node("decode") for _ in range(decode)]
@@ -150,6 +152,7 @@ class Cluster:
 
     def start_node(self, role: str, **flags: object) -> Server:
         own = {k: v for k, v in self.flags.items() if role == "decode" or k != "local_prefill_tokens"}
+        own |= self.only.get(role, {})
         port = free_port()
         return Server(
             role, {"port": port, "router": self.router.url, **own, **flags}, self.directory / f"{role}-{port}.log"

@@ -93,7 +93,7 @@ def test_garbage_closes_the_link_and_nothing_else(start_node: StartNode, garbage
 
 def test_a_router_that_does_not_read_is_dropped(start_node: StartNode) -> None:
     node = start_node("echoes")
-    slow, good = node.link(max_queue=1), node.link()
+    slow, good = node.link(max_queue=1, close_timeout=0.1), node.link()
     process = psutil.Process(node.process.pid)
     before_bytes = process.memory_info().rss
     slow.send(submit("flood", [1]))

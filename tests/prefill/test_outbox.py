@@ -239,7 +239,9 @@ def test_cancel_reaches_early_and_late_claimants(end: PrefillEnd, client: Client
 
 
 def hold(end: PrefillEnd, client: Client, key: str) -> None:
+    opened = end.outbox.counters()["leases_opened"]
     end.outbox.open(key)
+    until(lambda: end.outbox.counters()["leases_opened"] > opened)
     client.say(wire.Claim(key))
     assert client.sync([key]) == []
 

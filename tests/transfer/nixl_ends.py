@@ -163,12 +163,16 @@ class Target:
         self.groups = contents(layout, num_blocks, 5)
 
     def connect(self, reader: Node) -> Any:
-        self.reader = reader
-        self.pair = pair_of(self.layout, self.memory, reader)
         regions = [(r.address, r.block_bytes, r.num_blocks) for r in reader.memory.regions]
         self.pipe.send(("serve", reader.transport.describe(), reader.layout, regions))
         assert self.pipe.poll(10)
         assert self.pipe.recv() == "served"
+        return self.connect_silently(reader)
+
+    def connect_silently(self, reader: Node) -> Any:
+        """The source hears nothing of it."""
+        self.reader = reader
+        self.pair = pair_of(self.layout, self.memory, reader)
         self.peer = reader.transport.connect(self.description, self.pair, self._send)
         return self.peer
 

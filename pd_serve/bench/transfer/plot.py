@@ -26,7 +26,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     sizes = sorted({case["block_bytes"] for case in result["cases"]})
     lines: dict[tuple[str, bool, int], list[tuple[int, float]]] = {}
@@ -59,7 +59,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("GB/s")
     axes.set_title(title(result), fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     try:
         FigureCanvasAgg(figure).print_png(path)
     except OSError as error:

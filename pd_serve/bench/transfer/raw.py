@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,11 +18,13 @@ from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
 from pd_serve.wire.peer import FailureKind
 
 _PROGRESS_DELAY_US = 100_000  # NIXL's thread is woken by events
+_WARMUP = 2
 
 
 class _Description(msgspec.Struct):
     agent: str
     metadata: bytes
+    device: int
 
 
 class RawPull:
@@ -50,8 +52,9 @@ class RawPull:
 
 
 class RawPeer:
-    def __init__(self, agent: str, region: Region) -> None:
+    def __init__(self, agent: str, device: int, region: Region) -> None:
         self.agent = agent
+        self.device = device
         self.region = region
 
     def receive(self, message: bytes) -> None: ...
@@ -79,26 +82,27 @@ class RawNixl:
 
     def register(self, memory: PoolMemory) -> None:
         self._region = memory.regions[0]
-        self.agent.registerMem(self.nixl.nixlRegDList(self._kind, self._rows(self._region)), [self._backend])
+        self.agent.registerMem(
+            self.nixl.nixlRegDList(self._kind, self._rows(self._region, self._device)), [self._backend]
+        )
 
-    def _rows(self, region: Region) -> Any:
-        return np.array([(region.address, region.size_bytes, self._device)], dtype=np.uint64)
+    def _rows(self, region: Region, device: int) -> Any:
+        return np.array([(region.address, region.size_bytes, device)], dtype=np.uint64)
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(_Description(self._name, bytes(self.agent.getLocalMD())))
+        return msgspec.msgpack.encode(_Description(self._name, bytes(self.agent.getLocalMD()), self._device))
 
     def connect(self, source: bytes, pair: Pair, send: Send) -> RawPeer:
         description = msgspec.msgpack.decode(source, type=_Description)
         self.agent.loadRemoteMD(description.metadata)
-        return RawPeer(description.agent, pair.source[0])
+        return RawPeer(description.agent, description.device, pair.source[0])
 
     def serve(self, reader: bytes, pair: Pair, send: Send) -> RawPeer:
-        return RawPeer("", pair.reader[0])
+        return RawPeer("", 0, pair.reader[0])
 
     def pull(self, peer: Any, blocks: Sequence[BlockMap]) -> RawPull:
-        ours = self.nixl.nixlXferDList(self._kind, self._rows(self._region))
-        rows = self._rows(peer.region)
-        theirs = self.nixl.nixlXferDList(self._kind, rows)
+        ours = self.nixl.nixlXferDList(self._kind, self._rows(self._region, self._device))
+        theirs = self.nixl.nixlXferDList(self._kind, self._rows(peer.region, peer.device))
         handle = self.agent.createXferReq(self.nixl.NIXL_READ, ours, theirs, peer.agent, "", [self._backend])
         return RawPull(self, handle, self._region.size_bytes)
 
@@ -111,29 +115,35 @@ class RawNixl:
 
 def memcpy_gb_per_s(size_bytes: int, devices: tuple[int, int] | None, repeats: int) -> float:
     """Median rate of a plain copy: memory to memory by one core, or from one GPU's memory to another's."""
-    if devices is None:
-        target, source = (np.full(size_bytes, value, dtype=np.uint8) for value in (0, 1))
-        return _median_gb_per_s(lambda: np.copyto(target, source), size_bytes, repeats)
+    seconds = _host_copies(size_bytes, repeats) if devices is None else _peer_copies(size_bytes, devices, repeats)
+    return size_bytes / statistics.median(seconds[_WARMUP:]) / 1e9
+
+
+def _host_copies(size_bytes: int, repeats: int) -> list[float]:
+    target, source = (np.full(size_bytes, value, dtype=np.uint8) for value in (0, 1))
+    seconds = []
+    for _ in range(_WARMUP + repeats):
+        start_s = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
+
+
+def _peer_copies(size_bytes: int, devices: tuple[int, int], repeats: int) -> list[float]:
+    """By the GPU's own clock: what a pull costs on the host is not the link's."""
     import torch
 
     theirs = torch.ones(size_bytes, dtype=torch.uint8, device=f"cuda:{devices[0]}")
     ours = torch.zeros(size_bytes, dtype=torch.uint8, device=f"cuda:{devices[1]}")
-    torch.cuda.synchronize(devices[0])
-
-    def copy() -> None:
-        ours.copy_(theirs, non_blocking=True)
-        for device in set(devices):
-            torch.cuda.synchronize(device)
-
-    return _median_gb_per_s(copy, size_bytes, repeats)
-
-
-def _median_gb_per_s(copy: Callable[[], None], size_bytes: int, repeats: int) -> float:
-    copy()
-    copy()
     seconds = []
-    for _ in range(repeats):
-        start_s = time.perf_counter()
-        copy()
-        seconds.append(time.perf_counter() - start_s)
-    return size_bytes / statistics.median(seconds) / 1e9
+    for device in devices:
+        torch.cuda.synchronize(device)
+    with torch.cuda.device(devices[0]):  # torch copies on the source's stream
+        for _ in range(_WARMUP + repeats):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+            events[0].record()
+            ours.copy_(theirs, non_blocking=True)
+            events[1].record()
+            events[1].synchronize()
+            seconds.append(events[0].elapsed_time(events[1]) / 1e3)
+    return seconds

@@ -7,10 +7,10 @@ output (:mod:`pd_serve.records`), each a dict with a ``kind``: ``opened``, ``cas
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ def run(job: Job) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
         stack.callback(context.destroy, linger=0)
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-serve-bench-")))
+        directory = Path(job.directory)
         # before any library starts threads here: see Child
         sources = [SourceProcess(context, directory, rank, layout) for rank, layout in enumerate(source_layouts)]
         for source in sources:
@@ -44,6 +44,9 @@ def run(job: Job) -> None:
         end = ReaderEnd(job, reader_layout, sources)
         stack.callback(end.close)
         records.emit({"kind": "opened", "lane": job.lane})
+        if job.lock:
+            file = stack.enter_context(Path(job.lock).open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
         for case in cases(job):
             if job.lane != LIMIT:
                 records.emit(end.measure(case))

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +19,17 @@ from typing import Any
 
 import msgspec
 
-from pd_serve import __version__, records
+from pd_serve import __version__
 from pd_serve.bench.transfer import plot, report
 from pd_serve.bench.transfer.job import LIMIT, Job, cases, layouts
+from pd_serve.bench.transfer.start import run_reader
 from pd_serve.config import BenchTransferConfig
 from pd_serve.errors import ConfigError
 
 TRANSPORTS = ("nvlink", "nixl", "ucx")
-READER = "pd_serve.bench.transfer.reader"
 _HOST_SIZE, _CUDA_SIZE = 64 << 20, 256 << 20
 _LIMIT_BLOCK = 2 << 20
+_STEADY_S = 20.0  # in so short a run the limit is measured once
 _INTERRUPTED = 130
 
 
@@ -42,8 +44,9 @@ def run(config: BenchTransferConfig) -> int:
         plot.require_matplotlib()
     cuda, devices = _place(config)
     config = replace(config, size=config.size or (_CUDA_SIZE if cuda else _HOST_SIZE), devices=devices)
-    if config.under_load and not cuda:
-        raise ConfigError("--under-load is about GPUs: give --device cuda")
+    for flag, given in (("--under-load", config.under_load), ("--transports nvlink", "nvlink" in config.transports)):
+        if given and not cuda:
+            raise ConfigError(f"{flag} is about GPUs: give --device cuda")
     if max(config.block_sizes) > config.size:
         raise ConfigError(f"--size {config.size} is smaller than the largest of --block-sizes")
     bench = _Bench(config, cuda)
@@ -134,15 +137,19 @@ class _Bench:
             lanes.remove("nvlink")
         # the limit before and after: a machine that others use meanwhile is not the same all the time
         jobs = [self.job(LIMIT), *(self.job(lane) for lane in lanes), self.job(LIMIT)]
+        start_s = time.monotonic()
         with _progress(sum(len(cases(job)) for job in jobs)) as (say, advance):
-            for job in jobs:
+            for number, job in enumerate(jobs):
+                if number == len(jobs) - 1 and time.monotonic() - start_s < _STEADY_S:
+                    break
                 say("the raw limit" if job.lane == LIMIT else job.lane)
 
                 def take(record: dict[str, Any]) -> None:
+                    if record["kind"] in ("case", "limit"):
+                        advance()
                     self._take(record)
-                    advance()
 
-                outcome = await records.run([READER], take, stdin=msgspec.json.encode(job))
+                outcome = await run_reader(job, take)
                 if outcome.status != 0:
                     self._fail(job.lane, f"its processes ended: {outcome.why(0)}")
 

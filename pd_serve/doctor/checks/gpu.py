@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from pd_serve.doctor.checks.software import torch_versions
 from pd_serve.doctor.findings import Finding, note, ok, problem, size
 from pd_serve.doctor.machine import Check, Machine
 from pd_serve.memory.cuda_driver import NO_BINDINGS, NO_LIBRARY, CudaDriver, DeviceFacts, reason
@@ -29,7 +30,7 @@ def gpus(machine: Machine) -> list[Finding]:
         count = driver.device_count()
     except DriverError as error:
         return [_no_driver(error, machine)]
-    findings = [ok("CUDA driver", f"supports CUDA {driver.version()}")]
+    findings = [judge_version(driver.version(), (torch_versions() or ("", ""))[1])]
     if not count:
         return [*findings, note("GPUs", "none is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -44,6 +45,15 @@ def gpus(machine: Machine) -> list[Finding]:
                 problem(f"cuda:{ordinal}", str(error), "reset the GPU, or leave it out of CUDA_VISIBLE_DEVICES")
             )
     return findings
+
+
+def judge_version(driver: str, torch: str) -> Finding:
+    """``torch``: the CUDA it was built for; empty: none. Within a major version older drivers do."""
+    text = f"supports CUDA {driver}"
+    if torch and int(torch.partition(".")[0]) > int(driver.partition(".")[0]):
+        fix = f"update the driver, or install torch for CUDA {driver.partition('.')[0]}"
+        return problem("CUDA driver", f"{text}, and torch was built for {torch}", fix)
+    return ok("CUDA driver", text)
 
 
 def _no_driver(error: DriverError, machine: Machine) -> Finding:

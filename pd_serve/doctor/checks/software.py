@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pd_serve import __version__
 from pd_serve import config as settings
-from pd_serve.doctor.findings import Finding, broken, note, ok
+from pd_serve.doctor.findings import Finding, broken, note, ok, problem
 from pd_serve.doctor.machine import Check, Machine
 from pd_serve.errors import ConfigError
 from pd_serve.memory import alloc_conf
@@ -27,7 +27,7 @@ _UCX_HARMFUL = {
 
 def versions(machine: Machine) -> list[Finding]:
     findings = [ok("pd-serve", __version__), ok("Python", platform.python_version())]
-    findings.append(_torch())
+    findings.append(_torch(machine))
     for name in _PACKAGES:
         try:
             findings.append(ok(name, metadata.version(name)))
@@ -37,15 +37,26 @@ def versions(machine: Machine) -> list[Finding]:
     return findings
 
 
-def _torch() -> Finding:
-    """Read from its version file: importing torch takes seconds."""
+def torch_versions() -> tuple[str, str] | None:
+    """torch's, and its CUDA's (empty: built for CPUs); read from a file, because importing torch takes seconds."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
-        return broken("torch", "not installed", "pip install torch")
+        return None
     text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
     version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
     cuda = re.search(r"^cuda(?:: [^=]*)? = '([^']+)'", text, re.MULTILINE)
-    return ok("torch", f"{version[1] if version else 'unknown'}, {'CUDA ' + cuda[1] if cuda else 'CPU build'}")
+    return version[1] if version else "unknown", cuda[1] if cuda else ""
+
+
+def _torch(machine: Machine) -> Finding:
+    found = torch_versions()
+    if found is None:
+        return broken("torch", "not installed", "pip install torch")
+    version, cuda = found
+    if not cuda and (machine.root / "dev/nvidiactl").exists():
+        fix = "install the build of torch for this driver's CUDA, and pip install 'pd-serve[cuda]'"
+        return problem("torch", f"{version} is built for CPUs, and there are NVIDIA GPUs here", fix)
+    return ok("torch", f"{version}, {'CUDA ' + cuda if cuda else 'CPU build'}")
 
 
 def node_settings(machine: Machine) -> list[Finding]:

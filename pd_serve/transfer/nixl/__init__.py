@@ -25,8 +25,8 @@ What NIXL 1.5.1 does that shapes all of it:
 
 from __future__ import annotations
 
-from pd_serve.transfer.nixl.bindings import load_bindings, parse_options
+from pd_serve.transfer.nixl.bindings import load_bindings
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.transport import NixlTransport
 
-__all__ = ["Limits", "NixlTransport", "load_bindings", "parse_options"]
+__all__ = ["Limits", "NixlTransport", "load_bindings"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pd_serve.errors import ConfigError, TransferError
+from pd_serve.errors import TransferError
 from pd_serve.wire.peer import FailureKind
 
 I32 = npt.NDArray[np.int32]
@@ -37,17 +37,6 @@ UCX_DEFAULTS = {
     # memory is registered, and a read carries that registration.
     "UCX_MEMTYPE_CACHE": "n",
 }
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-    """The setting ``nixl_options``: ``key=value`` items. Raises ConfigError."""
-    options: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"nixl_options: {pair!r} is not of the form key=value")
-        options[key.strip()] = value.strip()
-    return options
 
 
 def load_bindings() -> ModuleType:

@@ -30,6 +30,8 @@ class Endpoint(msgspec.Struct):
     agent: str
     metadata: bytes  # NIXL's own
     device: Small | None  # of the pool: CUDA ordinal there; None: host memory
+    # Where no process of this machine can read the pool directly, the machine's boot id; else empty.
+    closed_on: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 # --- reader to source

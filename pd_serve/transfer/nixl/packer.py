@@ -51,6 +51,9 @@ class NixlReader:
     _outgoing: list[m.ToReader] = field(default_factory=list)
 
     def receive(self, message: bytes) -> None:
+        """Raises TransferError for what makes no sense."""
+        if self.closed:
+            return
         for item in m.decode_to_source(message):
             if isinstance(item, m.Open):
                 self.say(self.packer.open())

@@ -67,17 +67,17 @@ class NixlPeer:
             group, slicing = blockmap.group, self._pair.slicings[blockmap.group]
             check_range(blockmap.remote, slicing.source, self._pair.source[group], "the prefill node")
             check_range(blockmap.local, slicing.reader, self._pair.reader[group], "this node")
-            remote, local, count = in_order(slicing, blockmap.remote, blockmap.local)
-            size = slicing.piece_bytes * len(remote)
+            size = slicing.piece_bytes * len(blockmap.remote)
             size_bytes += size
-            many = count > self._limits.direct_descriptors and size < count * self._limits.direct_bytes
-            if listed(slicing, self._limits) and not many:
-                remote_ids.append(self._at_source.entries(group, remote))
-                local_ids.append(self._here.entries(group, local))
-                descriptors += count
-            else:
-                items.append(Item(group, remote, local))
-                packed_bytes += size
+            if listed(slicing, self._limits):
+                remote, local, count = in_order(slicing, blockmap.remote, blockmap.local)
+                if count <= self._limits.direct_descriptors or size >= count * self._limits.direct_bytes:
+                    remote_ids.append(self._at_source.entries(group, remote))
+                    local_ids.append(self._here.entries(group, local))
+                    descriptors += count
+                    continue
+            items.append(Item(group, blockmap.remote, blockmap.local))
+            packed_bytes += size
         read = packed = None
         if items:
             chunk_bytes = max(self._limits.chunk_bytes, packed_bytes // 4)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.memory.driver import HandleType
 from pd_serve.memory.region import PoolMemory, Region
+from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
 from pd_serve.transfer.mover import Mover
 from pd_serve.transfer.nixl import messages
@@ -25,6 +28,7 @@ from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 
+NEVER = 1 << 62  # bytes a descriptor, from which on pieces are read directly
 LOOK_CLOSED_S = 10e-3  # at what closed peers still read
 
 
@@ -67,7 +71,13 @@ class NixlTransport:
         self._ring = LocalRing(self._mover, self._agent, self._limits, largest)
 
     def describe(self) -> bytes:
-        return messages.encode(messages.Endpoint(self._agent.name, self._agent.metadata(), self._mover.device))
+        assert self._memory is not None, "only after register"
+        # UCX 1.23 maps no cumem memory of another process by file descriptor: it would fall back to TCP, in silence.
+        # A NIC reads it, so that this concerns readers on the same machine only.
+        closed = any(segment.handle_type is not HandleType.FABRIC for segment in self._memory.segments)
+        return messages.encode(
+            messages.Endpoint(self._agent.name, self._agent.metadata(), self._mover.device, boot_id() if closed else "")
+        )
 
     # --- reader
 
@@ -83,7 +93,10 @@ class NixlTransport:
             raise TransferError(FailureKind.CONNECT, "reads from this peer's last connection have not ended yet")
         else:
             remote.load(endpoint.metadata)
-        peer = NixlPeer(self._agent, remote, self._lists, self._ring, pair, endpoint.device, self._limits, send)
+        limits = self._limits
+        if endpoint.closed_on and endpoint.closed_on == boot_id():
+            limits = dataclasses.replace(limits, direct_bytes=NEVER, direct_descriptors=0)
+        peer = NixlPeer(self._agent, remote, self._lists, self._ring, pair, endpoint.device, limits, send)
         self._peers.append(peer)
         return peer
 
@@ -121,6 +134,11 @@ class NixlTransport:
                 del self._remotes[name]
                 remote.forget()
         return delay_s
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is read into this node's memory. Where that is so after ``close``, memory may be given back."""
+        return not self._remotes
 
     def close(self) -> None:
         for peer in self._peers:

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pd_serve.errors import TransferError
 from pd_serve.transfer.base import Pair, PullState, Send
@@ -29,9 +30,8 @@ LOOK_S = 50e-6  # while something is read or unpacked
 MAX_UNITS = 1 << 17  # of a source's ring: 16 GiB
 
 
-@dataclass(frozen=True)
-class Item:
-    """Pieces of a group, not cut yet."""
+class Item(NamedTuple):
+    """Pieces of a group, and where they go."""
 
     group: int
     remote: I64
@@ -69,14 +69,15 @@ class PackedPull:
 
     def cut(self, slot_bytes: int, piece_bytes: Sequence[int]) -> list[Item]:
         """The next chunk's pieces. A slot holds one piece at least."""
-        room = max(min(self._chunk_bytes, slot_bytes), *(piece_bytes[item.group] for item in self._items))
+        room = max(min(self._chunk_bytes, slot_bytes), piece_bytes[self._items[0].group])
         taken: list[Item] = []
         while self._items:
             item = self._items[0]
-            count = min(len(item.remote), room // piece_bytes[item.group])
+            size = piece_bytes[item.group]
+            count = min(len(item.remote), room // size)
             if count <= 0:
                 break
-            room -= count * piece_bytes[item.group] + PART_ALIGNMENT
+            room -= count * size + PART_ALIGNMENT
             taken.append(Item(item.group, item.remote[:count], item.local[:count]))
             if count < len(item.remote):
                 self._items[0] = Item(item.group, item.remote[count:], item.local[count:])
@@ -161,6 +162,9 @@ class Unpacker:
         self._opened: m.Opened | None = None
         self._descriptors: int | None = None  # of the source's ring
         self._tickets = itertools.count()
+        # a ticket is out until it was confirmed: that bounds what the source holds for this reader
+        self._tickets_out = 0
+        self._tickets_at_once = 0
         self._pulls: deque[PackedPull] = deque()  # with chunks left to ask for
         self._asked: dict[int, Chunk] = {}  # until answered
         self._freeing: dict[int, PackedPull] = {}  # until confirmed
@@ -186,15 +190,7 @@ class Unpacker:
             self._pulls.popleft()
         if self._opened is None or not self._pulls:
             return False
-        # a ticket is out until it was confirmed: that bounds what the source holds for this reader
-        return len(self._asked) + len(self._active_reads()) + len(self._freeing) < self._tickets_at_once()
-
-    def _tickets_at_once(self) -> int:
-        assert self._opened is not None
-        return min(self._opened.tickets, self._local.limits.slots_per_peer)
-
-    def _active_reads(self) -> list[Chunk]:
-        return [chunk for chunk in self._active if chunk.read is not None]
+        return self._tickets_out < self._tickets_at_once
 
     def ask(self, slot: int) -> None:
         """For the next chunk, into this local slot. Only if ``wants``."""
@@ -206,6 +202,7 @@ class Unpacker:
         chunk = Chunk(pull, next(self._tickets), items, size, slot)
         pull.chunks.add(chunk)
         pull.unconfirmed += 1
+        self._tickets_out += 1
         self._asked[chunk.ticket] = chunk
         self._outgoing.append(m.Pack(chunk.ticket, m.parts_as_data(parts)))
         # the oldest pull first, but no pull waits for all of a long one
@@ -305,6 +302,7 @@ class Unpacker:
         self._remote.load(opened.metadata)
         self._descriptors = self._local.agent.prepare(units(opened.address, size), self._device, self._remote.name)
         self._opened = opened
+        self._tickets_at_once = min(opened.tickets, self._local.limits.slots_per_peer)
 
     def _answered(self, answer: m.Packed | m.NotPacked) -> None:
         chunk = self._asked.pop(answer.ticket, None)
@@ -316,6 +314,7 @@ class Unpacker:
             )
         if isinstance(answer, m.NotPacked):
             chunk.pull.unconfirmed -= 1
+            self._tickets_out -= 1
             self._drop(chunk)
             self._fail(
                 chunk.pull, TransferError(FailureKind.TRANSFER, f"the prefill node cannot pack: {answer.reason}")
@@ -342,6 +341,7 @@ class Unpacker:
         if pull is None:
             raise TransferError(FailureKind.TRANSFER, f"the prefill node frees ticket {freed.ticket}, which is not out")
         pull.unconfirmed -= 1
+        self._tickets_out -= 1
         if not freed.valid:
             self._fail(
                 pull,

@@ -8,7 +8,6 @@ sends to a reader that has authenticated itself.
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -100,14 +99,6 @@ def to_reader(data: bytes) -> Offer | Declined:
         return _to_reader.decode(data)
     except msgspec.DecodeError as error:
         raise TransferError(FailureKind.TRANSFER, f"an nvlink message that makes no sense: {error}") from error
-
-
-def boot_id() -> str:
-    """The same in all containers of a machine, and different on every other."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def check_same_machine(ours: Description, theirs: Description) -> None:

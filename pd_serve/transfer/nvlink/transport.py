@@ -21,6 +21,7 @@ import numpy as np
 from pd_serve.errors import HandshakeError, PDServeError, TransferError
 from pd_serve.memory.driver import VirtualMemoryDriver
 from pd_serve.memory.region import PoolMemory, Region
+from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
 from pd_serve.transfer.merge import count_runs, neighbours_together
 from pd_serve.transfer.mover import I64, Mover, Rows
@@ -64,7 +65,7 @@ class NvlinkTransport:
         self._exports = Exports(self._driver, self._ipc_driver, memory, self._socket_dir)
         self._opener = Opener(self._driver, self._ipc_driver, self._device, self._socket_dir)
         self._sources = Sources(self._opener)
-        self._description = Description(self._exports.kind, messages.boot_id(), self._exports.why_not)
+        self._description = Description(self._exports.kind, boot_id(), self._exports.why_not)
 
     def describe(self) -> bytes:
         return messages.encode(self._description)

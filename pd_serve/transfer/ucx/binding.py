@@ -11,8 +11,9 @@ Facts about ucxx 0.52 and UCX 1.21 that shape it:
   UCX leaves shared memory out, and messages inside one host go over TCP at an eighth of the speed, unless the shared
   memory transports are told to offer error handling as well.
 - When a peer dies in the middle of a message, UCX ends the receive by way of its registration cache. Without memory
-  events there is no such cache, and it crashes. So events are on, and they come from patched import tables instead of
-  patched instructions: those of libc are rewritten while other threads run in them.
+  events there is no such cache, and it crashes. But to see memory events it rewrites functions of libc and of the CUDA
+  driver while other threads run in them, or replaces malloc, which breaks NIXL. So it is told that somebody else
+  reports them. Nobody does: what is sent from and received into here stays mapped until the transport is closed.
 - A request can be cancelled in C++ only; ucxx's Python class does it when it is garbage collected, when nobody can ask
   any more whether it has ended. The C++ method is called instead.
 - ``UCXEndpoint.close`` forgets to pass the force flag and so waits for the peer; ``close_blocking`` passes it, and then
@@ -35,18 +36,13 @@ from pd_serve.wire.peer import FailureKind
 LIBRARY_DEFAULTS = {
     "UCX_LOG_FILE": "stderr",  # its default, stdout, belongs to the commands' own output
     "UCX_LOG_LEVEL": "fatal",  # a peer's death is an error in UCX's log and an event in ours
-    "UCX_MEMTYPE_CACHE": "n",  # ucxx's own default
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 
-# Read when the library is loaded; without them it crashes when a peer dies (see above).
-LIBRARY_NEEDS = {
-    "UCX_MEM_EVENTS": "y",
-    "UCX_MEM_MMAP_HOOK_MODE": "reloc",
-    "UCX_MEM_CUDA_HOOK_MODE": "reloc",
-    "UCX_MEM_MALLOC_HOOKS": "n",
-    "UCX_MEM_MALLOC_RELOC": "n",
-}
+# Read when the library is loaded, and not the user's to choose: see memory events above.
+LIBRARY_NEEDS = {"UCX_MEM_EVENTS": "y", "UCX_MEMTYPE_CACHE": "n"}
+
+MEMORY_EVENTS = 1 << 16 | 1 << 17 | 1 << 20 | 1 << 21  # UCM_EVENT_VM_MAPPED, VM_UNMAPPED, MEM_TYPE_ALLOC, MEM_TYPE_FREE
 
 # Of this transport's context alone; a user's own value wins.
 CONTEXT_DEFAULTS = {
@@ -212,13 +208,14 @@ def _load() -> tuple[ModuleType, Any, Any]:
         from ucxx._lib import arr, libucxx
 
         cancel = getattr(native.load_library(), CANCEL_SYMBOL)
+        ctypes.CDLL("libucm.so.0").ucm_set_external_event(MEMORY_EVENTS)  # the copy that is loaded
     except ImportError as error:
         raise TransferError(
             FailureKind.TRANSFER, f"ucxx cannot be loaded ({error}); pip install 'pd-serve[ucx]'"
         ) from error
-    except AttributeError as error:
+    except (AttributeError, OSError) as error:
         raise TransferError(
-            FailureKind.TRANSFER, f"this ucxx cannot cancel requests ({error}); pip install 'ucxx-cu13>=0.52'"
+            FailureKind.TRANSFER, f"this build of ucxx is not known here ({error}); pip install 'ucxx-cu13==0.52.*'"
         ) from error
     finally:
         for key in os.environ.keys() - before.keys():

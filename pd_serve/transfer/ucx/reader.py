@@ -33,6 +33,7 @@ class Arrival:
         self.work: Work | None = None
         self.wanted = True
         self.holds = True
+        self.thrown_away = False  # its message came after the receive was cancelled
 
     @property
     def moving(self) -> bool:
@@ -243,7 +244,7 @@ class UcxPeer:
         self._give(arrival.slot)
         arrival.slot = None
         self._let_go(arrival)
-        if arrived or arrival.wanted or self.broken is not None:
+        if arrived or arrival.wanted or arrival.thrown_away or self.broken is not None:
             self._arrivals.pop(number, None)
         # else it was cancelled, and the source still counts it: it stays until its message turns up
         pull = arrival.pull
@@ -263,8 +264,10 @@ class UcxPeer:
     def unclaimed(self, number: int) -> None:
         """The message of a cancelled receive has turned up (and is thrown away)."""
         arrival = self._arrivals.get(number)
-        if arrival is not None and not arrival.moving:
-            del self._arrivals[number]
+        if arrival is not None:
+            arrival.thrown_away = True
+            if not arrival.moving:
+                del self._arrivals[number]
 
     def abandon(self, pull: UcxPull) -> None:
         """Nobody wants the rest of this pull."""
