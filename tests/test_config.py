@@ -187,3 +187,25 @@ def test_lists_of_sizes_and_numbers_and_ratios(tmp_path: Path) -> None:
     for name, value in {"tp": "2", "block_sizes": "4 apples", "in_flight": "0", "devices": "-1"}.items():
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be"):
             load("bench transfer", **{name: value})
+
+
+def test_the_secret_comes_from_a_setting_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("long and random\n")
+    assert load().peer_secret() == ""
+    assert load(environ={"PD_SERVE_SECRET": "s"}).peer_secret() == "s"
+    assert load(secret_file=str(file)).peer_secret() == "long and random"
+    assert load(secret_file=str(file), secret="long and random").peer_secret() == "long and random"
+    with pytest.raises(ConfigError, match="both given and differ"):
+        load(secret_file=str(file), secret="short").peer_secret()
+    with pytest.raises(ConfigError, match="cannot read /nowhere"):
+        load(secret_file="/nowhere").peer_secret()
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        load(secret_file=str(file)).peer_secret()
+
+
+def test_options_of_nixl() -> None:
+    assert load(nixl_options="a=1,b=c=d").nixl_backend_options() == {"a": "1", "b": "c=d"}
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        load(nixl_options="a").nixl_backend_options()

@@ -118,8 +118,8 @@ def _choice(rates: list[Rate], wanted: str, place: Place) -> Finding:
     name = "pd-serve would use"
     usable = {rate.lane: rate.gb_per_s for rate in rates if rate.gb_per_s is not None}
     late = {rate.lane for rate in rates if rate.too_late}
-    if wanted in late or (late and not usable):
-        return note(name, "unknown: its lanes were not measured in time", _AGAIN)
+    if wanted in late or (late and wanted == "auto"):
+        return note(name, "unknown: not all lanes were measured in time", _AGAIN)
     if wanted != "auto":
         if wanted in usable:
             better = max(usable, key=lambda lane: usable[lane])

@@ -115,6 +115,29 @@ def test_a_pull_takes_only_what_later_tokens_see() -> None:
     kv.check(idle=True)
 
 
+def test_blocks_that_may_not_be_whole_are_offered_to_nobody() -> None:
+    kv = KVManager(layout(FULL, WINDOW), (33, 33), 128)
+    tokens = np.arange(22, dtype=np.int32)
+    blocks = kv.open(kv.match(tokens, 22))
+    kv.extend(blocks, 22, live_only=True)
+    kv.commit(blocks, tokens, 22, whole_from=(0, 4))  # of block 3 a part is missing
+    assert cached(kv, list(range(22))) == 0  # a token at 20 sees 15, which is in it
+    more = np.arange(30, dtype=np.int32)
+    kv.extend(blocks, 30)
+    kv.commit(blocks, more, 30)
+    assert cached(kv, list(range(30))) == 28
+    kv.close(blocks)
+    kv.check(idle=True)
+
+
+def test_nodes_are_kin_whatever_their_block_size_and_share_of_the_heads() -> None:
+    mine = layout(FULL, WINDOW)
+    half = [LayerGroup(g.layers, 1, 8, g.window, first_head=1, total_kv_heads=2) for g in (FULL, WINDOW)]
+    assert KVLayout(16, "float32", tuple(half)).kin() == mine.kin()
+    for other in (KVLayout(BLOCK, "bfloat16", mine.groups), layout(FULL), layout(WINDOW, FULL)):
+        assert other.kin() != mine.kin()
+
+
 def test_too_much_takes_nothing() -> None:
     kv = KVManager(layout(FULL), (4,), 64)
     blocks = kv.open(kv.match(np.arange(3, dtype=np.int32), 0))

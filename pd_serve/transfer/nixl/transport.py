@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.memory.driver import HandleType
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
@@ -72,12 +71,9 @@ class NixlTransport:
 
     def describe(self) -> bytes:
         assert self._memory is not None, "only after register"
-        # UCX 1.23 maps no cumem memory of another process by file descriptor: it would fall back to TCP, in silence.
-        # A NIC reads it, so that this concerns readers on the same machine only.
-        closed = any(segment.handle_type is not HandleType.FABRIC for segment in self._memory.segments)
-        return messages.encode(
-            messages.Endpoint(self._agent.name, self._agent.metadata(), self._mover.device, boot_id() if closed else "")
-        )
+        closed_on = boot_id() if self._memory.closed_to_ucx else ""
+        endpoint = messages.Endpoint(self._agent.name, self._agent.metadata(), self._mover.device, closed_on)
+        return messages.encode(endpoint)
 
     # --- reader
 

@@ -29,6 +29,7 @@ class Description(msgspec.Struct):
     crc: int  # of the address: UCX trusts it blindly
     message_bytes: Count  # a message is at most this long, or one piece
     window: Count  # messages that may be asked for and not yet sent
+    machine: Annotated[str, msgspec.Meta(max_length=64)] = ""  # its boot id
 
 
 class Open(msgspec.Struct, tag="open"):

@@ -95,6 +95,7 @@ class UcxPeer:
         self._pulls: deque[UcxPull] = deque()  # with messages to ask for
         self._arrivals: dict[int, Arrival] = {}  # by number
         self._slots = 0
+        self._only_staged = shared.only_staged(theirs.machine)
         self._number = wire.HELLO
         # When both ends connect at the same moment, UCX 1.21 loses every second TCP connection. So the source connects
         # and says hello; the endpoint made after that is the other end of the same connection.
@@ -187,8 +188,9 @@ class UcxPeer:
 
     def _post(self, pull: UcxPull, message: Message) -> int | None:
         shared, slicing = self._shared, self._pair.slicings[message.group]
-        address = span(slicing.reader, slicing, shared.memory.regions[message.group], message.local)
-        slot = None
+        address = slot = None
+        if not self._only_staged:
+            address = span(slicing.reader, slicing, shared.memory.regions[message.group], message.local)
         if address is None:
             slot = shared.staging.take() if self._slots < shared.limits.slots else None
             if slot is None:

@@ -31,6 +31,11 @@ class Shared:
     memory: PoolMemory
     staging: Staging
     limits: Limits
+    machine: str  # boot id
+
+    def only_staged(self, machine: str) -> bool:
+        """Whether UCX cannot open this pool to a peer on that machine; staging memory is never cumem memory."""
+        return self.memory.closed_to_ucx and machine == self.machine
 
     @property
     def on_device(self) -> bool:

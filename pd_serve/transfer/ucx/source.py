@@ -49,6 +49,7 @@ class UcxReader:
         self._queue: deque[Sending] = deque()
         self._sending: list[Sending] = []
         self._slots = 0
+        self._only_staged = shared.only_staged(theirs.machine)
         self._over = False
 
     @property
@@ -118,7 +119,7 @@ class UcxReader:
         while self._queue:
             sending = self._queue[0]
             slicing, region = self._pair.slicings[sending.group], shared.memory.regions[sending.group]
-            address = span(slicing.source, slicing, region, sending.pieces)
+            address = None if self._only_staged else span(slicing.source, slicing, region, sending.pieces)
             if address is not None:
                 sending.operation = self._post(sending, address)
                 self._sending.append(self._queue.popleft())

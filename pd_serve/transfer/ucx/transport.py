@@ -17,6 +17,7 @@ import numpy as np
 
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import PoolMemory
+from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
 from pd_serve.transfer.mover import Mover
 from pd_serve.transfer.ucx import messages as wire
@@ -64,7 +65,7 @@ class UcxTransport:
         # UCX registers memory when it is first used, and keeps the registration
         largest_piece = max((region.block_bytes for region in memory.regions), default=0)
         staging = Staging(self._mover, max(self._limits.message_bytes, largest_piece), 4 * self._limits.slots)
-        self._shared = Shared(self._worker, self._mover, memory, staging, self._limits)
+        self._shared = Shared(self._worker, self._mover, memory, staging, self._limits, boot_id())
 
     @property
     def shared(self) -> Shared:
@@ -75,7 +76,9 @@ class UcxTransport:
     def describe(self) -> bytes:
         address, limits = self._worker.address, self._limits
         return wire.encode(
-            wire.Description(wire.VERSION, address, zlib.crc32(address), limits.message_bytes, limits.window)
+            wire.Description(
+                wire.VERSION, address, zlib.crc32(address), limits.message_bytes, limits.window, self.shared.machine
+            )
         )
 
     def connect(self, source: bytes, pair: Pair, send: Send) -> UcxPeer:
