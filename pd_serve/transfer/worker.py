@@ -9,7 +9,6 @@ again at short intervals, and it sleeps in between: it never spins on a core tha
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import zmq
 from pd_serve.errors import TransferError
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.transfer.timer import Timer
 from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class TransferWorker:
         self._stopping = False
         self._handlers: dict[zmq.Socket[bytes] | int, Callable[[], object]] = {}
         self.internal_errors = 0
+        self._timer = Timer()
         self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
 
     # --- main thread
@@ -104,11 +105,13 @@ class TransferWorker:
         try:
             self._poller = zmq.Poller()
             self._poller.register(self._calls.fileno(), zmq.POLLIN)
+            self._poller.register(self._timer.fileno(), zmq.POLLIN)
             self.lanes.start()
             self._service.start(self)
         except Exception as error:
             self._guarded(self.lanes.close)
             self.context.destroy(linger=0)
+            self._timer.close()
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
@@ -117,6 +120,7 @@ class TransferWorker:
         self._guarded(self._service.stop)
         self._guarded(self.lanes.close)
         self._guarded(lambda: self.context.destroy(linger=0))
+        self._timer.close()
 
     def _turn(self) -> None:
         for call in self._calls.take():
@@ -125,8 +129,7 @@ class TransferWorker:
             return
         delay_s = MAX_SLEEP_S
         try:
-            delay_s = min(delay_s, self.lanes.progress())
-            delay_s = min(delay_s, self._service.run_due(self.clock()))
+            delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
         except Exception:
             self._internal_error()
         for source, _ in self._wait(delay_s):
@@ -135,11 +138,11 @@ class TransferWorker:
                 self._guarded(handler)
 
     def _wait(self, delay_s: float) -> list[tuple[Any, int]]:
-        if delay_s >= 1e-3:
-            return self._poller.poll(math.ceil(delay_s * 1e3))
-        ready = self._poller.poll(0)
-        if not ready and delay_s > 0:
-            time.sleep(delay_s)  # ZeroMQ's poller knows only whole milliseconds
+        if delay_s <= 0:
+            return self._poller.poll(0)
+        self._timer.arm(min(delay_s, MAX_SLEEP_S))
+        ready = self._poller.poll()
+        self._timer.clear()
         return ready
 
     def _guarded(self, function: Callable[[], object]) -> None:

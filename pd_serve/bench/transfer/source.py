@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import sys
-import time
 
 import zmq
 
@@ -30,6 +28,7 @@ from pd_serve.bench.transfer.messages import (
 from pd_serve.errors import PDServeError
 from pd_serve.transfer.base import Pair, Reader
 from pd_serve.transfer.slices import slicings
+from pd_serve.transfer.timer import Timer
 
 _MAX_SLEEP_S = 10.0
 
@@ -40,6 +39,10 @@ class Source:
     def __init__(self, socket: zmq.Socket[bytes], order: Open) -> None:
         self._socket = socket
         self._reader: Reader | None = None
+        self._timer = Timer()
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._timer.fileno(), zmq.POLLIN)
         self._end = End(order.lane, order.device, order.cumem, order.layout, order.num_blocks, "source")
         for group in range(len(self._end.memory.regions)):
             fill(self._end.tensor(group), order.seed)
@@ -52,11 +55,10 @@ class Source:
     def run(self) -> None:
         """Until the reader says that it is done."""
         while True:
-            delay_s = min(self._end.transport.progress(), _MAX_SLEEP_S)
-            if delay_s < 1e-3 and not self._socket.poll(0):
-                time.sleep(delay_s)  # ZeroMQ knows only whole milliseconds
-                continue
-            if not self._socket.poll(math.ceil(delay_s * 1e3)):
+            self._timer.arm(min(self._end.transport.progress(), _MAX_SLEEP_S))
+            self._poller.poll()
+            self._timer.clear()
+            if not self._socket.poll(0):
                 continue
             match decode_to_source(self._socket.recv()):
                 case Serve(describe, layout, regions):
