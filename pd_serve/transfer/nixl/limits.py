@@ -37,8 +37,8 @@ DEVICE = Limits(
     direct_bytes=4 << 20,
     direct_descriptors=4,
     slot_bytes=64 << 20,
-    slots=6,
-    slots_per_peer=5,
+    slots=10,
+    slots_per_peer=8,
     chunk_bytes=16 << 20,
 )
 
