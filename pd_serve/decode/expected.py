@@ -1,8 +1,9 @@
-"""One request whose KV is on its way: what its prefill node has announced, what was pulled, and what that should sum to.
+"""One request whose KV is on its way: what its prefill node has announced, what was pulled, and what that should sum
+to.
 
 Data and arithmetic only; the inbox moves it along. Both nodes' blocks are taken apart into *pieces* (see
-:mod:`pd_serve.transfer.slices`): piece ``i`` of a group covers the same prompt tokens on both, whatever pool block holds
-it here or there, and whatever the block sizes are.
+:mod:`pd_serve.transfer.slices`): piece ``i`` of a group covers the same prompt tokens on both, whatever pool block
+holds it here or there, and whatever the block sizes are.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ class Expected:
         """After the last announcement and the last pull: raises TransferError unless all that is needed is here.
 
         Needed is what tokens to come attend to. Returns for each group the first block from which on all is here that
-        the prompt has: with a window and another block size than here, the prefill node may hold less than whole blocks of
-        this node at the window's edge. Earlier blocks must not be offered to other prompts.
+        the prompt has: with a window and another block size than here, the prefill node may hold less than whole
+        blocks of this node at the window's edge. Earlier blocks must not be offered to other prompts.
         """
         whole_from = []
         end_block = layout.blocks_for(self.num_tokens)
@@ -179,7 +180,9 @@ class Expected:
             seen_from = 0 if window is None else max(0, self.num_tokens - window + 1)
             needed = int(np.count_nonzero((missing + 1) * piece_tokens > seen_from))
             if needed:
-                raise TransferError(FailureKind.TRANSFER, f"the prefill node never announced {needed} pieces of the prompt")
+                raise TransferError(
+                    FailureKind.TRANSFER, f"the prefill node never announced {needed} pieces of the prompt"
+                )
             whole_from.append(int(missing.max()) // group.per_block + 1 if len(missing) else 0)
         return tuple(whole_from)
 

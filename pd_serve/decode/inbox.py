@@ -206,7 +206,8 @@ class Inbox:
         for peer in self._peers.values():
             peer.close()
         running = [job.pull for job in [*self._keys.values(), *self._draining] if job.pull is not None]
-        self._drained = all([pull.close() for pull in running]) and self._prober.idle
+        closed = [pull.close() for pull in running]
+        self._drained = all(closed) and self._prober.idle
 
     # --- transfer thread: calls of the main thread
 
@@ -216,9 +217,7 @@ class Inbox:
     def _peer(self, source: Source) -> PrefillPeer:
         peer = self._peers.get(source.address)
         if peer is None:
-            peer = PrefillPeer(
-                source.address, self._identity, self._worker, self._prober, self, self._counters
-            )
+            peer = PrefillPeer(source.address, self._identity, self._worker, self._prober, self, self._counters)
             self._peers[source.address] = peer
         peer.named_s = self._clock()
         return peer

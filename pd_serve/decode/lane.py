@@ -1,4 +1,5 @@
-"""The lanes between this decode node and one prefill node, for one session: connected, tested, all but one closed again.
+"""The lanes between this decode node and one prefill node, for one session: connected, tested, all but one closed
+again.
 
 Owned by :class:`pd_serve.decode.peer.PrefillPeer`, used on the transfer thread.
 """

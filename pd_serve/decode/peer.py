@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 import msgspec
-import zmq
 
 from pd_serve.decode.lane import PeerLanes
 from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.transfer.base import Pair
+from pd_serve.transfer.connection import Connection, Resolved, dial
 from pd_serve.transfer.handshake import Greeting, Identity, shortened
 from pd_serve.transfer.probe import Lane, Prober
-from pd_serve.transfer.sockets import Monitored
 from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import FailureKind
@@ -31,7 +31,6 @@ CONNECT_TIMEOUT_S = 5.0  # from dialling to the end of the self-test
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
 HEARTBEATS_PER_LEASE = 6
 MISSED_HEARTBEATS = 3
-LAST_WORDS_MS = 100  # what was said last may take so long to leave
 MIN_SILENCE_S = 2.0  # a busy machine may keep a healthy peer from answering for so long
 
 
@@ -73,7 +72,8 @@ class PrefillPeer:
         self._prober = prober
         self._listener = listener
         self._counters = counters
-        self._wire: Monitored | None = None
+        self._wire: Connection | None = None
+        self._attempts = 0
         self._greeting: Greeting | None = None
         self._about: wire.About | None = None
         self._lanes: PeerLanes | None = None
@@ -131,7 +131,7 @@ class PrefillPeer:
 
     def lose(self, kind: FailureKind, message: str) -> None:
         """Ends the connection and dials again later. What waited for the peer fails with ``kind``."""
-        self._hang_up(linger_ms=LAST_WORDS_MS)
+        self._hang_up()
         self._due_s = self._worker.clock() + self._retry_s
         self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
         text = f"prefill node {self.node_id or '(unknown)'} at {self.address}: {message}"
@@ -143,70 +143,68 @@ class PrefillPeer:
     def close(self) -> None:
         if self.state is not State.PAUSED:
             self.send(wire.Bye(self._identity.epoch))
-        self._hang_up(linger_ms=LAST_WORDS_MS)
+        self._hang_up()
 
     # --- the connection
 
     def _dial(self) -> None:
         self.state = State.GREETING
         self._due_s = self._worker.clock() + CONNECT_TIMEOUT_S
-        self._wire = Monitored(self._worker.context, zmq.DEALER)
+        self._attempts += 1
+        self._worker.resolve(self.address, partial(self._resolved, self._attempts))
+
+    def _resolved(self, attempt: int, resolved: Resolved | OSError) -> None:
+        if attempt != self._attempts or self.state is not State.GREETING:
+            return
+        if isinstance(resolved, OSError):
+            self.lose(FailureKind.CONNECT, f"cannot be dialled ({resolved})")
+            return
         try:
-            self._wire.socket.connect(self.address)
-        except zmq.ZMQError as error:
+            connection = dial(resolved)
+        except OSError as error:
             self.lose(FailureKind.CONNECT, f"cannot be dialled ({error})")
             return
-        self._worker.listen(self._wire.socket, self._receive)
-        self._worker.listen(self._wire.monitor, self._receive)
+        self._wire = connection
+        connection.changed = partial(self._worker.interest_changed, connection)
+        self._worker.listen(connection, self._receive)
         lanes = self._worker.lanes
         self._greeting = Greeting(self._identity, lanes.memory.regions, lanes.describe())
         self._send_frame(self._greeting.hello)
 
     def _send_frame(self, frame: bytes) -> None:
-        if self._wire is None:
-            return
-        try:
-            self._wire.socket.send(frame, zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self.lose(FailureKind.PEER_LOST, "it does not read its messages")
+        if self._wire is not None:
+            self._wire.send(frame)
+            if self._wire.ended:
+                self.lose(FailureKind.PEER_LOST, self._wire.ended)
 
-    def _hang_up(self, linger_ms: int) -> None:
+    def _hang_up(self) -> None:
         self.state = State.PAUSED
         self._greeting = None
         lanes, self._lanes = self._lanes, None
         if lanes is not None:
             lanes.close()
         if self._wire is not None:
-            self._worker.unlisten(self._wire.socket)
-            self._worker.unlisten(self._wire.monitor)
-            self._wire.close(linger_ms)
+            self._worker.unlisten(self._wire)
+            self._wire.close()
             self._wire = None
 
     def _receive(self) -> None:
         connection = self._wire
-        # what was sent before the connection ended still counts, so messages first
-        while connection is not None and connection is self._wire:
+        if connection is None:
+            return
+        # what was sent before the connection ended still counts
+        for frame in connection.advance():
             try:
-                frames = connection.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            try:
-                if len(frames) != 1:
-                    raise msgspec.DecodeError(f"{len(frames)} frames")
-                message = wire.decode_to_decode(frames[0])
+                message = wire.decode_to_decode(frame)
             except msgspec.DecodeError as error:
                 self._counters["garbage_frames"] += 1
                 log.debug("dropped a frame of %s: %s", self.address, error)
                 continue
             self._take(message)
-        if connection is None or connection is not self._wire:
-            return
-        for lost in connection.lost():
-            if lost.refused:
-                self.lose(FailureKind.CONNECT, "nobody listens there")
-            else:
-                self.lose(FailureKind.PEER_LOST, "its connection ended")
-            return
+            if connection is not self._wire:
+                return
+        if connection.ended:
+            self.lose(FailureKind.CONNECT if connection.refused else FailureKind.PEER_LOST, connection.ended)
 
     def _take(self, message: wire.ToDecode) -> None:
         match message:

@@ -14,18 +14,18 @@ import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
-import zmq
 
 from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.prefill.leases import Claimed, Holder, LeaseBook
 from pd_serve.prefill.session import Session
 from pd_serve.transfer import probe
+from pd_serve.transfer.connection import MAX_FRAME_BYTES, Connection, Listener
 from pd_serve.transfer.handshake import Identity, Reception, check_protocol, shortened
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
-from pd_serve.transfer.sockets import Monitored
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import FailureKind
@@ -33,8 +33,8 @@ from pd_serve.wire.peer import FailureKind
 log = logging.getLogger(__name__)
 
 MAX_PEERS = 256
-MAX_HANDSHAKES = 64  # unfinished ones; a newer one ends the oldest
-HANDSHAKE_S = 5.0  # from Hello to Proof
+MAX_STRANGERS = 64  # connections without a session; a newer one ends the oldest
+HANDSHAKE_S = 5.0  # how long a connection may be one of them
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,6 @@ class LeaseEnded:
 
     key: str
     why: str  # "released" | "expired" | "peer_lost" | "declined"
-
-
-@dataclass(frozen=True)
-class Guest:
-    """A connection whose handshake has not ended."""
-
-    reception: Reception
-    fd: int
-    address: str
-    due_s: float
 
 
 class Outbox:
@@ -66,7 +56,10 @@ class Outbox:
         self._host = host
         self._clock = clock
         self._book = LeaseBook(lease_s)
-        self._guests: OrderedDict[Holder, Guest] = OrderedDict()
+        self._connections: dict[Holder, Connection] = {}
+        self._connections_made = 0
+        self._strangers: OrderedDict[Holder, float] = OrderedDict()  # until when, the oldest first
+        self._receptions: dict[Holder, Reception] = {}  # of strangers that have said Hello
         self._sessions: dict[Holder, Session] = {}
         self._refused: set[tuple[str, str]] = set()  # logged once
         self._events: Mailbox[LeaseEnded] = Mailbox()
@@ -150,29 +143,25 @@ class Outbox:
 
     def start(self, worker: TransferWorker) -> None:
         probe.fill(self._lanes.memory, self._lanes.mover, self._identity.epoch)
-        self._router = Monitored(worker.context, zmq.ROUTER)
-        self._router.socket.set(zmq.ROUTER_MANDATORY, 1)
         try:
-            port = self._router.socket.bind_to_random_port(f"tcp://{self._host}")
-        except zmq.ZMQError as error:
+            self._listener = Listener(self._host)
+        except OSError as error:
             raise TransferError(
                 FailureKind.CONNECT, f"cannot listen on {self._host} for decode nodes ({error}); set --peer-host"
             ) from error
-        self.address = f"tcp://{self._host}:{port}"
-        worker.listen(self._router.socket, self._receive)
-        worker.listen(self._router.monitor, self._connections_lost)
+        self.address = self._listener.address
+        worker.listen(self._listener, self._accept)
 
     def run_due(self, now_s: float) -> float:
         for key in self._book.expire(now_s):
             log.warning("the lease of %s ran out after %g s without a sign of its decode node", key, self._book.lease_s)
             self._ended(key, "expired")
         due_s = self._book.next_expiry_s()
-        for holder, guest in list(self._guests.items()):  # the oldest first
-            if now_s < guest.due_s:
-                due_s = min(due_s, guest.due_s)
+        for holder, until_s in list(self._strangers.items()):
+            if now_s < until_s:
+                due_s = min(due_s, until_s)
                 break
-            del self._guests[holder]
-            self._counters["handshakes_unfinished"] += 1
+            self._turn_away(holder)
         look_s = float("inf")
         for holder, session in list(self._sessions.items()):
             look_s = min(look_s, self._announce(holder, session))
@@ -183,7 +172,9 @@ class Outbox:
             self._send(holder, wire.Bye(self._identity.epoch))
         for session in self._sessions.values():
             session.close()
-        self._router.close(linger_ms=100)
+        for connection in self._connections.values():
+            connection.close()
+        self._listener.close()
 
     # --- transfer thread: calls of the main thread
 
@@ -226,126 +217,153 @@ class Outbox:
             self._end_session(holder, "its blocks cannot be announced")
         return probe.LOOK_S if session.announcing else float("inf")
 
-    # --- transfer thread: messages
+    # --- transfer thread: connections and messages
 
-    def _receive(self) -> None:
-        self._connections_lost()
-        while True:
+    def _accept(self) -> None:
+        for connection in self._listener.accept():
+            self._connections_made += 1
+            holder = self._connections_made.to_bytes(8, "little")
+            connection.max_frame_bytes = wire.MAX_HELLO_BYTES
+            connection.changed = partial(self._worker.interest_changed, connection)
+            self._connections[holder] = connection
+            self._strangers[holder] = self._clock() + HANDSHAKE_S
+            self._worker.listen(connection, partial(self._receive, holder))
+            if len(self._strangers) > MAX_STRANGERS:
+                self._turn_away(next(iter(self._strangers)))
+
+    def _turn_away(self, holder: Holder) -> None:
+        """Ends the connection of a stranger who does not finish a handshake."""
+        self._counters["handshakes_unfinished"] += 1
+        self._hang_up(holder)
+
+    def _hang_up(self, holder: Holder) -> None:
+        self._strangers.pop(holder, None)
+        self._receptions.pop(holder, None)
+        connection = self._connections.pop(holder, None)
+        if connection is not None:
+            self._worker.unlisten(connection)
+            connection.close()
+
+    def _receive(self, holder: Holder) -> None:
+        connection = self._connections[holder]
+        # what was said before the connection ended still counts
+        for frame in connection.advance():
             try:
-                frames = self._router.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            holder = frames[0].bytes
-            known = holder in self._sessions
-            try:
-                if len(frames) != 2:
-                    raise msgspec.DecodeError(f"{len(frames)} frames")
-                if not known and len(frames[1].buffer) > wire.MAX_HELLO_BYTES:
-                    raise msgspec.DecodeError(f"{len(frames[1].buffer)} bytes before the handshake")
-                message = self._decode(holder, frames[1])
+                message = self._decode(holder, frame)
             except msgspec.DecodeError as error:
                 self._counters["garbage_frames"] += 1
-                log.debug("dropped a frame of connection %s: %s", holder.hex(), error)
+                log.debug("dropped a frame of %s: %s", connection.peer, error)
                 continue
             match message:
                 case None:
                     pass
                 case wire.Hello():
-                    self._hello(holder, message, frames[1])
+                    self._hello(holder, message, frame)
                 case wire.Proof():
                     self._proof(holder, message)
                 case wire.Refused():
                     self._rejected(holder, message)
-                case _ if known:
+                case _ if holder in self._sessions:
                     self._handle(holder, message)
                 # else its session has ended, or it never had one: nothing it says can matter
+            if holder not in self._connections:
+                return
+        if connection.ended:
+            self._counters["garbage_frames"] += connection.nonsense
+            self._lost(holder, connection.ended)
 
-    def _decode(self, holder: Holder, frame: zmq.Frame) -> wire.ToPrefill | None:
+    def _lost(self, holder: Holder, why: str) -> None:
+        if holder in self._sessions:
+            self._end_session(holder, why)
+        else:
+            if holder in self._receptions:
+                self._counters["handshakes_unfinished"] += 1
+            self._hang_up(holder)
+
+    def _decode(self, holder: Holder, frame: bytes) -> wire.ToPrefill | None:
         """A message; None for the ``Hello`` of another protocol, which is answered here."""
         try:
-            message: wire.ToPrefill = wire.decode_to_prefill(frame.buffer)
+            message: wire.ToPrefill = wire.decode_to_prefill(frame)
             return message
         except msgspec.DecodeError:
             if holder in self._sessions:
                 raise
-            version = wire.decode_version(frame.buffer)  # raises what is no Hello at all
+            version = wire.decode_version(frame)  # raises what is no Hello at all
             try:
                 check_protocol(self._identity, version)
             except HandshakeError as error:
-                self._refuse(holder, _address(frame), str(error))
+                self._refuse(holder, str(error))
                 return None
             raise
 
     # --- transfer thread: the handshake
 
-    def _hello(self, holder: Holder, hello: wire.Hello, frame: zmq.Frame) -> None:
-        if holder in self._sessions or holder in self._guests:
+    def _hello(self, holder: Holder, hello: wire.Hello, frame: bytes) -> None:
+        if holder not in self._strangers or holder in self._receptions:
             self._counters["garbage_frames"] += 1  # a connection greets once
             return
         try:
             check_protocol(self._identity, hello)
         except HandshakeError as error:
-            self._refuse(holder, _address(frame), str(error))
+            self._refuse(holder, str(error))
             return
-        reception = Reception(self._identity, hello, frame.bytes)
-        now_s = self._clock()
-        self._guests[holder] = Guest(reception, int(frame.get(zmq.SRCFD)), _address(frame), now_s + HANDSHAKE_S)
-        if len(self._guests) > MAX_HANDSHAKES:
-            self._guests.popitem(last=False)
-            self._counters["handshakes_unfinished"] += 1
+        reception = self._receptions[holder] = Reception(self._identity, hello, frame)
         self._send(holder, reception.challenge)
 
     def _rejected(self, holder: Holder, refused: wire.Refused) -> None:
         """The decode node found that this end does not know its secret."""
-        guest = self._guests.pop(holder, None)
-        if guest is not None:
+        reception = self._receptions.pop(holder, None)
+        if reception is not None:
             self._counters["handshakes_unproved"] += 1
-            claimed = guest.reception.hello.node_id
-            self._log_once(guest.address, f"a decode node that says it is {claimed!r} left: {refused.reason!r}")
+            claimed = reception.hello.node_id
+            self._log_once(holder, f"a decode node that says it is {claimed!r} left: {refused.reason!r}")
 
     def _proof(self, holder: Holder, proof: wire.Proof) -> None:
-        guest = self._guests.pop(holder, None)
-        if guest is None:
+        reception = self._receptions.pop(holder, None)
+        if reception is None:
             self._counters["garbage_frames"] += 1
             return
         try:
-            guest.reception.check(proof)
+            reception.check(proof)
         except HandshakeError as error:
             self._counters["handshakes_unproved"] += 1
-            claimed = guest.reception.hello.node_id
-            self._log_once(guest.address, f"refused who says it is decode node {claimed!r}: {error}")
+            claimed = reception.hello.node_id
+            self._log_once(holder, f"refused who says it is decode node {claimed!r}: {error}")
             self._send(holder, wire.Refused("this node could not prove that it knows the prefill node's secret"))
             return
-        self._admit(holder, guest)
+        self._admit(holder, reception)
 
-    def _admit(self, holder: Holder, guest: Guest) -> None:
+    def _admit(self, holder: Holder, reception: Reception) -> None:
         """It knows the secret: what it says is true, as far as it knows."""
-        hello = guest.reception.hello
+        hello = reception.hello
         for other in [h for h, s in self._sessions.items() if s.node_id == hello.node_id]:
             self._end_session(other, "it connected anew")
         memory = self._lanes.memory
         try:
-            pair = guest.reception.pair(memory.regions)
+            pair = reception.pair(memory.regions)
             if len(self._sessions) >= MAX_PEERS:
                 raise HandshakeError(f"prefill node {self._identity.node_id} has {MAX_PEERS} decode nodes already")
-            session = Session(hello, guest.fd, pair, self._lanes, lambda m: self._send(holder, m))
+            session = Session(hello, pair, self._lanes, lambda m: self._send(holder, m))
             described = session.serve()
         except HandshakeError as error:
-            self._refuse(holder, guest.address, str(error), hello.node_id)
+            self._refuse(holder, str(error), hello.node_id)
             return
         session.sums = self._identity.checksums and hello.checksums
         self._counters["handshakes"] += 1
         self._sessions[holder] = session
-        self._send(holder, guest.reception.welcome(memory.regions, described, session.why_not, self._book.lease_s))
+        self._strangers.pop(holder, None)
+        self._connections[holder].max_frame_bytes = MAX_FRAME_BYTES
+        self._send(holder, reception.welcome(memory.regions, described, session.why_not, self._book.lease_s))
         session.welcomed()
 
-    def _refuse(self, holder: Holder, address: str, reason: str, node_id: str = "") -> None:
+    def _refuse(self, holder: Holder, reason: str, node_id: str = "") -> None:
+        """The connection stays for the answer to be read; it is a stranger's."""
         self._counters["handshakes_refused"] += 1
-        self._log_once(address, f"refused decode node {node_id or f'at {address}'}: {reason}")
+        self._log_once(holder, f"refused decode node {node_id or '(it did not say which)'}: {reason}")
         self._send(holder, wire.Refused(reason))
 
-    def _log_once(self, address: str, text: str) -> None:
-        text = shortened(text)
+    def _log_once(self, holder: Holder, text: str) -> None:
+        address, text = self._connections[holder].peer, shortened(text)
         if (address, text) not in self._refused and len(self._refused) < MAX_PEERS:
             self._refused.add((address, text))
             log.warning("%s (from %s)", text, address)
@@ -397,26 +415,20 @@ class Outbox:
                 self._send(holder, wire.Cancel(key, self._book.why_ended(key)))
 
     def _send(self, holder: Holder, message: wire.ToDecode) -> None:
-        try:
-            self._router.socket.send_multipart([holder, wire.encoder.encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
-            self._end_session(holder, "it does not read its messages")
-        except zmq.ZMQError:
-            self._end_session(holder, "its connection is gone")
+        connection = self._connections.get(holder)
+        if connection is not None:
+            connection.send(wire.encoder.encode(message))
+            if connection.ended:
+                self._lost(holder, connection.ended)
 
     # --- transfer thread: ends
-
-    def _connections_lost(self) -> None:
-        """Guests are left to their time-out: why they went may still be among the messages."""
-        for lost in self._router.lost():
-            for holder in [h for h, s in self._sessions.items() if s.fd == lost.fd]:
-                self._end_session(holder, "its connection ended")
 
     def _end_session(self, holder: Holder, why: str) -> None:
         session = self._sessions.pop(holder, None)
         if session is None:
             return
         session.close()
+        self._hang_up(holder)
         keys = self._book.drop(holder)
         log.info("decode node %s: %s; %d leases end with it", session.node_id, why, len(keys))
         for key in keys:
@@ -425,11 +437,3 @@ class Outbox:
     def _ended(self, key: str, why: str) -> None:
         self._counters[f"leases_{why}"] += 1
         self._events.put(LeaseEnded(key, why))
-
-
-def _address(frame: zmq.Frame) -> str:
-    """Where a frame came from."""
-    try:
-        return str(frame.get("Peer-Address"))
-    except zmq.ZMQError:
-        return "an unknown address"

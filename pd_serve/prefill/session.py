@@ -1,7 +1,7 @@
 """One decode node's session at a prefill node: its lanes' readers, and the announcements that wait for their checksums.
 
-Owned by the outbox, used on the transfer thread. It knows nothing of leases: the outbox says what is announced, and drops
-what has ended meanwhile.
+Owned by the outbox, used on the transfer thread. It knows nothing of leases: the outbox says what is announced, and
+drops what has ended meanwhile.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ class _Announcement:
 class Session:
     """``say``: sends a message to the decode node. ``sums``: whether announcements carry checksums."""
 
-    def __init__(
-        self, hello: wire.Hello, fd: int, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]
-    ) -> None:
+    def __init__(self, hello: wire.Hello, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]) -> None:
         self.node_id = hello.node_id
         self.epoch = hello.epoch
-        self.fd = fd  # of its connection
         self.sums = False
         self.lane = ""  # once chosen
         self.why_not: dict[str, str] = {}  # the decode node's other lanes

@@ -25,8 +25,8 @@ from pd_serve.transfer.slices import Slicing
 class BlockMap:
     """Pieces of one group to pull: ``remote[i]`` is read into ``local[i]`` (int64 piece numbers, same length).
 
-    With the same block size on both sides a piece is a block. Otherwise it is a part of a block of the larger side: piece p
-    of a node lies in its block ``p // pieces_per_block``.
+    With the same block size on both sides a piece is a block. Otherwise it is a part of a block of the larger side:
+    piece p of a node lies in its block ``p // pieces_per_block``.
     """
 
     group: int
@@ -96,7 +96,9 @@ class Transport(Protocol):
         """Registers the pool, once, for the life of the transport. Raises TransferError, with what to do about it."""
 
     def describe(self) -> bytes:
-        """What a peer's transport of this name needs beside the :class:`Pair`; sent in the handshake. After ``register``."""
+        """What a peer's transport of this name needs beside the :class:`Pair`; sent in the handshake. After
+        ``register``.
+        """
 
     def connect(self, source: bytes, pair: Pair, send: Send) -> Peer:
         """Reader: prepares reading from a source that described itself so. Raises TransferError, HandshakeError."""

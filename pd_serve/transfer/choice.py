@@ -34,7 +34,9 @@ def lanes_for(
     if wanted not in ("auto", *NAMES):
         raise ConfigError(f"unknown transport {wanted!r}; known: auto, {', '.join(NAMES)}")
     if wanted == "nvlink" and memory.device is None:
-        raise ConfigError("transport nvlink reads GPU memory, and this node's KV is in host memory; set --transport auto")
+        raise ConfigError(
+            "transport nvlink reads GPU memory, and this node's KV is in host memory; set --transport auto"
+        )
 
     def nvlink(mover: Mover) -> Transport:
         from pd_serve.memory.cuda_driver import CudaDriver

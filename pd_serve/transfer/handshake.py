@@ -1,8 +1,8 @@
 """Whether two nodes may and can exchange blocks: the first messages of a peer connection, without sockets or clocks.
 
-:class:`Greeting` is the reader's half, :class:`Reception` the source's; each belongs to one connection. What comes from a
-peer is checked here before anything is made of it. The source says nothing of itself before the reader has proved that
-it knows the secret.
+:class:`Greeting` is the reader's half, :class:`Reception` the source's; each belongs to one connection. What comes
+from a peer is checked here before anything is made of it. The source says nothing of itself before the reader has
+proved that it knows the secret.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The lanes of a node: the transports that it could start, each registered with the pool, and what moves bytes for them.
+"""The lanes of a node: the transports that it could start, each registered with the pool, and what moves bytes for
+them.
 
-Made by :mod:`pd_serve.transfer.choice` (and by benchmarks), owned by the transfer thread: everything but the constructor
-runs there. Which lane a *pair* of nodes uses is settled by their self-test (:mod:`pd_serve.transfer.probe`).
+Made by :mod:`pd_serve.transfer.choice` (and by benchmarks), owned by the transfer thread: everything but the
+constructor runs there. Which lane a *pair* of nodes uses is settled by their self-test
+(:mod:`pd_serve.transfer.probe`).
 """
 
 from __future__ import annotations

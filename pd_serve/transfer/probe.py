@@ -1,11 +1,11 @@
 """The self-test of a new pair: every lane that both ends have reads the source's probe region; the fastest is used.
 
-Run by a decode node's inbox on the transfer thread, in turns that never wait. A lane passes when exactly the bytes came that
-the source wrote: a pattern made of its epoch, at every position another word. What a lane delivers is then known, what it
-costs is measured, and a slow one is said to be slow before the first request finds out.
+Run by a decode node's inbox on the transfer thread, in turns that never wait. A lane passes when exactly the bytes
+came that the source wrote: a pattern made of its epoch, at every position another word. What a lane delivers is then
+known, what it costs is measured, and a slow one is said to be slow before the first request finds out.
 
-One pair is tested at a time, so that pairs do not slow each other down. The reader's probe region is divided into *slots*:
-a lane that hangs keeps its slot for as long as it may still write there, and others are tested in the rest.
+One pair is tested at a time, so that pairs do not slow each other down. The reader's probe region is divided into
+*slots*: a lane that hangs keeps its slot for as long as it may still write there, and others are tested in the rest.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A timer that a poller can wait for beside its sockets, exact to some microseconds.
 
-ZeroMQ's poller, like poll and epoll, knows only whole milliseconds, and a sleep cannot be woken by a message. Python
+A poller knows only whole milliseconds, and a sleep cannot be woken by a message. Python
 has timerfd from 3.13 on; before that it is called through ctypes. Used by the transfer thread alone.
 """
 

@@ -9,15 +9,15 @@ again at short intervals, and it sleeps in between: it never spins on a core tha
 from __future__ import annotations
 
 import logging
+import select
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
-
-import zmq
+from typing import Protocol
 
 from pd_serve.errors import TransferError
+from pd_serve.transfer.connection import Resolved, is_numeric, resolve
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.timer import Timer
@@ -43,6 +43,16 @@ class Service(Protocol):
         """Says goodbye and closes the sockets."""
 
 
+class Source(Protocol):
+    """What the thread can wait for beside its own timer and calls."""
+
+    def fileno(self) -> int: ...
+
+    @property
+    def interest(self) -> int:
+        """``select.EPOLLIN``, ``EPOLLOUT``."""
+
+
 class TransferWorker:
     """The thread. ``lanes`` start on it: NIXL takes 0.4 s, which overlaps with loading a model."""
 
@@ -53,9 +63,10 @@ class TransferWorker:
         self._calls: Mailbox[Callable[[], object]] = Mailbox()
         self._ready: Future[None] = Future()
         self._stopping = False
-        self._handlers: dict[zmq.Socket[bytes] | int, Callable[[], object]] = {}
+        self._handlers: dict[int, Callable[[], object]] = {}  # by file descriptor
         self.internal_errors = 0
         self._timer = Timer()
+        self._poller = select.epoll()
         self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
 
     # --- main thread
@@ -91,35 +102,47 @@ class TransferWorker:
 
     # --- transfer thread
 
-    def listen(self, socket: zmq.Socket[bytes], handler: Callable[[], object]) -> None:
-        """Calls ``handler`` whenever ``socket`` is readable; it must read all there is."""
-        self._handlers[socket] = handler
-        self._poller.register(socket, zmq.POLLIN)
+    def resolve(self, address: str, then: Callable[[Resolved | OSError], object]) -> None:
+        """Calls ``then`` with what an address stands for; later, where it takes a name service to know that."""
+        if is_numeric(address):
+            then(_resolved(address))
+        else:
+            ask = threading.Thread(target=lambda: self.call(then, _resolved(address)), name="pd-resolve", daemon=True)
+            ask.start()
 
-    def unlisten(self, socket: zmq.Socket[bytes]) -> None:
-        if self._handlers.pop(socket, None) is not None:
-            self._poller.unregister(socket)
+    def listen(self, source: Source, handler: Callable[[], object]) -> None:
+        """Calls ``handler`` whenever ``source`` can do what it is interested in, until ``unlisten``."""
+        self._handlers[source.fileno()] = handler
+        self._poller.register(source.fileno(), source.interest)
+
+    def interest_changed(self, source: Source) -> None:
+        self._poller.modify(source.fileno(), source.interest)
+
+    def unlisten(self, source: Source) -> None:
+        """Before ``source`` is closed."""
+        if self._handlers.pop(source.fileno(), None) is not None:
+            self._poller.unregister(source.fileno())
 
     def _run(self) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         try:
-            self._poller = zmq.Poller()
-            self._poller.register(self._calls.fileno(), zmq.POLLIN)
-            self._poller.register(self._timer.fileno(), zmq.POLLIN)
+            self._poller.register(self._calls.fileno(), select.EPOLLIN)
+            self._poller.register(self._timer.fileno(), select.EPOLLIN)
             self.lanes.start()
             self._service.start(self)
         except Exception as error:
             self._guarded(self.lanes.close)
-            self.context.destroy(linger=0)
-            self._timer.close()
+            self._close_poller()
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
         while not self._stopping:
-            self._turn()
+            self._guarded(self._turn)
         self._guarded(self._service.stop)
         self._guarded(self.lanes.close)
-        self._guarded(lambda: self.context.destroy(linger=0))
+        self._close_poller()
+
+    def _close_poller(self) -> None:
+        self._poller.close()
         self._timer.close()
 
     def _turn(self) -> None:
@@ -132,12 +155,12 @@ class TransferWorker:
             delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
         except Exception:
             self._internal_error()
-        for source, _ in self._wait(delay_s):
-            handler = self._handlers.get(source)
+        for descriptor, _ in self._wait(delay_s):
+            handler = self._handlers.get(descriptor)
             if handler is not None:
                 self._guarded(handler)
 
-    def _wait(self, delay_s: float) -> list[tuple[Any, int]]:
+    def _wait(self, delay_s: float) -> list[tuple[int, int]]:
         if delay_s <= 0:
             return self._poller.poll(0)
         self._timer.arm(min(delay_s, MAX_SLEEP_S))
@@ -155,3 +178,10 @@ class TransferWorker:
     def _internal_error(self) -> None:
         self.internal_errors += 1
         log.exception("a fault on the transfer thread")
+
+
+def _resolved(address: str) -> Resolved | OSError:
+    try:
+        return resolve(address)
+    except OSError as error:
+        return error

@@ -46,7 +46,7 @@ class Source(msgspec.Struct, frozen=True):
 
     node_id: str
     epoch: str
-    address: str  # ZeroMQ endpoint of the prefill engine's peer channel, e.g. tcp://10.0.0.1:7301
+    address: str  # of the prefill engine's peer channel, e.g. tcp://10.0.0.1:7301
 
 
 class Submit(msgspec.Struct, tag="submit"):

@@ -1,6 +1,6 @@
 """Messages between the engines of two nodes (the *peer channel*): a decode engine dials a prefill engine.
 
-ZeroMQ DEALER (decode) to ROUTER (prefill), one frame a message, MessagePack. KV bytes never travel
+TCP, one frame a message (:mod:`pd_serve.transfer.connection`), MessagePack. KV bytes never travel
 here: they are read over one of the lanes that the handshake found both ends to have.
 
 A connection begins so: ``Hello``, ``Challenge``, ``Proof``, ``Welcome``, then ``LaneMessage`` as lanes need

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import zmq
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.transfer import probe
@@ -17,12 +18,13 @@ from pd_serve.transfer.host_mover import HostMover
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
+from tests.transfer.frames import Frames
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, Pool, identity, until
 from tests.transfer.scripted import Script, copy_lanes
 
 
 class Scripted:
-    """A ROUTER socket that answers a handshake properly and everything else as the test says."""
+    """A socket that answers a handshake properly and everything else as the test says."""
 
     def __init__(self) -> None:
         self.pool = Pool(SMALL, 64, seed=2)
@@ -33,7 +35,6 @@ class Scripted:
         self.answers_heartbeats = True
         self.release_valid = True
         self.heard: list[wire.ToPrefill] = []
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stop = False
         self._port = 0
         self.open()
@@ -47,12 +48,9 @@ class Scripted:
         return Source("S", self.identity.epoch, f"tcp://127.0.0.1:{self._port}")
 
     def open(self) -> None:
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        if self._port:
-            self._socket.bind(f"tcp://127.0.0.1:{self._port}")
-        else:
-            self._port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self._listener = socket.create_server(("127.0.0.1", self._port))
+        self._port = self._listener.getsockname()[1]
+        self._listener.settimeout(0.005)
         self._stop = False
         self._outbound: list[bytes] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -65,13 +63,24 @@ class Scripted:
         until(lambda: any(isinstance(m, kind) for m in self.heard))
 
     def _serve(self) -> None:
-        who = b""
+        """The newest connection is the one that is spoken to."""
+        peer: Frames | None = None
         while not self._stop:
-            while who and self._outbound:
-                self._socket.send_multipart([who, self._outbound.pop(0)])
-            if not self._socket.poll(5):
+            with contextlib.suppress(TimeoutError):
+                peer = Frames(self._listener.accept()[0])
+            if peer is None:
                 continue
-            who, frame = self._socket.recv_multipart()
+            while self._outbound:
+                with contextlib.suppress(OSError):
+                    peer.send(self._outbound.pop(0))
+            if not peer.poll(0.002):
+                continue
+            try:
+                frame = peer.receive()
+            except EOFError:
+                peer.close()
+                peer = None
+                continue
             message = wire.decode_to_prefill(frame)
             self.heard.append(message)
             for early in self.before.get(type(message), []):
@@ -87,7 +96,9 @@ class Scripted:
                     self.say(wire.HeartbeatAck(message.seq, []))
                 case wire.Release(done=True):
                     self.say(wire.Released(message.key, self.release_valid))
-        self._socket.close()
+        self._listener.close()
+        if peer is not None:
+            peer.close()
 
     def shut(self) -> None:
         self._stop = True
@@ -95,7 +106,6 @@ class Scripted:
 
     def close(self) -> None:
         self.shut()
-        self._context.term()
 
 
 @pytest.fixture

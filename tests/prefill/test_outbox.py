@@ -1,4 +1,4 @@
-"""The outbox over its real socket, spoken to by a bare ZeroMQ client; time passes when the test says so."""
+"""The outbox over its real socket, spoken to by a bare client; time passes when the test says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
-import zmq
 
 from pd_serve.errors import HandshakeError
 from pd_serve.memory.region import PROBE_BLOCKS
@@ -19,6 +18,7 @@ from pd_serve.transfer import auth, probe
 from pd_serve.transfer.auth import Prover
 from pd_serve.transfer.handshake import Greeting
 from pd_serve.wire import peer as wire
+from tests.transfer.frames import Frames
 from tests.transfer.harness import LARGE, SMALL, Clock, Pool, PrefillEnd, identity, until
 from tests.transfer.scripted import Script, copy_lanes
 
@@ -31,10 +31,7 @@ class Client:
     def __init__(
         self, end: PrefillEnd, node_id: str = "D", lanes: dict[str, bytes] | None = None, **other: object
     ) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.connect(end.outbox.address)
+        self.socket = Frames.dial(end.outbox.address)
         self.identity = identity(node_id, SMALL, **other)
         self.pool = Pool(self.identity.layout, 8)
         lanes = {"copy": b"copy"} if lanes is None else lanes
@@ -44,8 +41,8 @@ class Client:
         self.socket.send(wire.encoder.encode(message))
 
     def hear(self) -> wire.ToDecode:
-        assert self.socket.poll(5000), "no answer"
-        return wire.decode_to_decode(self.socket.recv())
+        assert self.socket.poll(5), "no answer"
+        return wire.decode_to_decode(self.socket.receive())
 
     def greet(self) -> wire.ToDecode:
         """A whole handshake; what ends it."""
@@ -68,7 +65,6 @@ class Client:
 
     def close(self) -> None:
         self.socket.close()
-        self.context.term()
 
 
 @pytest.fixture
@@ -282,9 +278,8 @@ def test_garbage_is_dropped_and_counted(end: PrefillEnd, client: Client) -> None
     frames = [b"", b"\xff", os.urandom(64), b"\x81\xa4type\xa4nope", b"\x81\xa4type\xa5claim", os.urandom(1 << 20)]
     for frame in frames:
         client.socket.send(frame)
-    client.socket.send_multipart([b"two", b"frames"])
     assert client.sync() == []
-    assert end.outbox.counters()["garbage_frames"] == len(frames) + 1
+    assert end.outbox.counters()["garbage_frames"] == len(frames)
     stranger = Client(end, "X")
     stranger.say(wire.Claim("k"))  # no handshake
     stranger.say(wire.Heartbeat(1, ["k"]))
@@ -393,22 +388,36 @@ def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: 
     clock.now_s += outbox.HANDSHAKE_S
     end.outbox.wake()
     until(lambda: end.outbox.counters()["handshakes_unfinished"] == 1)
-    idle.say(idle.greeting.prove(challenge))
-    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    assert idle.socket.ended()
     idle.close()
     gone = Client(end, "X")
     gone.socket.send(gone.greeting.hello)
     gone.hear()
     gone.close()
+    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 2)
+    silent = Client(end, "X")
+    client.sync()  # its connection was accepted
     clock.now_s += outbox.HANDSHAKE_S
     end.outbox.wake()
-    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 2)
+    assert silent.socket.ended()
+    silent.close()
+
+
+def test_a_stream_of_something_else_is_ended(end: PrefillEnd, client: Client) -> None:
+    stranger = Client(end, "X")
+    stranger.socket.raw.sendall(b"GET / HTTP/1.1\r\nHost: prefill\r\n\r\n")
+    assert stranger.socket.ended()
+    assert end.outbox.counters()["garbage_frames"] == 1
+    stranger.close()
+    client.socket.raw.sendall(b"\xff\xff\xff\xff")
+    assert client.socket.ended()
 
 
 def test_handshakes_at_once_are_bounded(end: PrefillEnd, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "MAX_HANDSHAKES", 3)
-    many = [Client(end, f"X{i}") for i in range(6)]
-    for one in many:
+    monkeypatch.setattr(outbox, "MAX_STRANGERS", 3)
+    many: list[Client] = []
+    for number in range(6):
+        many.append(one := Client(end, f"X{number}"))
         one.socket.send(one.greeting.hello)
         assert isinstance(one.hear(), wire.Challenge)
     assert end.outbox.counters()["handshakes_unfinished"] == 3

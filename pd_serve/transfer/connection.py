@@ -1,0 +1,238 @@
+"""The peer channel's connections: frames over TCP, read and written on the transfer thread itself.
+
+A message that another thread carries in between costs two more wake-ups a hop, which on an idle machine is longer than
+NVLink takes for a whole chunk; so the transfer thread owns its sockets, and its poller is all that a message wakes.
+Nothing here waits. A frame is its length (4 bytes, little-endian), then its bytes.
+
+A process that dies closes its connections; a machine that vanishes is noticed by TCP after ``SILENCE_S``. The kernel
+answers TCP for a process that is stopped: that is for the heartbeats among the messages to find out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import select
+import socket
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
+
+from pd_serve.net import netloc
+
+SILENCE_S = 6
+
+MAX_FRAME_BYTES = 16 << 20
+MAX_UNSENT_BYTES = 64 << 20  # what a peer may leave unread before it counts as lost
+READ_BYTES = 256 << 10
+READS_A_TURN = 16  # so that one peer that talks much does not silence the others
+
+_LENGTH_BYTES = 4
+
+
+class Connection:
+    """One connection. ``ended``: why it is over; empty while it lives. ``refused``: it never came about.
+
+    ``nonsense``: it ended because the other end does not speak this protocol.
+    """
+
+    def __init__(self, connected: socket.socket, *, connecting: bool = False) -> None:
+        self.ended = ""
+        self.refused = False
+        self.nonsense = False
+        self.max_frame_bytes = MAX_FRAME_BYTES
+        self.changed: Callable[[], None] = lambda: None  # called when ``interest`` has changed
+        self._socket = connected
+        self._connecting = connecting
+        self._unsent = bytearray()
+        self._received = bytearray()
+        connected.setblocking(False)
+        _tune(connected)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def interest(self) -> int:
+        """What to poll for."""
+        return select.EPOLLIN | (select.EPOLLOUT if self._connecting or self._unsent else 0)
+
+    @property
+    def peer(self) -> str:
+        """The other end's address, for people."""
+        try:
+            return str(self._socket.getpeername()[0])
+        except OSError:
+            return "unknown"
+
+    def send(self, frame: bytes) -> None:
+        """Sends, now or later, as long as the connection lives. A peer that does not read ends it."""
+        if self.ended:
+            return
+        idle = not self._unsent and not self._connecting
+        self._unsent += len(frame).to_bytes(_LENGTH_BYTES, "little")
+        self._unsent += frame
+        if idle:
+            self._flush()
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self.ended = "it does not read its messages"
+        if idle and self._unsent:
+            self.changed()
+
+    def advance(self) -> list[bytes]:
+        """Does what the poller has found possible; returns the frames that came, the last ones of an ended one too."""
+        if self._connecting and not self._connected():
+            return []
+        if self._unsent:
+            self._flush()
+            if not self._unsent:
+                self.changed()
+        if not self.ended:
+            self._read()
+        return self._frames()
+
+    def _connected(self) -> bool:
+        error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self.refused = True
+            self.ended = "nobody listens there"
+            return False
+        try:
+            self._socket.getpeername()
+        except OSError:
+            return False  # not yet
+        self._connecting = False
+        if not self._unsent:
+            self.changed()
+        return True
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent)
+                del self._unsent[:sent]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._unsent.clear()  # what the peer said before is still to be read
+
+    def _read(self) -> None:
+        try:
+            for _ in range(READS_A_TURN):
+                data = self._socket.recv(READ_BYTES)
+                if not data:
+                    self.ended = "its connection ended"
+                    return
+                self._received += data
+                if len(data) < READ_BYTES:
+                    return
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.ended = "its connection ended"
+
+    def _frames(self) -> list[bytes]:
+        frames = []
+        at = 0
+        while len(self._received) >= at + _LENGTH_BYTES:
+            size = int.from_bytes(self._received[at : at + _LENGTH_BYTES], "little")
+            if size > self.max_frame_bytes:
+                self.nonsense = True
+                self.ended = f"it announces a message of {size} bytes, which cannot be"
+                break
+            end = at + _LENGTH_BYTES + size
+            if len(self._received) < end:
+                break
+            frames.append(bytes(self._received[at + _LENGTH_BYTES : end]))
+            at = end
+        del self._received[:at]
+        return frames
+
+    def close(self) -> None:
+        """Ends it; what was sent last is still delivered where the network takes it at once."""
+        self._flush()
+        with contextlib.suppress(OSError):
+            # unread bytes would turn the end into a reset, which can overtake what was sent last
+            for _ in range(READS_A_TURN):
+                if not self._socket.recv(READ_BYTES):
+                    break
+        self._socket.close()
+        self.ended = self.ended or "closed"
+
+
+class Listener:
+    """Accepts connections. ``host``: the address to bind; the port is any free one. Raises OSError."""
+
+    def __init__(self, host: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family, backlog=128)
+        self._socket.setblocking(False)
+        self.address = f"tcp://{netloc(host, self._socket.getsockname()[1])}"
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def interest(self) -> int:
+        return select.EPOLLIN
+
+    def accept(self) -> list[Connection]:
+        """Those that have come."""
+        accepted = []
+        with contextlib.suppress(BlockingIOError, ConnectionError, InterruptedError):
+            while True:
+                accepted.append(Connection(self._socket.accept()[0]))
+        return accepted
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+Resolved = Sequence[tuple[int, tuple[object, ...]]]  # family and address, in the order to try
+
+
+def resolve(address: str) -> Resolved:
+    """What ``tcp://host:port`` stands for. Blocks where the host is a name. Raises OSError."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise OSError(str(error)) from error
+    if parts.scheme != "tcp" or not host or not port:
+        raise OSError(f"{address!r} is not of the form tcp://host:port")
+    return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_numeric(address: str) -> bool:
+    """Whether no name service is needed to resolve it; also for what cannot be resolved at all."""
+    try:
+        host = urlsplit(address).hostname
+    except ValueError:
+        return True
+    try:
+        ipaddress.ip_address(host or "")
+    except ValueError:
+        return not host
+    return True
+
+
+def dial(resolved: Resolved) -> Connection:
+    """Begins to connect to the first address. Raises OSError where it cannot even begin."""
+    family, address = resolved[0]
+    dialling = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        dialling.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            dialling.connect(address)
+    except OSError:
+        dialling.close()
+        raise
+    return Connection(dialling, connecting=True)
+
+
+def _tune(connected: socket.socket) -> None:
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S // 2 - 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
