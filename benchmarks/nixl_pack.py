@@ -3,7 +3,7 @@
     python -m benchmarks.nixl_pack --device host
     python -m benchmarks.nixl_pack --device cuda --devices 0,1 --size 268435456
 
-Two processes with a pool of bytes each; control messages go over ZeroMQ, and threads sleep in between.
+Two processes with a pool of bytes each; control messages go as between nodes, and threads sleep in between.
 Every pull is checked by checksums on both sides. ``ratio`` is to the faster of the two contiguous rates.
 """
 
@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import select
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import zmq
 
+from pd_serve.bench.transfer.link import Link
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
+from pd_serve.transfer.connection import Listener
 from pd_serve.transfer.mover import Mover
 from pd_serve.transfer.nixl import Limits, NixlTransport
 from pd_serve.transfer.nixl.limits import limits_of
@@ -76,24 +75,23 @@ class End:
         return work.result()
 
 
-def wait(socket: Any, delay_s: float) -> Iterator[bytes]:
+def wait(link: Link, delay_s: float) -> Iterator[bytes]:
     """Messages, after ``delay_s`` or as soon as there is one."""
-    if not socket.poll(0) and delay_s > 0:
-        select.select([socket.fileno()], [], [], min(delay_s, 0.1))  # ZeroMQ's poller knows only milliseconds
-    while socket.poll(0):
-        yield socket.recv()
+    message = link.take(min(delay_s, 0.1))
+    while message is not None:
+        yield message
+        message = link.take()
 
 
 def source(pipe: Connection, url: str, device: int | None, size: int) -> None:
     end = End(device, size, 1)
-    socket = zmq.Context().socket(zmq.PAIR)
-    socket.connect(url)
+    link = Link.dial(url)
     served: Any = None
     pair: Any = None
     pipe.send(None)
     while True:
         delay_s = end.transport.progress() if served is not None else 0.01
-        for message in wait(socket, delay_s):
+        for message in wait(link, delay_s):
             if message == b"quit":
                 return
             if message == b"command":
@@ -102,7 +100,7 @@ def source(pipe: Connection, url: str, device: int | None, size: int) -> None:
                         end.open(layout, limits)
                         pipe.send((end.transport.describe(), end.memory.regions))
                     case ("serve", description, pair):
-                        served = end.transport.serve(description, pair, socket.send)
+                        served = end.transport.serve(description, pair, link.send)
                         pipe.send(None)
                     case ("sums", pieces):
                         pipe.send(end.sums(pair.slicings[0].source_rows(pair.source[0], pieces)))
@@ -119,17 +117,17 @@ class Bench:
     def __init__(self, devices: tuple[int | None, int | None], size: int) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, child = spawn.Pipe()
-        self.folder = tempfile.TemporaryDirectory()
-        url = f"ipc://{self.folder.name}/socket"
-        self.socket = zmq.Context().socket(zmq.PAIR)
-        self.socket.bind(url)
-        self.process = spawn.Process(target=source, args=(child, url, devices[0], size), daemon=True)
+        listener = Listener("127.0.0.1")
+        self.process = spawn.Process(target=source, args=(child, listener.address, devices[0], size), daemon=True)
         self.process.start()
+        while not (came := listener.accept()):
+            time.sleep(0.01)
+        self.link = Link(came[0])
         self.end = End(devices[1], size, 2)
         self.pipe.recv()
 
     def ask(self, *what: Any) -> Any:
-        self.socket.send(b"command")
+        self.link.send(b"command")
         self.pipe.send(what if len(what) > 1 else what[0])
         return self.pipe.recv()
 
@@ -138,7 +136,7 @@ class Bench:
         description, regions = self.ask("open", theirs, limits)
         self.pair = Pair(slicings(theirs, ours), regions, self.end.memory.regions)
         self.ask("serve", self.end.transport.describe(), self.pair)
-        self.peer = self.end.transport.connect(description, self.pair, self.socket.send)
+        self.peer = self.end.transport.connect(description, self.pair, self.link.send)
 
     def close(self) -> None:
         self.peer.close()
@@ -155,7 +153,7 @@ class Bench:
             pulls = [self.end.transport.pull(self.peer, item) for item in maps]
             started = time.perf_counter() - began
             while not all(pull.poll() is not PullState.RUNNING for pull in pulls):
-                for message in wait(self.socket, min(self.end.transport.progress(), look_s)):
+                for message in wait(self.link, min(self.end.transport.progress(), look_s)):
                     self.peer.receive(message)
             seconds = time.perf_counter() - began
             for pull in pulls:
@@ -248,7 +246,7 @@ def main() -> None:
             ("TP 1 to 2", a, layout_of(block, 16, 2)),
         ):
             measure(f"{block >> 10} KiB, {what}, as configured", theirs, ours, limits, "random", limit)
-    bench.socket.send(b"quit")
+    bench.link.send(b"quit")
     bench.process.join(10)
 
 

@@ -115,7 +115,7 @@ class PeerLanes:
         return f"{self.chosen.name} ({rate})" + "".join(f"; not {name}: {why}" for name, why in self.why_not.items())
 
     def receive(self, message: wire.LaneMessage) -> None:
-        """Raises TransferError when the lane in use cannot make sense of it; one that is still tested is left to fail."""
+        """Raises TransferError when the lane in use cannot make sense of it; one under test is left to fail."""
         peer = self._peers.get(message.lane)
         if peer is None:  # closed meanwhile
             return

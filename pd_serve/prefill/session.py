@@ -51,7 +51,7 @@ class Session:
     # --- lanes
 
     def serve(self) -> dict[str, bytes]:
-        """Prepares each lane that both have; returns how they describe themselves. Raises HandshakeError without any."""
+        """Prepares each lane that both have; returns their descriptions. Raises HandshakeError without any."""
         ours = self._lanes.transports
         described: dict[str, bytes] = {}
         for name, theirs in self._described.items():

@@ -110,6 +110,6 @@ class Transport(Protocol):
         """Source: a reader that described itself so has authenticated itself. Raises TransferError, HandshakeError."""
 
     def progress(self) -> float:
-        """Does what is due; returns in how many seconds it wants to be called again (``inf``: when something happens)."""
+        """Does what is due; returns in how many seconds it wants to be called again (``inf``: when woken)."""
 
     def close(self) -> None: ...

@@ -60,7 +60,7 @@ class Mover(Protocol):
         """
 
     def write(self, address: int, data: bytes) -> None:
-        """Copies host bytes to ``address`` and returns when they are there: for a few MiB (the self-test), not for KV."""
+        """Copies host bytes to ``address``, and returns when they are there: for the self-test, not for KV."""
 
     def allocate(self, size_bytes: int) -> int:
         """Memory of this kind for staging, alive until ``close``: its address, 4096-byte aligned."""

@@ -29,8 +29,8 @@ SLOTS = 4
 SLOT_BLOCKS = PROBE_BLOCKS // SLOTS
 WORDS = PROBE_BLOCK_BYTES // 4
 
-# A timed pull reads its slot so often: 4 MiB, and where that took no time to speak of, 32 MiB.
-REPEATS, MORE_REPEATS = 4, 32
+# A timed pull reads its slot so often: 4 MiB; where that took no time to speak of, 32 MiB; and then 256 MiB.
+FEWEST_REPEATS, MORE, MOST_REPEATS = 4, 8, 256
 TOO_SHORT_S = 1e-3
 # It is looked after without a pause for so long: a turn of the thread costs as much as an NVLink needs for 10 MiB.
 SPIN_S = 1e-3
@@ -142,9 +142,8 @@ class _LaneTest:
     def _pull(self) -> None:
         group = len(self._pair.slicings) - 1
         self._pulled_s = time.perf_counter()
-        self.pull = self.lane.transport.pull(
-            self.lane.peer, [BlockMap(group, self._remote, self._local)] * max(1, self._repeats)
-        )
+        remote, local = (np.tile(pieces, max(1, self._repeats)) for pieces in (self._remote, self._local))
+        self.pull = self.lane.transport.pull(self.lane.peer, [BlockMap(group, remote, local)])
 
     def _look(self) -> None:
         while self.pull is not None:
@@ -172,8 +171,8 @@ class _LaneTest:
             self.rate = max(self.rate, size / seconds)
             self.size_bytes += size
             self.seconds += seconds
-        if not self._repeats or (self._repeats == REPEATS and seconds < TOO_SHORT_S):
-            self._repeats = MORE_REPEATS if self._repeats else REPEATS
+        if not self._repeats or (self._repeats < MOST_REPEATS and seconds < TOO_SHORT_S):
+            self._repeats = self._repeats * MORE or FEWEST_REPEATS
             self._pull()
         else:
             self._sums = self._mover.checksums(self._pair.slicings[-1].reader_rows(self._region, self._local))

@@ -166,7 +166,7 @@ def test_few_or_large_descriptors_are_read_directly_and_many_small_ones_packed(m
     assert session.finish(few, neighbours) == [PullState.DONE] * 2
     assert session.source.transport._packer.ring is None
     many = session.pull(blocks(0, everywhere, everywhere), blocks(1, [5], [6]))
-    assert many.num_descriptors == 1, "the single block, directly"
+    assert many.num_descriptors > 1, "the single block, directly, and chunks"
     assert session.finish(many) == [PullState.DONE]
     rings_are_free(session)
     assert np.array_equal(session.reader.groups[0][1:], session.source.groups[0][1:])

@@ -32,7 +32,6 @@ class Job(msgspec.Struct, frozen=True):
     repeats: int = 5
     warmup: int = 2
     under_load: bool = False
-    directory: str = ""  # private, for sockets
     lock: str = ""  # a file: whoever holds it measures, while others start
 
 

@@ -1,4 +1,4 @@
-"""What the reader and a source say to each other: MessagePack over a ZeroMQ socket in a private directory."""
+"""What the reader and a source say to each other: MessagePack over a connection of their own."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import msgspec
-import zmq
 
 from pd_serve import records
 from pd_serve.bench.transfer.job import LIMIT, Job, cases, layouts
@@ -25,12 +24,9 @@ from pd_serve.errors import PDServeError
 def run(job: Job) -> None:
     """All of the job; results go out as records. Raises PDServeError."""
     source_layouts, reader_layout = layouts(job)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
-        stack.callback(context.destroy, linger=0)
-        directory = Path(job.directory)
         # before any library starts threads here: see Child
-        sources = [SourceProcess(context, directory, rank, layout) for rank, layout in enumerate(source_layouts)]
+        sources = [SourceProcess(rank, layout) for rank, layout in enumerate(source_layouts)]
         for source in sources:
             stack.callback(source.close)
         # torch takes a second or two to import: both processes do it at the same time

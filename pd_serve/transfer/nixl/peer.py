@@ -82,6 +82,7 @@ class NixlPeer:
         if items:
             chunk_bytes = max(self._limits.chunk_bytes, packed_bytes // 4)
             packed = PackedPull(items, packed_bytes, chunk_bytes)
+            descriptors += -(-packed_bytes // chunk_bytes)
             self.unpacker.start(packed)
         if remote_ids:
             try:
