@@ -51,6 +51,9 @@ class _Buffers:
     def __init__(self) -> None:
         self._free: dict[int, list[tuple[int, int]]] = {}
         self._all: list[tuple[int, int]] = []
+        # allocating takes milliseconds: what pulls usually need is there before the first one
+        for taken in [self.take(1 << bits) for bits in range(12, 21) for _ in range(2)]:
+            self.give_back(taken)
 
     def take(self, size_bytes: int) -> Scratch:
         size = 1 << max(12, (size_bytes - 1).bit_length())

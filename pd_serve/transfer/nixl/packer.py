@@ -165,7 +165,7 @@ class Packer:
         self._reclaim(now_s)
         while self._waiting and self.ring.num_free:
             self._start(self._waiting.popleft())
-        self._finish(now_s)  # what the host copied at once
+            self._finish(now_s)  # the first slots are read while the others are still being packed
         if self._packing:
             return LOOK_S
         oldest = next(iter(self._packed), None)
