@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
 
+# Beside a GPU the thread stays awake for so long to hear that a lease was valid: waking up takes as long as the answer.
+ANSWER_S = 1e-3
+
 # How soon to look at a transfer again: a tenth of its age, so that looking costs and delays little.
 LOOK_MIN_S, LOOK_MAX_S = 50e-6, 20e-3
 LOOK_DRAINING_MAX_S = 0.1
@@ -98,6 +101,7 @@ class Inbox:
         self._identity = identity
         self._layout = identity.layout
         self._lanes = lanes
+        self._on_gpu = lanes.memory.device is not None
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._peers: dict[str, PrefillPeer] = {}  # by address
@@ -191,7 +195,9 @@ class Inbox:
     def run_due(self, now_s: float) -> float:
         due_s = float("inf")
         for job in [j for j in self._keys.values() if j.stage in (Stage.PULLING, Stage.RELEASING)]:
-            if now_s >= job.moved_s + self._pull_timeout_s:
+            if self._on_gpu and job.stage is Stage.RELEASING and now_s < job.moved_s + ANSWER_S:
+                due_s = min(due_s, now_s + LOOK_MIN_S)
+            elif now_s >= job.moved_s + self._pull_timeout_s:
                 self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {self._pull_timeout_s:g} s")
             else:
                 due_s = min(due_s, job.moved_s + self._pull_timeout_s)

@@ -34,6 +34,8 @@ class Side:
 
     def starts(self, pieces: I64) -> I64:
         """Byte offsets from the region's address."""
+        if self.pieces_per_block == 1:  # divisions are slow, and lists long
+            return pieces * self.block_bytes
         block, part = pieces // self.pieces_per_block, pieces % self.pieces_per_block
         return block * self.block_bytes + part * self.step_bytes
 

@@ -18,6 +18,7 @@ from pd_serve.transfer.base import PullState
 from pd_serve.transfer.host_mover import HostMover
 from pd_serve.transfer.nvlink import NvlinkTransport, messages, sources
 from pd_serve.transfer.nvlink import peer as peer_module
+from pd_serve.transfer.nvlink import transport as transport_module
 from tests.memory.memfd import MemfdDriver
 from tests.transfer.nvlink_ends import (
     Link,
@@ -171,7 +172,8 @@ def test_all_pulls_of_a_turn_are_one_copy(ends: tuple[End, End]) -> None:
     session.close()
 
 
-def test_neighbours_count_as_one_descriptor(ends: tuple[End, End]) -> None:
+def test_neighbours_count_as_one_descriptor(ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "SORTED_FROM_BYTES", 0)  # blocks are small here
     source, reader = ends
     session = link(reader, source).pump()
     remote = np.concatenate([np.arange(9, 4, -1), np.arange(12, 16)])

@@ -77,6 +77,8 @@ def read(nvml: Any, channels: tuple[str, ...]) -> Facts:
 
 def _peer(nvml: Any, one: Any, other: Any, what: str) -> bool:
     index = getattr(nvml, f"NVML_P2P_CAPS_INDEX_{what}")
+    if isinstance(index, tuple):  # nvidia-ml-py 13.615 has a comma too many behind one of them
+        index = index[0]
     with contextlib.suppress(nvml.NVMLError):
         return bool(nvml.nvmlDeviceGetP2PStatus(one, other, index) == nvml.NVML_P2P_STATUS_OK)
     return False

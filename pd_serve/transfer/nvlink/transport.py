@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5e-3  # while something ends beside this thread
 CLOSE_TIMEOUT_S = 1.0
+SORTED_FROM_BYTES = 128 << 10  # smaller blocks are so many that bringing neighbours together costs more than it gains
 
 
 class NvlinkTransport:
@@ -178,7 +179,7 @@ def _part(pair: Pair, item: BlockMap) -> tuple[Part, int]:
     _check_range(item.remote, source, slicing.source, "the source")
     _check_range(item.local, reader, slicing.reader, "this node")
     remote, local = item.remote, item.local
-    if slicing.whole:
+    if slicing.whole and slicing.row_bytes >= SORTED_FROM_BYTES:
         remote, local = neighbours_together(remote, local)
         descriptors = count_runs(remote, local)
     else:
