@@ -18,6 +18,8 @@ from pd_serve.bench.transfer.job import Job
 from pd_serve.bench.transfer.start import run_reader
 from pd_serve.doctor.findings import Finding, broken, note, ok, problem
 
+GPU_BYTES, GPU_BLOCK_BYTES = 256 << 20, 2 << 20  # of a pull between GPUs
+
 # Below it a lane has probably fallen back to something that it should not use; see transfer/probe.py.
 FLOOR_GB_PER_S = 1.0
 NVLINK_FLOOR_GB_PER_S = 100.0
@@ -49,7 +51,10 @@ class Place(msgspec.Struct, frozen=True):
 
 async def measure(lane: str, place: Place, lock: str, timeout_s: float) -> Rate:
     """Takes some seconds, nearly all of it to start two processes; never raises."""
-    job = Job(lane, place.devices is not None, place.devices or (0, 0), place.cumem, repeats=9, lock=lock)
+    if place.devices is None:
+        job = Job(lane, False, repeats=9, lock=lock)
+    else:  # the probe region's 4 MiB take an NVLink less time than it takes to ask for them
+        job = Job(lane, True, place.devices, place.cumem, GPU_BYTES, (GPU_BLOCK_BYTES,), lock=lock)
     rates: list[float] = []
     failures: list[str] = []
 

@@ -323,12 +323,13 @@ def test_a_cuda_graph_replays_after_waking(memory: DeviceMemory) -> None:
     with memory.use_memory_pool("weights"):
         weight = torch.randn(512, 512, device="cuda:0")
     source = torch.randn(8, 512, device="cuda:0")
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(device=0)
     with torch.cuda.stream(stream):
         source @ weight  # warms the library up
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(0)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # torch's own capture stream belongs to whatever device was current when it was first needed
+    with torch.cuda.device(0), torch.cuda.graph(graph, stream=stream):
         result = source @ weight
     graph.replay()
     torch.cuda.synchronize()
