@@ -112,4 +112,5 @@ class Transport(Protocol):
     def progress(self) -> float:
         """Does what is due; returns in how many seconds it wants to be called again (``inf``: when woken)."""
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """Ends it. False: something may still read or write this node's memory, until the process ends."""

@@ -51,6 +51,7 @@ class Lanes:
         self.why_not: dict[str, str] = {}  # lanes that were left out
         self._mover: Mover | None = None
         self._abandoned: list[Work] = []
+        self._let_go = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,17 +110,21 @@ class Lanes:
         due_s = min((transport.progress() for transport in self.transports.values()), default=math.inf)
         return min(due_s, ABANDONED_LOOK_S) if self._abandoned else due_s
 
-    def close(self) -> None:
-        """Stops all lanes, then the mover. Idempotent."""
+    def close(self) -> bool:
+        """Stops all lanes, then the mover. False: a lane may still use this node's memory, its staging included, which
+        then stays as it is until the process ends. Idempotent.
+        """
         while self.transports:
             name, transport = self.transports.popitem()
             try:
-                transport.close()
+                self._let_go &= transport.close()
             except Exception:
                 log.exception("transport %s does not close", name)
-        if self._mover is not None:
+                self._let_go = False
+        if self._mover is not None and self._let_go:
             self._mover.close()
             self._mover = None
+        return self._let_go
 
 
 def _ended(work: Work) -> bool:

@@ -64,6 +64,7 @@ class TransferWorker:
         self._calls: Mailbox[Callable[[], object]] = Mailbox()
         self._ready: Future[None] = Future()
         self._stopping = False
+        self._let_go = True  # no lane uses the pool (any more)
         self._handlers: dict[int, Callable[[], object]] = {}  # by file descriptor
         self.internal_errors = 0
         self._timer = Timer()
@@ -91,7 +92,7 @@ class TransferWorker:
         self.call(lambda: None)
 
     def close(self, timeout_s: float = 2.0) -> bool:
-        """Stops the service, the lanes and the thread; whether it did stop. Idempotent."""
+        """Stops the service, the lanes and the thread. False: something may still use the pool. Idempotent."""
         if self._thread.is_alive():
             self.call(setattr, self, "_stopping", True)
             self._thread.join(timeout_s)
@@ -99,7 +100,7 @@ class TransferWorker:
                 log.error("the transfer thread did not stop within %g s", timeout_s)
                 return False
         self._calls.close()
-        return True
+        return self._let_go
 
     # --- transfer thread
 
@@ -139,8 +140,12 @@ class TransferWorker:
         while not self._stopping:
             self._guarded(self._turn)
         self._guarded(self._service.stop)
-        self._guarded(self.lanes.close)
+        self._guarded(self._close_lanes)
         self._close_poller()
+
+    def _close_lanes(self) -> None:
+        self._let_go = False  # should it raise
+        self._let_go = self.lanes.close()
 
     def _close_poller(self) -> None:
         self._poller.close()

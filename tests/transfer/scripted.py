@@ -34,6 +34,7 @@ class Script:
     bytes_per_s: float = float("inf")
     heard: list[bytes] = field(default_factory=list)
     rejects_messages: bool = False
+    never_lets_go: bool = False  # of the memory, when it is closed
     open_peers: int = 0
     open_readers: int = 0
     pulls: int = 0
@@ -152,8 +153,9 @@ class CopyTransport:
     def progress(self) -> float:
         return float("inf")
 
-    def close(self) -> None:
+    def close(self) -> bool:
         self.closed = True
+        return not self._script.never_lets_go
 
 
 def copy_lanes(memory: PoolMemory, *, required: bool = False, **scripts: Script) -> Lanes:

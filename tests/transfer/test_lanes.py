@@ -104,6 +104,26 @@ def test_abandoned_work_is_asked_after_until_it_ends() -> None:
     lanes.close()
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_memory_that_a_lane_may_still_use_is_not_freed(stays: bool) -> None:
+    closed: list[str] = []
+
+    class Mover(HostMover):
+        def close(self) -> None:
+            closed.append("mover")
+            super().close()
+
+    factories = {
+        name: LaneFactory(lambda mover, name=name, script=script: CopyTransport(name, mover, script))  # type: ignore[misc]
+        for name, script in (("a", Script(never_lets_go=stays)), ("b", Script()))
+    }
+    lanes = Lanes(MEMORY, factories, Mover)
+    lanes.start()
+    assert lanes.close() is not stays
+    assert closed == ([] if stays else ["mover"])
+    assert lanes.close() is not stays
+
+
 def test_what_the_setting_starts() -> None:
     assert tuple(lanes_for("auto", "n", MEMORY)._factories) == ("nixl", "ucx")
     assert lanes_for("auto", "n", MEMORY)._factories["ucx"].instead_of == "nixl"

@@ -109,8 +109,9 @@ class RawNixl:
     def progress(self) -> float:
         return float("inf")
 
-    def close(self) -> None:
+    def close(self) -> bool:
         del self.agent
+        return True
 
 
 def memcpy_gb_per_s(size_bytes: int, devices: tuple[int, int] | None, repeats: int) -> float:

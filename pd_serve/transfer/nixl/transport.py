@@ -136,7 +136,7 @@ class NixlTransport:
         """Nothing is read into this node's memory. Where that is so after ``close``, memory may be given back."""
         return not self._remotes
 
-    def close(self) -> None:
+    def close(self) -> bool:
         for peer in self._peers:
             peer.close()
         self.progress()
@@ -144,11 +144,12 @@ class NixlTransport:
             # a read is still under way: taking the agent down now could let it write into reused memory
             log.warning("%d peers still have reads under way; they end with this process", len(self._remotes))
             _keep_until_exit.append(self)
-            return
+            return False
         if self._memory is not None:
             self._ring.close()
             self._memory = None
         self._agent.close()
+        return True
 
 
 _keep_until_exit: list[NixlTransport] = []

@@ -105,10 +105,10 @@ class NvlinkTransport:
         self._sources.progress()
         return POLL_S if self._waiting or self._sources.leaving else math.inf
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Withdraws the pool from readers that have not mapped it yet, ends pulls and unmaps every source."""
         if not hasattr(self, "_sources"):
-            return
+            return True
         self._opener.stop.set()
         self._exports.close()
         for pull in self._waiting:
@@ -122,6 +122,8 @@ class NvlinkTransport:
         if self._sources.leaving:
             log.warning("%d sources could not be unmapped in time; they are with this process", len(self._sources))
             _keep_until_exit.append(self)
+            return False
+        return True
 
     def _flush(self) -> None:
         """Starts all pulls whose source is mapped, in one call."""

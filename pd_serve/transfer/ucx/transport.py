@@ -136,7 +136,7 @@ class UcxTransport:
         self._readers = [reader for reader in self._readers if not reader.ended]
         self._peers = {session: peer for session, peer in self._peers.items() if not peer.ended}
 
-    def close(self) -> None:
+    def close(self) -> bool:
         for session in self._sessions():
             session.close()
         for _ in range(CLOSE_TURNS):
@@ -146,6 +146,8 @@ class UcxTransport:
             # taking the worker down now would wait for them
             log.warning("%d UCX sessions have not ended; they end with this process", len(self._sessions()))
             _keep_until_exit.append(self)
+            return False
+        return True
 
 
 _keep_until_exit: list[UcxTransport] = []
