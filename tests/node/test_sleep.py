@@ -140,12 +140,13 @@ def test_orders_that_are_wrong(start_node: StartNode) -> None:
 def test_orders_at_once_are_carried_out_one_after_another(start_node: StartNode) -> None:
     node = start_node("echoes", "--enable-sleep-mode")
     node.link(close_timeout=0.1).send(submit("a", [1] * 60))  # 0.6 s of work
-    answers: list[dict[str, object]] = []
+    orders = ("/sleep", "/sleep", "/wake_up")
+    answers: list[dict[str, object]] = [{}] * len(orders)
 
-    def send(path: str) -> None:
-        answers.append(answer(node.post(path)))
+    def send(number: int) -> None:  # which answer is read first is up to the threads
+        answers[number] = answer(node.post(orders[number]))
 
-    threads = [threading.Thread(target=send, args=(path,)) for path in ("/sleep", "/sleep", "/wake_up")]
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(len(orders))]
     for thread in threads:
         thread.start()
         time.sleep(0.05)
