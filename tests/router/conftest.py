@@ -102,7 +102,7 @@ async def start_router() -> AsyncIterator[StartRouter]:
             f"{role}_urls": tuple(node.url for node in nodes if node.role == role) for role in ("prefill", "decode")
         }
         counts = {f"min_{role}": len(urls[f"{role}_urls"]) for role in ("prefill", "decode")}
-        running = Running(RouterSettings(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 1.5, **options}))
+        running = Running(RouterSettings(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}))
         routers.append(running)
         await running.started()
         return await running.ready() if ready else running
