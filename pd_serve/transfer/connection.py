@@ -11,13 +11,18 @@ answers TCP for a process that is stopped: that is for the heartbeats among the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import logging
+import os
 import select
 import socket
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from pd_serve.net import netloc
+
+log = logging.getLogger(__name__)
 
 SILENCE_S = 6
 
@@ -166,6 +171,7 @@ class Listener:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family, backlog=128)
         self._socket.setblocking(False)
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.address = f"tcp://{netloc(host, self._socket.getsockname()[1])}"
 
     def fileno(self) -> int:
@@ -176,15 +182,35 @@ class Listener:
         return select.EPOLLIN
 
     def accept(self) -> list[Connection]:
-        """Those that have come."""
+        """Those that have come. Where the process has no file descriptor left, they are turned away."""
         accepted = []
-        with contextlib.suppress(BlockingIOError, ConnectionError, InterruptedError):
-            while True:
+        while True:
+            try:
                 accepted.append(Connection(self._socket.accept()[0]))
-        return accepted
+            except (BlockingIOError, InterruptedError):
+                return accepted
+            except ConnectionError:
+                continue  # it left before it was accepted
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                self._turn_away(error)
+                return accepted
+
+    def _turn_away(self, error: OSError) -> None:
+        """Left waiting, a connection would wake the poller again and again."""
+        os.close(self._spare)
+        with contextlib.suppress(OSError):  # nobody may be waiting: accept needs a descriptor to find that out
+            self._socket.accept()[0].close()
+            log.error("a decode node is turned away: %s; raise the limit of open files (ulimit -n)", error)
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
+        """Idempotent."""
         self._socket.close()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
 
 
 Resolved = Sequence[tuple[int, tuple[object, ...]]]  # family and address, in the order to try

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
 import time
 import uuid
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
+from tests.transfer.processes import Killable
 from tests.transfer.scripted import aligned
 
 # two groups with blocks of different size, the second with a window
@@ -183,7 +183,7 @@ class DecodeEnd:
 # --- an outbox in its own process, to be killed and stopped
 
 
-class PrefillProcess:
+class PrefillProcess(Killable):
     """A prefill end in a process of its own. Tests command it through a pipe."""
 
     def __init__(self, layout: KVLayout = SMALL, num_blocks: int = 64, **options: Any) -> None:
@@ -210,17 +210,8 @@ class PrefillProcess:
     def wait(self, timeout_s: float = 30.0) -> Any:
         return self._answer(timeout_s)
 
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.join(5)
-
     def close(self) -> None:
-        if self.process.is_alive():
-            self.kill()
+        super().close()
         self._pipe.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pd_serve.transfer.nixl.limits import HOST
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.slices import Slicing, slicings
 from tests.transfer.harness import agent_name, until
+from tests.transfer.processes import Killable
 
 # everything travels packed, in small chunks; little of it fits into the rings
 PACKED = Limits(
@@ -147,7 +147,7 @@ def check(pair: Pair, source: list[np.ndarray], before: list[np.ndarray], after:
 # --- a source in its own process, to be killed and stopped
 
 
-class Target:
+class Target(Killable):
     """``serve``: answers control messages, in turns of a Python thread; otherwise it computes with the GIL held."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, limits: Limits | None = None) -> None:
@@ -197,18 +197,6 @@ class Target:
 
         until(ended, timeout_s)
         return pull.poll()
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.join(5)
-
-    def close(self) -> None:
-        if self.process.is_alive():
-            self.kill()
 
 
 def _target(pipe: Connection, layout: KVLayout, num_blocks: int, limits: Limits | None) -> None:

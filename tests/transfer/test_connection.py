@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -180,6 +182,34 @@ def test_a_peer_that_talks_without_end_leaves_others_their_turn(listener: Listen
     theirs.close()
     talker.join(5)
     frames.close()
+
+
+def test_without_file_descriptors_who_comes_is_turned_away(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = Frames.dial(listener.address)
+    wait(listener)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        assert listener.accept() == []
+        assert "ulimit -n" in caplog.text
+        assert not select.select([listener], [], [], 0)[0], "nothing is left to wake the poller"
+        assert listener.accept() == [] and caplog.text.count("ulimit -n") == 1
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert frames.ended()
+    frames.close()
+    ours, theirs = pair(listener)
+    ours.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize(

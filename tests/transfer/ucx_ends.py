@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pd_serve.transfer.ucx import UcxTransport
 from pd_serve.transfer.ucx.reader import UcxPeer, UcxPull
 from pd_serve.transfer.ucx.source import UcxReader
 from tests.transfer.harness import Pool
+from tests.transfer.processes import Killable
 
 
 def blocks(group: int, remote: Any, local: Any) -> BlockMap:
@@ -101,7 +101,7 @@ def expected(slicing: Slicing, source: np.ndarray, reader: np.ndarray, item: Blo
     return after
 
 
-class Target:
+class Target(Killable):
     """A source in a process of its own, and this process's reader of it."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, **environment: str) -> None:
@@ -164,17 +164,8 @@ class Target:
         self.until(lambda: pull.poll() is not PullState.RUNNING)
         return pull.poll()
 
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.join(5)
-
     def close(self) -> None:
-        if self.process.is_alive():
-            self.kill()
+        super().close()
         self.reader.close()
 
 
