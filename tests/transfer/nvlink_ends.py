@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import time
@@ -212,6 +213,7 @@ def settled(transport: NvlinkTransport) -> None:
 
 def open_fds() -> int:
     resource_tracker.ensure_running()  # spawning a process starts it, and it stays
+    gc.collect()  # what earlier tests left behind must not be closed between two counts
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
