@@ -26,7 +26,8 @@ other commands may be set as well; a file holds settings of one command only.
 Sizes are bytes, or numbers with `KiB`, `MiB`, `GiB`, `TiB` (powers of 1024) or `KB` ... `TB` (powers of 1000).
 Lists are separated by commas; YAML lists work too.
 
-Downloaded and converted models are kept in `~/.cache/pd-serve`; the variable `PD_SERVE_CACHE` names another directory.
+Downloaded and converted models and compiled kernels are kept in `~/.cache/pd-serve`; the variable `PD_SERVE_CACHE`
+names another directory.
 """
 
 _SECTIONS = (

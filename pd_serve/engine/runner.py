@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pd_serve.engine.attention.paged import PagedAttention
 from pd_serve.engine.batch import Batch
+from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder
-from pd_serve.models.jit import set_kernel_threads
 
 _WARM_UP_TOKENS = 4
 

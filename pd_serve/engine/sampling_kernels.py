@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_serve.models.jit import bits_of, exp, float_of, kernel, larger
+from pd_serve.jit import bits_of, exp, float_of, kernel, larger
 
 NUM_BINS = 1 << 11  # of weights by the upper bits of their float32: eight to a power of two
 _BIN_SHIFT = 20

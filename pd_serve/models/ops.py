@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pd_serve.models.jit import element_of, exp, kernel, load, load_int, store
+from pd_serve.jit import element_of, exp, kernel, load, load_int, store
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise

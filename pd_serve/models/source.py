@@ -1,7 +1,7 @@
 """From what a user calls a model to a directory that can be served: aliases, directories, GGUF files, hub ids.
 
-Called by every process of a node at start, several at once. Owns the cache (``$PD_SERVE_CACHE``, default
-``~/.cache/pd-serve``)::
+Called by every process of a node at start, several at once. Owns this part of the cache
+(:func:`pd_serve.paths.cache_directory`)::
 
     downloads/<alias>.gguf          what came from a package
     models/<name>/<dtype>-v<n>/     a converted model, complete if it is there: it is renamed into place
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pd_serve.errors import ModelError
+from pd_serve.paths import cache_directory
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "bfloat16", "float32")
@@ -66,11 +66,6 @@ def default_dtype() -> str:
     except OSError:
         return "float32"
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
-def cache_directory() -> Path:
-    """Where downloads and converted models are kept."""
-    return Path(os.environ.get("PD_SERVE_CACHE") or Path.home() / ".cache" / "pd-serve")
 
 
 def _find(model: str, dtype: str, load_format: str) -> tuple[str, Path]:

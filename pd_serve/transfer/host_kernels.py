@@ -1,6 +1,6 @@
 """Compiled loops over strided host memory: copy rows, sum words. Used by :mod:`pd_serve.transfer.host_mover` alone.
 
-They hold no GIL and check nothing: addresses and sizes are their caller's. See :mod:`pd_serve.models.jit` for how they
+They hold no GIL and check nothing: addresses and sizes are their caller's. See :mod:`pd_serve.jit` for how they
 are compiled and where they are kept.
 """
 
@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-from pd_serve.models.jit import kernel, load_int
-
-from llvmlite import ir  # isort: skip  # numba must find its cache directory, which jit sets
-from numba import types  # isort: skip
-from numba.extending import intrinsic  # isort: skip
+from pd_serve.jit import kernel, load_int
 
 _I64 = np.int64(0)
 _LOW, _ONE, _HIGH = np.uint64(0xFFFFFFFF), np.uint64(1), np.uint64(32)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pd_serve.engine.attention.paged import PagedAttention
 from pd_serve.engine.batch import Batch
 from pd_serve.errors import ModelError
+from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout, LayerGroup
-from pd_serve.models.jit import set_kernel_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYERS = 2

@@ -18,7 +18,7 @@ from pd_serve.models.gguf import convert, to_bfloat16
 from pd_serve.models.gguf_reader import GGUFFile
 from pd_serve.models.rope import inverse_frequencies
 from pd_serve.models.rope_config import parse_rope
-from pd_serve.models.source import cache_directory
+from pd_serve.paths import cache_directory
 from tests.models import reference
 from tests.models.gguf_files import write_gguf
 

@@ -56,7 +56,7 @@ def test_smollm2_agrees_with_transformers_once_digits_are_split(smollm2: Path) -
     """transformers' own conversion forgets the digits; given them, it says the same of every text."""
     from transformers import AutoTokenizer
 
-    from pd_serve.models.source import cache_directory
+    from pd_serve.paths import cache_directory
 
     theirs = AutoTokenizer.from_pretrained(cache_directory() / "downloads", gguf_file="smollm2-135m.gguf")
     digits = pre_tokenizers.Digits(individual_digits=True)

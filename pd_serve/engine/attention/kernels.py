@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange
 
 from pd_serve.engine.attention.tiles import TOKENS, score_tile, value_tile, write_tile
-from pd_serve.models.jit import exp, kernel, larger, load, load_int, prefetch, store
+from pd_serve.jit import exp, kernel, larger, load, load_int, prefetch, store
 
 CACHE_LINE_BYTES = 64
 PREFETCH_TOKENS = 48  # about the time a line takes to arrive

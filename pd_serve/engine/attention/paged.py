@@ -16,8 +16,8 @@ from pd_serve.engine.attention.kernels import causal_weights, decode_kernel, gat
 from pd_serve.engine.attention.tiles import TOKENS
 from pd_serve.engine.batch import Batch
 from pd_serve.errors import ModelError
+from pd_serve.jit import element_of
 from pd_serve.kv.layout import KVLayout
-from pd_serve.models.jit import element_of
 
 _INT32, _INT64 = np.int32(0), np.int64(0)
 QUERY_TILE = 128  # queries whose scores are held at once: small enough to skip most of what is masked

@@ -1,6 +1,9 @@
 """Ground for the CPU kernels: numba's set-up, element access for bfloat16 and float32, and a fast ``exp``.
 
-Used by :mod:`pd_serve.models.ops` and :mod:`pd_serve.engine.attention`; owns where compiled kernels are kept.
+Used where kernels are: :mod:`pd_serve.models.ops`, :mod:`pd_serve.engine` (attention, sampling) and
+:mod:`pd_serve.transfer.host_kernels`. Owns where compiled kernels are kept: ``numba/<version>/`` in the cache.
+Must never import one of these rooms, nor be imported by processes without torch.
+
 Kernels take raw addresses (``Tensor.data_ptr()``): passing eight of them costs 0.2 us, passing eight tensors as
 arrays 5 us, and a decode step makes hundreds of calls. They check nothing: their callers, which hold the tensors, do.
 
@@ -11,27 +14,28 @@ float32 kernel. Values are float32 between a load and a store, whatever the elem
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import config, float32, njit, set_num_threads, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from pd_serve.models.source import cache_directory
+from pd_serve.paths import cache_directory
 
 # A kernel's own file alone decides whether numba takes it from its cache, but these end up inside of kernels:
 # hence a folder for each version of them.
-_INLINED = ("models/jit.py", "engine/attention/tiles.py")
-_PACKAGE = Path(__file__).parent.parent
+_INLINED = ("jit.py", "engine/attention/tiles.py")
+_PACKAGE = Path(__file__).parent
 _VERSION = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _INLINED)).hexdigest()[:12]
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba" / _VERSION))
-
-from llvmlite import ir  # noqa: E402
-from numba import config, float32, njit, set_num_threads, types  # noqa: E402
-from numba.core import cgutils  # noqa: E402
-from numba.extending import intrinsic  # noqa: E402
+# Not by way of $NUMBA_CACHE_DIR, which a user may set: numba reads it when the first module imports numba, and without
+# a folder of its own it keeps kernels beside their source, where no version tells them apart.
+if not config.CACHE_DIR:
+    config.CACHE_DIR = str(cache_directory() / "numba" / _VERSION)
 
 # sums may be reordered, as vectors need it; infinities and NaN keep their meaning
 FASTMATH = {"reassoc", "nsz", "contract"}
