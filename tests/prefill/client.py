@@ -1,0 +1,60 @@
+"""A decode node reduced to its socket: how tests speak to an outbox."""
+
+from __future__ import annotations
+
+from pd_serve.transfer.handshake import Greeting
+from pd_serve.wire import peer as wire
+from tests.transfer.frames import Frames
+from tests.transfer.harness import SMALL, Pool, PrefillEnd, identity, until
+
+LEASE_S = 30.0  # of the outbox in conftest.py
+
+
+class Client:
+    """A decode node reduced to its socket."""
+
+    def __init__(
+        self, end: PrefillEnd, node_id: str = "D", lanes: dict[str, bytes] | None = None, **other: object
+    ) -> None:
+        self.socket = Frames.dial(end.outbox.address)
+        self.identity = identity(node_id, SMALL, **other)
+        self.pool = Pool(self.identity.layout, 8)
+        lanes = {"copy": b"copy"} if lanes is None else lanes
+        self.greeting = Greeting(self.identity, self.pool.memory().regions, lanes)
+
+    def say(self, message: wire.ToPrefill) -> None:
+        self.socket.send(wire.encoder.encode(message))
+
+    def hear(self) -> wire.ToDecode:
+        assert self.socket.poll(5), "no answer"
+        return wire.decode_to_decode(self.socket.receive())
+
+    def greet(self) -> wire.ToDecode:
+        """A whole handshake; what ends it."""
+        self.socket.send(self.greeting.hello)
+        challenge = self.hear()
+        if not isinstance(challenge, wire.Challenge):
+            return challenge
+        self.say(self.greeting.prove(challenge))
+        answer = self.hear()
+        if isinstance(answer, wire.Welcome):
+            assert self.hear() == wire.LaneMessage("copy", b"served")  # never before the welcome
+        return answer
+
+    def sync(self, keys: list[str] | None = None) -> list[str]:
+        """All that was said before has been handled; returns the keys that hold no lease."""
+        self.say(wire.Heartbeat(99, keys or []))
+        answer = self.hear()
+        assert isinstance(answer, wire.HeartbeatAck)
+        return answer.gone
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def hold(end: PrefillEnd, client: Client, key: str) -> None:
+    opened = end.outbox.counters()["leases_opened"]
+    end.outbox.open(key)
+    until(lambda: end.outbox.counters()["leases_opened"] > opened)
+    client.say(wire.Claim(key))
+    assert client.sync([key]) == []

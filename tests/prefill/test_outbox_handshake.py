@@ -1,0 +1,333 @@
+"""The outbox and who speaks to it: the handshake, strangers, sessions that end, the lanes of a session."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import msgspec
+import numpy as np
+import pytest
+
+from pd_serve.errors import HandshakeError
+from pd_serve.memory.region import PROBE_BLOCKS
+from pd_serve.prefill import outbox
+from pd_serve.transfer import auth, probe
+from pd_serve.transfer.auth import Prover
+from pd_serve.wire import peer as wire
+from tests.prefill.client import LEASE_S, Client, hold
+from tests.transfer.harness import LARGE, SMALL, Clock, PrefillEnd, until
+from tests.transfer.scripted import Script, copy_lanes
+
+
+def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
+    client = Client(end)
+    welcome = client.greet()
+    assert isinstance(welcome, wire.Welcome)
+    about, pair = client.greeting.accept(welcome)
+    assert (about.node_id, about.epoch, about.layout) == ("P", end.identity.epoch, SMALL)
+    assert (about.protocol, about.lanes, about.why_not) == (wire.PROTOCOL_MAX, {"copy": b"copy"}, {})
+    assert (about.lease_s, about.checksums) == (LEASE_S, True)
+    assert pair.source == end.pool.memory().regions and pair.reader == client.pool.memory().regions
+    assert np.array_equal(end.pool.probe.view("<u4"), probe.pattern(end.identity.epoch, 0, PROBE_BLOCKS))
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"model": "m1"}, ("models differ", "m0", "m1")),
+        ({"layout": LARGE}, ("numbers of layer groups differ", "2 at the prefill node", "1 at the decode node")),
+        ({"lanes": {"smoke": b"", "fire": b""}}, ("no transport", "smoke", "fire", "copy")),
+        ({"lanes": {}}, ("no transport", "can use none")),
+        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "2..2")),
+    ],
+)
+def test_refusals_name_both_values(
+    end: PrefillEnd, other: dict[str, object], words: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        client = Client(end, **other)
+        refused = client.greet()
+        assert isinstance(refused, wire.Refused)
+        assert all(word in refused.reason for word in words)
+        client.say(wire.Claim("k"))  # has no session
+        client.close()
+    assert end.outbox.counters()["handshakes_refused"] == 3
+    assert sum("refused decode node" in r.message for r in caplog.records) == 1
+    assert end.outbox.counters()["handshakes"] == 0
+
+
+def test_an_older_protocol_is_told(end: PrefillEnd) -> None:
+    stranger = Client(end, "X")
+    fields = msgspec.msgpack.decode(stranger.greeting.hello)
+    old = {k: fields[k] for k in ("type", "node_id", "epoch", "model")} | {"protocol_min": 1, "protocol_max": 1}
+    stranger.socket.send(msgspec.msgpack.encode(old | {"layout": "f00", "transports": ["nixl"]}))
+    refused = stranger.hear()
+    assert isinstance(refused, wire.Refused) and "1..1" in refused.reason and "2..2" in refused.reason
+    stranger.close()
+
+
+def test_a_second_hello_changes_nothing(end: PrefillEnd, client: Client) -> None:
+    hold(end, client, "k")
+    client.socket.send(client.greeting.hello)
+    client.say(wire.Proof(os.urandom(32)))
+    assert client.sync(["k"]) == []
+    assert end.outbox.counters()["garbage_frames"] == 2
+
+
+def test_garbage_is_dropped_and_counted(end: PrefillEnd, client: Client) -> None:
+    frames = [b"", b"\xff", os.urandom(64), b"\x81\xa4type\xa4nope", b"\x81\xa4type\xa5claim", os.urandom(1 << 20)]
+    for frame in frames:
+        client.socket.send(frame)
+    assert client.sync() == []
+    assert end.outbox.counters()["garbage_frames"] == len(frames)
+    stranger = Client(end, "X")
+    stranger.say(wire.Claim("k"))  # no handshake
+    stranger.say(wire.Heartbeat(1, ["k"]))
+    hold(end, client, "k")
+    stranger.close()
+
+
+def test_close_says_goodbye(end: PrefillEnd, client: Client) -> None:
+    end.close()
+    assert client.hear() == wire.Bye(end.identity.epoch)
+
+
+# --- who may read
+
+
+def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    for secret, what in ((b"wrong", "its secret is not this node's"), (b"", "it has no secret and this node has one")):
+        for _ in range(3):
+            client = Client(end, secret=secret)
+            client.socket.send(client.greeting.hello)
+            challenge = client.hear()
+            assert isinstance(challenge, wire.Challenge)
+            with pytest.raises(HandshakeError, match="--secret-file"):  # a real client would leave now
+                client.greeting.prove(challenge)
+            said = (client_nonce(client), challenge.nonce, client.greeting.hello)
+            client.say(wire.Proof(auth.proof(secret, Prover.READER, *said)))
+            refused = client.hear()
+            assert isinstance(refused, wire.Refused) and "secret" in refused.reason
+            assert end.identity.node_id not in refused.reason.split() and SMALL.dtype not in refused.reason
+            client.say(wire.Claim("k"))  # has no session
+            client.close()
+        assert sum(what in r.message and "--secret-file" in r.message for r in caplog.records) == 1
+    assert end.outbox.counters()["handshakes_unproved"] == 6
+    assert end.outbox.counters()["handshakes"] == 0
+    good = Client(end, secret=b"right")
+    assert isinstance(good.greet(), wire.Welcome)
+    good.close()
+    end.close()
+    assert not any("right" in r.getMessage() for r in caplog.records)
+
+
+def client_nonce(client: Client) -> bytes:
+    hello = wire.decode_to_prefill(client.greeting.hello)
+    assert isinstance(hello, wire.Hello)
+    return hello.nonce
+
+
+def test_a_client_that_leaves_because_of_the_secret_is_counted(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    client = Client(end)
+    client.socket.send(client.greeting.hello)
+    client.hear()
+    client.say(wire.Refused("no\nthanks"))
+    until(lambda: end.outbox.counters()["handshakes_unproved"])
+    assert any("'no\\nthanks'" in r.getMessage() for r in caplog.records)  # in no shape to fake other lines
+    client.close()
+    end.close()
+
+
+def test_what_was_recorded_is_worth_nothing(end: PrefillEnd, client: Client) -> None:
+    hold(end, client, "k")
+    first, second = Client(end, "X"), Client(end, "X")
+    first.socket.send(first.greeting.hello)
+    challenge = first.hear()
+    assert isinstance(challenge, wire.Challenge)
+    proof = first.greeting.prove(challenge)
+    second.socket.send(first.greeting.hello)  # the same words in another connection
+    again = second.hear()
+    assert isinstance(again, wire.Challenge) and again.nonce != challenge.nonce
+    second.say(proof)
+    assert isinstance(second.hear(), wire.Refused)
+    second.say(proof)  # its handshake is over
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    first.say(proof)
+    assert isinstance(first.hear(), wire.Welcome)
+    assert client.sync(["k"]) == []
+    for one in (first, second):
+        one.close()
+
+
+def test_only_a_proved_node_takes_over_a_node_id(clock: Clock) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    client = Client(end, secret=b"right")
+    client.greet()
+    hold(end, client, "k")
+    impostor = Client(end, secret=b"guessed")  # of the same node id
+    impostor.socket.send(impostor.greeting.hello)
+    assert isinstance(impostor.hear(), wire.Challenge)
+    impostor.say(wire.Proof(os.urandom(32)))
+    assert isinstance(impostor.hear(), wire.Refused)
+    assert client.sync(["k"]) == []
+    again = Client(end, secret=b"right")
+    assert isinstance(again.greet(), wire.Welcome)
+    assert until(lambda: end.why("k")) == "peer_lost"
+    for one in (client, impostor, again):
+        one.close()
+    end.close()
+
+
+def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: Client, clock: Clock) -> None:
+    idle = Client(end, "X")
+    idle.socket.send(idle.greeting.hello)
+    challenge = idle.hear()
+    assert isinstance(challenge, wire.Challenge)
+    clock.now_s += outbox.HANDSHAKE_S
+    end.outbox.wake()
+    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 1)
+    assert idle.socket.ended()
+    idle.close()
+    gone = Client(end, "X")
+    gone.socket.send(gone.greeting.hello)
+    gone.hear()
+    gone.close()
+    until(lambda: end.outbox.counters()["handshakes_unfinished"] == 2)
+    silent = Client(end, "X")
+    client.sync()  # its connection was accepted
+    clock.now_s += outbox.HANDSHAKE_S
+    end.outbox.wake()
+    assert silent.socket.ended()
+    silent.close()
+
+
+def test_a_stream_of_something_else_is_ended(end: PrefillEnd, client: Client) -> None:
+    stranger = Client(end, "X")
+    stranger.socket.raw.sendall(b"GET / HTTP/1.1\r\nHost: prefill\r\n\r\n")
+    assert stranger.socket.ended()
+    assert end.outbox.counters()["garbage_frames"] == 1
+    stranger.close()
+    client.socket.raw.sendall(b"\xff\xff\xff\xff")
+    assert client.socket.ended()
+
+
+def test_handshakes_at_once_are_bounded(end: PrefillEnd, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "MAX_STRANGERS", 3)
+    many: list[Client] = []
+    for number in range(6):
+        many.append(one := Client(end, f"X{number}"))
+        one.socket.send(one.greeting.hello)
+        assert isinstance(one.hear(), wire.Challenge)
+    assert end.outbox.counters()["handshakes_unfinished"] == 3
+    assert client.sync() == []
+    late = Client(end, "late")
+    assert isinstance(late.greet(), wire.Welcome)
+    for one in [*many, late]:
+        one.close()
+
+
+def hello_with(client: Client, **other: object) -> bytes:
+    """The client's Hello with fields of a stranger's making."""
+    fields = msgspec.msgpack.decode(client.greeting.hello)
+    return msgspec.msgpack.encode({**fields, **other})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"nonce": b"short"},
+        {"node_id": ""},
+        {"node_id": "x" * 600},
+        {"lanes": {f"lane{i}": b"" for i in range(40)}},
+        {"regions": [{"address": 4096, "block_bytes": 1, "num_blocks": 1}] * 400},
+        {"layout": 7},
+        {"layout": {"block_size": "16", "dtype": "float32", "groups": []}},
+        {"model": "x" * (1 << 20)},
+    ],
+)
+def test_a_hello_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    stranger = Client(end, "X")
+    with contextlib.suppress(ConnectionError):  # one that is too long is not even heard to its end
+        stranger.socket.send(hello_with(stranger, **other))
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    assert client.sync() == []
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"regions": []},
+        {"regions": [{"address": 1 << 62, "block_bytes": -1, "num_blocks": 1 << 62}] * 3},
+        {"regions": [{"address": 0, "block_bytes": 256, "num_blocks": 4}] * 3},
+        {
+            "layout": {
+                "block_size": 0,
+                "dtype": "float32",
+                "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}],
+            }
+        },
+        {"layout": {"block_size": 4, "dtype": "smoke", "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}]}},
+        {"layout": {"block_size": 4, "dtype": "float32", "groups": []}},
+        {
+            "layout": {
+                "block_size": 1 << 40,
+                "dtype": "float32",
+                "groups": [{"layers": [0], "num_kv_heads": 1 << 40, "head_dim": 1 << 40}],
+            }
+        },
+    ],
+)
+def test_a_reader_that_makes_no_sense_is_refused(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    """It knows the secret; its words may still be anything."""
+    stranger = Client(end, "X")
+    stranger.greeting.hello = hello_with(stranger, **other)
+    refused = stranger.greet()
+    assert isinstance(refused, wire.Refused) and "decode node" in refused.reason
+    assert client.sync() == []
+    stranger.close()
+
+
+# --- lanes
+
+
+def test_lanes_hear_their_messages_and_the_choice_closes_the_others(clock: Clock) -> None:
+    a, b, c = Script(), Script(), Script(cannot_serve="no room")
+    end = PrefillEnd(clock=clock, lanes=lambda memory: copy_lanes(memory, a=a, b=b, c=c))
+    client = Client(end, lanes={"b": b"b", "a": b"a", "c": b"c", "d": b"d"})
+    client.socket.send(client.greeting.hello)
+    challenge = client.hear()
+    assert isinstance(challenge, wire.Challenge)
+    client.say(client.greeting.prove(challenge))
+    welcome = client.hear()
+    assert isinstance(welcome, wire.Welcome)
+    about, _ = client.greeting.accept(welcome)
+    assert about.lanes == {"a": b"a", "b": b"b"}
+    assert about.why_not == {
+        "c": "the prefill node cannot serve it: no room",
+        "d": "the prefill node does not use it",
+    }
+    assert [client.hear() for _ in range(2)] == [wire.LaneMessage("b", b"served"), wire.LaneMessage("a", b"served")]
+    client.say(wire.LaneMessage("a", b"hi"))
+    client.say(wire.LaneMessage("d", b"unknown"))
+    assert client.hear() == wire.LaneMessage("a", b"you said hi")
+    assert (a.open_readers, b.open_readers) == (1, 1)
+    client.say(wire.Chosen("c", 1e9, {}))  # never offered
+    client.say(wire.Chosen("a", 1e9, {"b": "slower"}))
+    client.say(wire.Chosen("b", 1e9, {}))  # once is enough
+    client.say(wire.LaneMessage("b", b"was on its way"))
+    assert client.sync() == []
+    assert (a.open_readers, b.open_readers) == (1, 0)
+    assert end.outbox.counters()["garbage_frames"] == 2
+    hold(end, client, "k")
+    a.rejects_messages = True  # the lane in use fails: the decode node must know
+    client.say(wire.LaneMessage("a", b"nonsense"))
+    assert isinstance(client.hear(), wire.Bye)
+    assert until(lambda: end.why("k")) == "peer_lost"
+    assert a.open_readers == 0
+    client.close()
+    end.close()
