@@ -6,8 +6,10 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,9 +23,10 @@ from pd_serve.memory.driver import HandleType, MemoryKind
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region, Segment
 from pd_serve.transfer.base import BlockMap, Pair, Peer, PullState, Reader
 from pd_serve.transfer.mover import U64, Rows
-from pd_serve.transfer.nvlink import NvlinkTransport
+from pd_serve.transfer.nvlink import NvlinkTransport, fd_server
 from pd_serve.transfer.slices import slicings
 from tests.memory.memfd import MemfdDriver
+from tests.transfer.namespaces import outer_pid, spawned_under
 
 U8 = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -139,7 +142,7 @@ class NumpyMover:
             work.ended = True
         self.held = []
 
-    def checksums(self, rows: Rows) -> Any:
+    def checksums(self, rows: Rows, after: Any = None) -> Any:
         raise NotImplementedError
 
     def write(self, address: int, data: bytes) -> None:
@@ -169,6 +172,26 @@ def _copy(source: Rows, target: Rows) -> None:
     for a, b in zip(source.starts, target.starts, strict=True):
         for c, d in zip(source.rows, target.rows, strict=True):
             ctypes.memmove(int(target.base + b + d), int(source.base + a + c), source.row_bytes)
+
+
+class End:
+    """A transport and its pool."""
+
+    def __init__(self, socket_dir: Path, kv: KVLayout, num_blocks: int, mover: Any = None, **pool: Any) -> None:
+        self.driver = MemfdDriver()
+        self.pool = Pool(self.driver, kv, num_blocks, **pool)
+        self.mover = mover or NumpyMover()
+        self.transport = NvlinkTransport(self.driver, self.mover, socket_dir)
+        self.transport.register(self.pool.memory())
+
+    @property
+    def mapped(self) -> int:
+        return self.driver.live_mappings - len(self.pool.segments)
+
+    def close(self) -> None:
+        self.transport.close()
+        self.pool.free()
+        self.driver.check_clean()
 
 
 class Link:
@@ -217,20 +240,70 @@ def open_fds() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
+def pull_random_blocks(end: End, source: SourceProcess, peer: Peer, seed: int) -> None:
+    """Of all groups; the source's pool has 40 blocks and the reader's 30."""
+    rng = np.random.default_rng(seed)
+    expected, maps = end.pool.bytes.copy(), []
+    for group, count in ((0, 25), (1, 12), (2, 64)):
+        high = (len(source.group(group)), len(end.pool.group(group)))
+        remote, local = rng.permutation(high[0])[:count], rng.permutation(high[1])[:count]
+        maps.append(blocks(group, remote, local))
+    pull = end.transport.pull(peer, maps)
+    assert finished(pull) is PullState.DONE
+    assert pull.close()
+    for item in maps:
+        assert np.array_equal(end.pool.group(item.group)[item.local], source.group(item.group)[item.remote])
+    size = sum(len(m.local) * end.pool.regions[m.group].block_bytes for m in maps)
+    assert pull.size_bytes == size
+    assert 3 <= pull.num_descriptors <= 101
+    assert int(np.count_nonzero(end.pool.bytes != expected)) <= size, "bytes beside the blocks were written"
+
+
+def refused_as_somebody_else(path: Path) -> None:
+    """A process of another user gets nothing at this socket. For root only, in a directory that everybody may enter."""
+    path.chmod(0o777)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setresuid(65533, 65533, 65533)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+                connection.settimeout(5)
+                connection.connect(os.fspath(path))
+                data, got, _, _ = socket.recv_fds(connection, 4096, 8)
+                status = 0 if data.startswith(fd_server.REFUSE) and not got else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # --- a source in its own process
 
 
 class SourceProcess:
-    """Serves one pool. Its content is ``content(seed, size)``."""
+    """Serves one pool. Its content is ``content(seed, size)``. ``under``: a command that runs it, as ``unshare`` does.
 
-    def __init__(self, kv: KVLayout, num_blocks: int, socket_dir: Path, *, seed: int = 1, cuts: int = 0) -> None:
+    ``pid`` is the source's own, ``process`` the command's, which ends with it.
+    """
+
+    def __init__(
+        self,
+        kv: KVLayout,
+        num_blocks: int,
+        socket_dir: Path,
+        *,
+        seed: int = 1,
+        cuts: int = 0,
+        under: Sequence[str] = (),
+    ) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.layout = kv
         self.pipe, child = spawn.Pipe()
         self.process = spawn.Process(target=_source, args=(child, kv, num_blocks, socket_dir, seed, cuts), daemon=True)
-        self.process.start()
+        with spawned_under(under):
+            self.process.start()
         child.close()
-        self.description, self.regions, self.base, size = self._answer()
+        self.pid, self.description, self.regions, self.base, size = self._answer()
         self.bytes = content(seed, size)
 
     def group(self, group: int) -> U8:
@@ -253,13 +326,19 @@ class SourceProcess:
         self.pipe.send(("close",))
         assert self._answer() == "closed"
 
+    def call(self, function: Callable[[], Any]) -> Any:
+        """In the source's process."""
+        self.pipe.send(("call", function))
+        return self._answer()
+
     def _answer(self) -> Any:
         assert self.pipe.poll(30), "the source does not answer"
         return self.pipe.recv()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.join(5)
+        if self.process.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+            self.process.join(5)
 
     def close(self) -> None:
         self.kill()
@@ -272,7 +351,7 @@ def _source(pipe: Connection, kv: KVLayout, num_blocks: int, socket_dir: Path, s
     pool = Pool(driver, kv, num_blocks, seed, cuts=cuts)
     transport = NvlinkTransport(driver, NumpyMover(), socket_dir)
     transport.register(pool.memory())
-    pipe.send((transport.describe(), pool.regions, pool.base, pool.size))
+    pipe.send((outer_pid(), transport.describe(), pool.regions, pool.base, pool.size))
     reader: Reader | None = None
     while True:
         try:
@@ -287,5 +366,7 @@ def _source(pipe: Connection, kv: KVLayout, num_blocks: int, socket_dir: Path, s
             elif what == "close":
                 transport.close()
                 pipe.send("closed")
+            elif what == "call":
+                pipe.send(args[0]())
         except PDServeError as error:
             pipe.send(error)

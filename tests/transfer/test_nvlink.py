@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.driver import HandleType
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.base import PullState
@@ -20,10 +19,11 @@ from pd_serve.transfer.nvlink import NvlinkTransport, messages, sources
 from pd_serve.transfer.nvlink import peer as peer_module
 from pd_serve.transfer.nvlink import transport as transport_module
 from tests.memory.memfd import MemfdDriver
+from tests.transfer.namespaces import PID, USER_AND_PID, unshare
 from tests.transfer.nvlink_ends import (
+    End,
     Link,
     NumpyMover,
-    Pool,
     SourceProcess,
     as_kv,
     blocks,
@@ -31,29 +31,10 @@ from tests.transfer.nvlink_ends import (
     layout,
     open_fds,
     pair_of,
+    pull_random_blocks,
     settled,
     until,
 )
-
-
-class End:
-    """A transport and its pool."""
-
-    def __init__(self, socket_dir: Path, kv: KVLayout, num_blocks: int, mover: Any = None, **pool: Any) -> None:
-        self.driver = MemfdDriver()
-        self.pool = Pool(self.driver, kv, num_blocks, **pool)
-        self.mover = mover or NumpyMover()
-        self.transport = NvlinkTransport(self.driver, self.mover, socket_dir)
-        self.transport.register(self.pool.memory())
-
-    @property
-    def mapped(self) -> int:
-        return self.driver.live_mappings - len(self.pool.segments)
-
-    def close(self) -> None:
-        self.transport.close()
-        self.pool.free()
-        self.driver.check_clean()
 
 
 def link(reader: End, source: End) -> Link:
@@ -93,21 +74,7 @@ def test_random_maps_bring_the_right_bytes_from_another_process(served: tuple[So
     end = End(directory, layout(), 30, HostMover())
     peer = source.connect(end.transport, layout(), end.pool.regions)
     source.offer(peer)
-    rng = np.random.default_rng(seed)
-    expected, maps = end.pool.bytes.copy(), []
-    for group, count in ((0, 25), (1, 12), (2, 64)):
-        high = (len(source.group(group)), len(end.pool.group(group)))
-        remote, local = rng.permutation(high[0])[:count], rng.permutation(high[1])[:count]
-        maps.append(blocks(group, remote, local))
-    pull = end.transport.pull(peer, maps)
-    assert finished(pull) is PullState.DONE
-    assert pull.close()
-    for item in maps:
-        assert np.array_equal(end.pool.group(item.group)[item.local], source.group(item.group)[item.remote])
-    size = sum(len(m.local) * end.pool.regions[m.group].block_bytes for m in maps)
-    assert pull.size_bytes == size
-    assert 3 <= pull.num_descriptors <= 101
-    assert int(np.count_nonzero(end.pool.bytes != expected)) <= size, "bytes beside the blocks were written"
+    pull_random_blocks(end, source, peer, seed)
     peer.close()
     end.close()
     assert open_fds() == before
@@ -336,26 +303,29 @@ def test_sources_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # --- deaths
 
 
-def test_a_source_killed_in_the_middle_of_a_pull(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["in the same PID namespace", "in another"])
+def test_a_source_killed_in_the_middle_of_a_pull(tmp_path: Path, where: str) -> None:
     before = open_fds()
     kv = layout(block_size=64, layers=16)  # 512 KiB a block
-    source, end = SourceProcess(kv, 128, tmp_path), End(tmp_path, kv, 128, HostMover())
-    peer = source.connect(end.transport, kv, end.pool.regions)
-    source.offer(peer)
-    assert finished(end.transport.pull(peer, [blocks(0, [0], [0])])) is PullState.DONE
-    pull = end.transport.pull(peer, [blocks(0, np.arange(1, 128), np.arange(1, 128))])
-    assert pull.poll() is PullState.RUNNING  # a part is copied
-    source.kill()
-    peer.close()  # as the inbox does when the connection ends
-    assert not pull.close()
-    assert end.mapped == 1
-    assert finished(pull) is PullState.DONE  # no fault: the lease says that it counts for nothing
-    assert pull.close()
-    settled(end.transport)
-    assert end.mapped == 0
-    assert np.array_equal(end.pool.group(0), source.group(0))
-    source.close()
-    end.close()
+    under = unshare(PID, USER_AND_PID) if where == "in another" else []
+    with closing(SourceProcess(kv, 128, tmp_path, under=under)) as source:
+        end = End(tmp_path, kv, 128, HostMover())
+        peer = source.connect(end.transport, kv, end.pool.regions)
+        source.offer(peer)
+        assert finished(end.transport.pull(peer, [blocks(0, [0], [0])])) is PullState.DONE
+        pull = end.transport.pull(peer, [blocks(0, np.arange(1, 128), np.arange(1, 128))])
+        assert pull.poll() is PullState.RUNNING  # a part is copied
+        source.kill()
+        assert not Path(f"/proc/{source.pid}").exists()
+        peer.close()  # as the inbox does when the connection ends
+        assert not pull.close()
+        assert end.mapped == 1
+        assert finished(pull) is PullState.DONE  # no fault: the lease says that it counts for nothing
+        assert pull.close()
+        settled(end.transport)
+        assert end.mapped == 0
+        assert np.array_equal(end.pool.group(0), source.group(0))
+        end.close()
     assert open_fds() == before
 
 

@@ -1,7 +1,7 @@
 """nvlink between two processes on two GPUs: content is made and compared on the devices.
 
-pytest's own process never touches CUDA: it starts a source and a reader, each with the GPUs that it may see, and a pipe
-between them that carries what the peer channel would.
+pytest's own process never touches CUDA: it starts a source and a reader, each with the GPUs that it may see, the source
+in a PID namespace of its own where that is asked for, and a pipe between them that carries what the peer channel would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,7 @@ from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Pull, PullState, Reader
 from pd_serve.transfer.nvlink import NvlinkTransport
 from pd_serve.transfer.slices import slicings
+from tests.transfer.namespaces import OWN_PROC, PID, USER_AND_PID, namespace, outer_pid, spawned_under, unshare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +54,7 @@ class Ends:
     num_blocks: tuple[int, int]  # of the source, of the reader
     own_gpu_only: bool = False
     cumem: bool = True
+    own_pids: bool = False  # the source: in another PID namespace
 
 
 class End:
@@ -128,7 +130,7 @@ def serve(control: Connection, wire: Connection, ends: Ends) -> None:
     """The source: answers until it is killed."""
     try:
         end = End(ends, 0)
-        wire.send((end.transport.describe(), end.memory.regions))
+        wire.send((outer_pid(), namespace("pid"), end.transport.describe(), end.memory.regions))
         reader: Reader | None = None
         while True:
             what, *args = wire.recv()
@@ -148,9 +150,9 @@ def serve(control: Connection, wire: Connection, ends: Ends) -> None:
     os._exit(0)
 
 
-def read(control: Connection, wire: Connection, ends: Ends, scenario: Callable[[Session], None], pid: int) -> None:
+def read(control: Connection, wire: Connection, ends: Ends, scenario: Callable[[Session], None]) -> None:
     try:
-        scenario(Session(wire, ends, pid))
+        scenario(Session(wire, ends))
     except BaseException:
         control.send(traceback.format_exc())
     else:
@@ -161,13 +163,13 @@ def read(control: Connection, wire: Connection, ends: Ends, scenario: Callable[[
 class Session:
     """The reader's side of one session, in the reader's process."""
 
-    def __init__(self, wire: Connection, ends: Ends, pid: int) -> None:
+    def __init__(self, wire: Connection, ends: Ends) -> None:
         self.wire = wire
         self.ends = ends
-        self.source_pid = pid
         self.end = End(ends, 1)
         assert wire.poll(120), "the source does not start"
-        self.description, self.regions = wire.recv()
+        self.source_pid, its_namespace, self.description, self.regions = wire.recv()
+        assert (its_namespace != namespace("pid")) == ends.own_pids
         self.peer = self.connect()
 
     def connect(self) -> Peer:
@@ -207,9 +209,9 @@ def finished(*pulls: Pull) -> None:
         assert pull.close()
 
 
-def start(process: Any, index: int, ends: Ends) -> None:
+def start(process: Any, index: int, ends: Ends, under: Sequence[str] = ()) -> None:
     """What a process may see must be settled before it imports torch."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, spawned_under(under):
         if ends.own_gpu_only:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
             patch.setenv("CUDA_VISIBLE_DEVICES", visible[index])
@@ -217,11 +219,12 @@ def start(process: Any, index: int, ends: Ends) -> None:
 
 
 def run(ends: Ends, scenario: Callable[[Session], None]) -> None:
+    under = unshare((*PID, "--mount"), (*USER_AND_PID, "--mount"), then=OWN_PROC) if ends.own_pids else []
     spawn = multiprocessing.get_context("spawn")
     wires, controls = spawn.Pipe(), [spawn.Pipe() for _ in range(2)]
     source = spawn.Process(target=serve, args=(controls[0][1], wires[0], ends), daemon=True)
-    start(source, 0, ends)
-    reader = spawn.Process(target=read, args=(controls[1][1], wires[1], ends, scenario, source.pid), daemon=True)
+    start(source, 0, ends, under)
+    reader = spawn.Process(target=read, args=(controls[1][1], wires[1], ends, scenario), daemon=True)
     start(reader, 1, ends)
     for connection in (*wires, *(mine for _, mine in controls)):
         connection.close()
@@ -241,9 +244,11 @@ def run(ends: Ends, scenario: Callable[[Session], None]) -> None:
                 pass
         assert not problem, problem
     finally:
-        for process in (reader, source):
-            process.kill()
-            process.join(10)
+        reader.kill()
+        reader.join(10)
+        source.join(10)  # it ends with the reader's end of the wire
+        source.kill()
+        source.join(10)
 
 
 # --- scenarios, run in the reader's process
@@ -379,6 +384,12 @@ def test_each_process_sees_its_own_gpu_only(tmp_path: Path) -> None:
     run(Ends(tmp_path, layout(32, 0, 4), layout(32), (96, 80), own_gpu_only=True), pulls_many_requests)
 
 
+def test_two_containers_with_a_gpu_each(tmp_path: Path) -> None:
+    """Each sees its own GPU only, and the source's process id means nothing to the reader."""
+    ends = Ends(tmp_path, layout(32, 0, 4), layout(32), (96, 80), own_gpu_only=True, own_pids=True)
+    run(ends, pulls_many_requests)
+
+
 @pytest.mark.parametrize("own_gpu_only", [False, True])
 def test_memory_that_is_not_cumem(tmp_path: Path, own_gpu_only: bool) -> None:
     run(Ends(tmp_path, layout(), layout(), SMALL, own_gpu_only, cumem=False), pulls_many_requests)
@@ -389,17 +400,18 @@ def test_sessions_leave_nothing_behind(tmp_path: Path, cumem: bool) -> None:
     run(Ends(tmp_path, layout(), layout(), SMALL, cumem=cumem), sessions_come_and_go)
 
 
-@pytest.mark.parametrize("own_gpu_only", [False, True])
-def test_a_source_killed_in_mid_pull(tmp_path: Path, own_gpu_only: bool) -> None:
-    run(Ends(tmp_path, layout(), layout(), (512, 512), own_gpu_only), the_source_dies_in_mid_pull)
+@pytest.mark.parametrize(("own_gpu_only", "own_pids"), [(False, False), (True, False), (True, True)])
+def test_a_source_killed_in_mid_pull(tmp_path: Path, own_gpu_only: bool, own_pids: bool) -> None:
+    run(Ends(tmp_path, layout(), layout(), (512, 512), own_gpu_only, own_pids=own_pids), the_source_dies_in_mid_pull)
 
 
 def test_a_source_killed_in_mid_pull_over_cuda_ipc(tmp_path: Path) -> None:
     run(Ends(tmp_path, layout(), layout(), (512, 512), cumem=False), the_source_dies_in_mid_pull)
 
 
-def test_a_source_killed_before_it_was_mapped(tmp_path: Path) -> None:
-    run(Ends(tmp_path, layout(), layout(), (8, 8)), the_source_dies_before_it_is_mapped)
+@pytest.mark.parametrize("own_pids", [False, True])
+def test_a_source_killed_before_it_was_mapped(tmp_path: Path, own_pids: bool) -> None:
+    run(Ends(tmp_path, layout(), layout(), (8, 8), own_pids=own_pids), the_source_dies_before_it_is_mapped)
 
 
 def test_a_source_that_withdraws(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tests.transfer.nvlink_ends import (
     layout,
     open_fds,
     pair_of,
+    refused_as_somebody_else,
     until,
 )
 
@@ -113,25 +114,8 @@ def test_a_real_process_of_another_user_is_refused() -> None:
     with tempfile.TemporaryDirectory(prefix="pd-serve-test-") as name:  # pytest's own is closed to others
         Path(name).chmod(0o777)
         server = FdServer(Path(name))
-        server.path.chmod(0o777)
-        _connect_as_somebody_else(server)
+        refused_as_somebody_else(server.path)
         server.close()
-
-
-def _connect_as_somebody_else(server: FdServer) -> None:
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.setresuid(65533, 65533, 65533)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-                connection.settimeout(5)
-                connection.connect(os.fspath(server.path))
-                data, got, _, _ = socket.recv_fds(connection, 4096, 8)
-                status = 0 if data.startswith(fd_server.REFUSE) and not got else 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_silent_clients_are_dropped_and_bounded(
