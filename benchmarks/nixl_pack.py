@@ -46,7 +46,8 @@ def mover_for(device: int | None) -> Mover:
 class End:
     """A pool and a transport, one at a time, over memory that is allocated once."""
 
-    def __init__(self, device: int | None, size: int, seed: int) -> None:
+    def __init__(self, device: int | None, size: int, seed: int, reads_only: bool) -> None:
+        self.reads_only = reads_only
         self.mover = mover_for(device)
         self.device = device
         self.size = size
@@ -65,7 +66,8 @@ class End:
             Region(self.address + self.size, PROBE_BLOCK_BYTES, PROBE_BLOCKS),
         )
         self.memory = PoolMemory(self.device, regions)
-        self.transport = NixlTransport(f"bench-{id(self)}-{time.time_ns()}-{self._names}", self.mover, limits=limits)
+        name = f"bench-{id(self)}-{time.time_ns()}-{self._names}"
+        self.transport = NixlTransport(name, self.mover, reads_only=self.reads_only, limits=limits)
         self.transport.register(self.memory)
 
     def sums(self, rows: Any) -> np.ndarray:
@@ -84,8 +86,9 @@ def wait(link: Link, delay_s: float) -> Iterator[bytes]:
 
 
 def source(pipe: Connection, url: str, device: int | None, size: int) -> None:
-    end = End(device, size, 1)
+    end = End(device, size, 1, reads_only=False)
     link = Link.dial(url)
+    link.poller.spin = device is not None
     served: Any = None
     pair: Any = None
     pipe.send(None)
@@ -123,7 +126,8 @@ class Bench:
         while not (came := listener.accept()):
             time.sleep(0.01)
         self.link = Link(came[0])
-        self.end = End(devices[1], size, 2)
+        self.link.poller.spin = devices[1] is not None
+        self.end = End(devices[1], size, 2, reads_only=True)
         self.pipe.recv()
 
     def ask(self, *what: Any) -> Any:
@@ -186,7 +190,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0, help="bytes of a pull")
     parser.add_argument("--slot", type=int, default=0, help="bytes of a staging slot, other than the default")
     parser.add_argument("--slots", type=int, default=0, help="staging slots, other than the default")
-    parser.add_argument("--chunk", type=int, default=0, help="smallest chunk in bytes, other than the default")
+    parser.add_argument("--chunk", type=int, default=0, help="first chunk in bytes, other than the default")
     parser.add_argument("--blocks", default="8192,32768,131072,524288,2097152", help="block sizes in bytes")
     options = parser.parse_args()
     cuda = options.device == "cuda"
@@ -196,7 +200,9 @@ def main() -> None:
     if options.slots:
         limits = dataclasses.replace(limits, slots=options.slots, slots_per_peer=options.slots)
     limits = dataclasses.replace(
-        limits, slot_bytes=options.slot or limits.slot_bytes, chunk_bytes=options.chunk or limits.chunk_bytes
+        limits,
+        slot_bytes=options.slot or limits.slot_bytes,
+        first_chunk_bytes=options.chunk or limits.first_chunk_bytes,
     )
     packed = dataclasses.replace(limits, direct_bytes=1 << 40, direct_descriptors=0)
     direct = dataclasses.replace(limits, direct_bytes=1)

@@ -3,7 +3,7 @@
     python benchmarks/usable.py [--device cuda|host] [--transport auto] [--mib 256] [--block-kib 2048]
 
 A real outbox and a real inbox in two processes, with handshake, self-test, leases and checksums; blocks are random ones
-of pools of bytes. On GPUs the source is cuda:0 and the reader cuda:1. *ready to usable* counts on the decode side, from
+of pools of bytes. *ready to usable* counts on the decode side, from
 the announcement's arrival; *publish to usable* from the prefill node's call, its checksums and both ways included.
 """
 
@@ -60,9 +60,10 @@ def make_identity(name: str, kv: KVLayout, checksums: bool) -> Identity:
 
 def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> None:
     kv = layout(options.block_kib)
-    pool = make_pool(kv, options.blocks, 0 if options.device == "cuda" else None)
+    pool = make_pool(kv, options.blocks, options.devices[0] if options.device == "cuda" else None)
     me = make_identity("P", kv, checksums)
-    outbox = Outbox(me, lanes_for(options.transport, f"p-{me.epoch}", pool.memory()), host="127.0.0.1", lease_s=30.0)
+    lanes = lanes_for(options.transport, f"p-{me.epoch}", pool.memory(), reads_only=False)
+    outbox = Outbox(me, lanes, host="127.0.0.1", lease_s=30.0)
     outbox.begin()
     outbox.wait_ready()
     pipe.send((me.epoch, outbox.address))
@@ -72,7 +73,7 @@ def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> No
         for key in keys:
             outbox.open(key)
         ids = [(1 + rng.permutation(options.blocks - 1)[:count]).astype("<i4").tobytes() for _ in keys]
-        time.sleep(0.02)  # claims have arrived
+        time.sleep(options.pause_ms / 1e3)  # claims have arrived
         start = time.monotonic()
         for key, blocks in zip(keys, ids, strict=True):
             outbox.publish(key, count * 16, [Blocks(0, 0, blocks)], 7)
@@ -86,9 +87,10 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
     process = spawn.Process(target=source, args=(theirs, options, checksums), daemon=True)
     process.start()
     kv = layout(options.block_kib)
-    pool = make_pool(kv, options.blocks, 1 if options.device == "cuda" else None)
+    pool = make_pool(kv, options.blocks, options.devices[1] if options.device == "cuda" else None)
     me = make_identity("D", kv, checksums)
-    inbox = Inbox(me, lanes_for(options.transport, f"d-{me.epoch}", pool.memory()), pull_timeout_s=30.0)
+    lanes = lanes_for(options.transport, f"d-{me.epoch}", pool.memory(), reads_only=True)
+    inbox = Inbox(me, lanes, pull_timeout_s=30.0)
     inbox.begin()
     inbox.wait_ready()
     epoch, address = pipe.recv()
@@ -138,11 +140,15 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "host"))
+    parser.add_argument(
+        "--devices", default=(0, 1), type=lambda text: tuple(map(int, text.split(","))), help="source, reader"
+    )
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--mib", type=int, default=256, help="of one request")
     parser.add_argument("--block-kib", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=2048, help="of each pool")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--pause-ms", type=float, default=2.0, help="between requests; after a longer one CPUs sleep")
     options = parser.parse_args()
     for checksums in (True, False):
         measure(options, checksums)

@@ -11,7 +11,7 @@ from pd_serve.engine.boot import Parts, main
 
 def make_role(parts: Parts) -> DecodeRole:
     config = parts.config
-    inbox = Inbox(parts.identity, parts.lanes(), pull_timeout_s=config.pull_timeout_s)
+    inbox = Inbox(parts.identity, parts.lanes(reads_only=True), pull_timeout_s=config.pull_timeout_s)
     inbox.begin()
     return DecodeRole(parts.kv, parts.scheduler, inbox, config.local_prefill_tokens)
 

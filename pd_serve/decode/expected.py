@@ -123,6 +123,11 @@ class Expected:
     def __post_init__(self) -> None:
         self._groups: list[_Group] = []
 
+    @property
+    def awaits_answer(self) -> bool:
+        """The main thread is about to name blocks, or the prefill node to confirm the lease."""
+        return self.stage is Stage.RELEASING or (self.stage is Stage.CLAIMED and self.offered)
+
     def claimed(self, pair: Pair, checksums: bool) -> None:
         """The prefill node is known: how its pool and this one fit together."""
         self._groups = [

@@ -26,6 +26,8 @@ from pd_serve.transfer.base import PullState
 from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.transfer.mover import Work
+from pd_serve.transfer.poller import look_s
 from pd_serve.transfer.probe import FLOOR_BYTES_PER_S, Prober
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
@@ -36,11 +38,12 @@ log = logging.getLogger(__name__)
 
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
 
-# Beside a GPU the thread stays awake for so long to hear that a lease was valid: waking up takes as long as the answer.
+# Beside a GPU the thread stays awake for so long to be told where to pull to, and then whether the lease was valid:
+# waking up takes as long as the answer.
 ANSWER_S = 1e-3
 
-# How soon to look at a transfer again: a tenth of its age, so that looking costs and delays little.
-LOOK_MIN_S, LOOK_MAX_S = 50e-6, 20e-3
+# How soon to look at a transfer again: at a part of its age, so that looking costs and delays little.
+LOOK_MAX_S = 20e-3
 LOOK_DRAINING_MAX_S = 0.1
 
 # A pull is judged by its rate from so many bytes on; first pulls into fresh pages may be slow.
@@ -102,6 +105,8 @@ class Inbox:
         self._layout = identity.layout
         self._lanes = lanes
         self._on_gpu = lanes.memory.device is not None
+        self._look_s = look_s(lanes.memory.device)
+        self._look_part = 0.01 if self._on_gpu else 0.1  # of a transfer's age
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._peers: dict[str, PrefillPeer] = {}  # by address
@@ -194,9 +199,11 @@ class Inbox:
 
     def run_due(self, now_s: float) -> float:
         due_s = float("inf")
-        for job in [j for j in self._keys.values() if j.stage in (Stage.PULLING, Stage.RELEASING)]:
-            if self._on_gpu and job.stage is Stage.RELEASING and now_s < job.moved_s + ANSWER_S:
-                due_s = min(due_s, now_s + LOOK_MIN_S)
+        for job in list(self._keys.values()):
+            if self._on_gpu and job.awaits_answer and now_s < job.moved_s + ANSWER_S:
+                due_s = min(due_s, now_s + self._look_s)
+            elif job.stage not in (Stage.PULLING, Stage.RELEASING):
+                continue
             elif now_s >= job.moved_s + self._pull_timeout_s:
                 self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {self._pull_timeout_s:g} s")
             else:
@@ -331,6 +338,9 @@ class Inbox:
                         break
                     job.pull_started_s = time.perf_counter()
                     job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
+                    job.pull.poll()  # starts it
+                    if job.pull.work is not None:
+                        self._sum(job, peer, job.pull.work)
                 if not self._booked(job, peer):
                     return
             if job.stage is Stage.PULLING and job.first_token is not None:
@@ -362,7 +372,7 @@ class Inbox:
         pull.close()
         seconds = time.perf_counter() - job.pull_started_s
         job.pull = None
-        self._sum(job, peer)
+        self._sum(job, peer, None)
         job.size_bytes += pull.size_bytes
         job.seconds += seconds
         job.moved_s = self._clock()
@@ -375,13 +385,13 @@ class Inbox:
             self._slow(peer, pull.size_bytes / seconds)
         return True
 
-    def _sum(self, job: Expected, peer: PrefillPeer) -> None:
-        """Starts to sum what has just arrived."""
+    def _sum(self, job: Expected, peer: PrefillPeer, after: Work | None) -> None:
+        """Starts to sum what was pulled last, ``after`` it has arrived, unless that is done already."""
         if peer.checksums:
             for blocks, announced in job.pulled:
                 slicing, region = peer.pair.slicings[blocks.group], peer.pair.reader[blocks.group]
                 rows = slicing.reader_rows(region, blocks.local)
-                job.checks.append(Check(self._lanes.mover.checksums(rows), announced))
+                job.checks.append(Check(self._lanes.mover.checksums(rows, after), announced))
                 self._counters["checksum_bytes"] += rows.size_bytes
         job.pulled = []
 
@@ -401,21 +411,23 @@ class Inbox:
 
     def _look_at_pulls(self) -> float:
         """Asks after every transfer and checksum under way; returns when to ask again."""
-        look_s = float("inf")
+        soon_s = float("inf")
         for job in [j for j in self._keys.values() if j.pull is not None or j.checks]:
             self._advance(job)
             if job.checks and job.key in self._keys:
-                look_s = min(look_s, LOOK_MIN_S)
+                soon_s = min(soon_s, self._look_s)
             if job.pull is not None:
-                age_s = time.perf_counter() - job.pull_started_s
-                look_s = min(look_s, max(LOOK_MIN_S, min(LOOK_MAX_S, age_s / 10)))
+                soon_s = min(soon_s, self._look_in(job, LOOK_MAX_S))
         waiting, self._draining = self._draining, []
         for job in waiting:
             self._drain(job)
         for job in self._draining:
-            age_s = time.perf_counter() - job.pull_started_s
-            look_s = min(look_s, max(LOOK_MIN_S, min(LOOK_DRAINING_MAX_S, age_s / 10)))
-        return look_s
+            soon_s = min(soon_s, self._look_in(job, LOOK_DRAINING_MAX_S))
+        return soon_s
+
+    def _look_in(self, job: Expected, most_s: float) -> float:
+        age_s = time.perf_counter() - job.pull_started_s
+        return max(self._look_s, min(most_s, age_s * self._look_part))
 
     def _released(self, job: Expected, valid: bool) -> None:
         if job.stage is not Stage.RELEASING:

@@ -57,8 +57,8 @@ class Parts:
     scheduler: Scheduler
     memory: PoolMemory
 
-    def lanes(self) -> Lanes:
-        """What the role's transfer thread will start."""
+    def lanes(self, *, reads_only: bool) -> Lanes:
+        """What the role's transfer thread will start. ``reads_only``: no other node reads this one's memory."""
         from pd_serve.transfer.choice import lanes_for
 
         config = self.config
@@ -66,6 +66,7 @@ class Parts:
             config.transport,
             f"{self.identity.node_id}-{self.identity.epoch}",
             self.memory,
+            reads_only=reads_only,
             nixl_backend=config.nixl_backend,
             nixl_options=config.nixl_options,
             nvlink_socket_dir=config.nvlink_socket_dir,

@@ -26,6 +26,7 @@ from pd_serve.transfer.connection import MAX_FRAME_BYTES, Connection, Listener
 from pd_serve.transfer.handshake import Identity, Reception, check_protocol, shortened
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
+from pd_serve.transfer.poller import look_s
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import FailureKind
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 MAX_PEERS = 256
 MAX_STRANGERS = 64  # connections without a session; a newer one ends the oldest
 HANDSHAKE_S = 5.0  # how long a connection may be one of them
+
+# Beside a GPU the thread stays awake for so long after an announcement, to confirm the lease when the blocks were read:
+# waking up can take as long as reading them.
+ANSWER_S = 2e-3
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Outbox:
         self._receptions: dict[Holder, Reception] = {}  # of strangers that have said Hello
         self._sessions: dict[Holder, Session] = {}
         self._refused: set[tuple[str, str]] = set()  # logged once
+        self._awake_until_s = float("-inf")
         self._events: Mailbox[LeaseEnded] = Mailbox()
         self._counters: dict[str, float] = dict.fromkeys(
             (
@@ -162,10 +168,12 @@ class Outbox:
                 due_s = min(due_s, until_s)
                 break
             self._turn_away(holder)
-        look_s = float("inf")
+        soon_s = float("inf")
         for holder, session in list(self._sessions.items()):
-            look_s = min(look_s, self._announce(holder, session))
-        return min(due_s - now_s, look_s)
+            soon_s = min(soon_s, self._announce(holder, session))
+        if now_s < self._awake_until_s:
+            soon_s = min(soon_s, look_s(self._lanes.memory.device))
+        return min(due_s - now_s, soon_s)
 
     def stop(self) -> None:
         for holder in list(self._sessions):
@@ -211,11 +219,13 @@ class Outbox:
                 if self._book.holds(ready.key, holder):
                     self._counters["checksum_bytes"] += session.summed_bytes(ready)
                     self._send(holder, ready)
+                    if self._lanes.memory.device is not None:
+                        self._awake_until_s = self._clock() + ANSWER_S
         except TransferError as error:
             log.error("decode node %s: checksums cannot be computed: %s", session.node_id, error)
             self._send(holder, wire.Bye(self._identity.epoch))
             self._end_session(holder, "its blocks cannot be announced")
-        return probe.LOOK_S if session.announcing else float("inf")
+        return look_s(self._lanes.memory.device) if session.announcing else float("inf")
 
     # --- transfer thread: connections and messages
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import PoolMemory, Region
+from pd_serve.transfer.mover import Work
 from pd_serve.transfer.slices import Slicing
 
 
@@ -54,6 +55,10 @@ class Pull(Protocol):
 
     size_bytes: int
     num_descriptors: int
+
+    @property
+    def work(self) -> Work | None:
+        """The mover's copy that brings all of its bytes, while it is under way; None where something else does that."""
 
     def poll(self) -> PullState:
         """Advances the transfer; never blocks."""

@@ -22,6 +22,7 @@ def lanes_for(
     agent_name: str,
     memory: PoolMemory,
     *,
+    reads_only: bool,
     nixl_backend: str = "UCX",
     nixl_options: Mapping[str, str] | None = None,
     nvlink_socket_dir: str = "",
@@ -29,7 +30,8 @@ def lanes_for(
 ) -> Lanes:
     """``wanted``: "auto" or one name, which then must work. ``agent_name``: new at every start (node and epoch).
 
-    ``make_mover``: another than the one for ``memory`` (called on the transfer thread). Raises ConfigError.
+    ``reads_only``: this node is never read. ``make_mover``: another than the one for ``memory`` (called on the transfer
+    thread). Raises ConfigError.
     """
     if wanted not in ("auto", *NAMES):
         raise ConfigError(f"unknown transport {wanted!r}; known: auto, {', '.join(NAMES)}")
@@ -47,7 +49,7 @@ def lanes_for(
     def nixl(mover: Mover) -> Transport:
         from pd_serve.transfer.nixl import NixlTransport
 
-        return NixlTransport(agent_name, mover, nixl_backend, dict(nixl_options or {}))
+        return NixlTransport(agent_name, mover, nixl_backend, nixl_options, reads_only=reads_only)
 
     def ucx(mover: Mover) -> Transport:
         from pd_serve.transfer.ucx import UcxTransport

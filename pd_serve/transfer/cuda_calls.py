@@ -1,7 +1,8 @@
-"""The CUDA driver calls of the mover: thin wrappers that raise TransferError, and the one hot call through ctypes.
+"""The CUDA driver calls of the mover: thin wrappers that raise TransferError, and the two hot calls through ctypes.
 
 cuda-bindings converts every element of a list argument; a batch of a thousand copies would cost a millisecond of
-Python. :func:`memcpy_batch_call` hands the driver numpy arrays instead.
+Python, and the parameters of a launch tens of microseconds. :func:`memcpy_batch_call` hands the driver numpy arrays
+instead, :func:`launch_call` packed bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ except ImportError as error:  # the extra is not installed
 
 I64 = npt.NDArray[np.int64]
 
-__all__ = ["check", "compile_kernels", "driver", "memcpy_batch_call"]
+__all__ = ["check", "compile_kernels", "driver", "launch_call", "memcpy_batch_call"]
 
 SRC_ACCESS_ORDER_STREAM = 1
 FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1
@@ -96,6 +97,33 @@ def _memcpy_batch_entry() -> tuple[int, bool]:
         if int(status) == 0 and int(pointer):
             return int(pointer), has_fail_index
     raise TransferError(FailureKind.TRANSFER, "the driver has no cuMemcpyBatchAsync; it needs CUDA 12.8 or later")
+
+
+PARAMETERS_BYTES = 256  # more than any of our kernels has
+_PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
+
+
+def launch_call() -> Callable[[int, int, int, int, int, bytes], None]:
+    """``launch(function, grid, block, shared_bytes, stream, parameters)``, one-dimensional. Raises TransferError.
+
+    ``parameters``: as the kernel has them, each aligned to its size.
+    """
+    pointer = int(check(driver.cuGetProcAddress(b"cuLaunchKernel", 12000, 0), "cuGetProcAddress")[0])
+    call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *([ctypes.c_uint] * 7), *([ctypes.c_void_p] * 3))(pointer)
+    buffer = ctypes.create_string_buffer(PARAMETERS_BYTES)
+    size = ctypes.c_size_t(0)
+    extra = (ctypes.c_void_p * 5)(
+        _PARAM_BUFFER_POINTER, ctypes.addressof(buffer), _PARAM_BUFFER_SIZE, ctypes.addressof(size), _PARAM_END
+    )
+
+    def launch(function: int, grid: int, block: int, shared_bytes: int, stream: int, parameters: bytes) -> None:
+        size.value = len(parameters)
+        ctypes.memmove(buffer, parameters, len(parameters))
+        status = call(function, grid, 1, 1, block, 1, 1, shared_bytes, stream, None, extra)
+        if status != 0:
+            raise TransferError(FailureKind.TRANSFER, f"cuLaunchKernel of {grid} x {block} threads: error {status}")
+
+    return launch
 
 
 def compile_kernels(source: str, device: int) -> bytes:

@@ -1,7 +1,8 @@
 // The kernels of the CUDA mover, compiled at start by NVRTC (cuda_mover.py). No headers.
 //
 // Pieces are strided: source and target have an array of start addresses (one a piece) and a table of row offsets that all
-// pieces share; a row is cut into units of unit_bytes. Work is dealt to CTAs unit by unit.
+// pieces share; a row is cut into units of unit_bytes. The arrays of addresses are in host memory: who reads them reads
+// neighbours together, and ahead of need.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -49,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) move_bulk(Shape sha
     __shared__ __align__(8) u64 all_barriers[MAX_WARPS][MAX_SLOTS];
     __shared__ Unit tables[MAX_WARPS][TABLE];
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    u32 first = blockIdx.x * warps + warp, step = gridDim.x * warps;
+    u32 all = gridDim.x * warps, self = blockIdx.x * warps + warp;
+    u32 first = self * (total / all) + min(self, total % all), count = total / all + (self < total % all);
     u64* barriers = all_barriers[warp];
     Unit* table = tables[warp];
     unsigned char* buffer = buffers + (u64)warp * slots * shape.unit_bytes;
@@ -58,7 +60,6 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) move_bulk(Shape sha
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
 
-    u32 count = total > first ? (total - first + step - 1) / step : 0;
     u32 loads = 0, known = 0;
 
     for (u32 done = 0; done < count; ++done) {
@@ -70,8 +71,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) move_bulk(Shape sha
                 if (loads >= known) {
                     __syncwarp();
                     if (known + lane < count)
-                        table[(known + lane) % TABLE] = unit_at(first + (known + lane) * step, shape, sources,
-                                                                targets, source_rows, target_rows);
+                        table[(known + lane) % TABLE] = unit_at(first + known + lane, shape, sources, targets,
+                                                                source_rows, target_rows);
                     known += 32;
                     __syncwarp();
                 }
@@ -139,7 +140,7 @@ extern "C" __global__ void move_words4(Shape shape, u32 total, const u64* source
     move_plain<u32>(shape, total, sources, targets, source_rows, target_rows);
 }
 
-// sum(x_i * w_i) of a piece's 32-bit words, see Mover.checksums. Sums are zero at the start.
+// sum(x_i * w_i) of the 32-bit words of each unit, see Mover.checksums. Sums are in host memory, which has no atomics.
 __device__ __forceinline__ u64 weighed(u32 word, u32 index) { return (u64)word * ((index * 0x9E3779B1u) | 1u); }
 
 extern "C" __global__ void checksum(Shape shape, u32 total, u32 wide, const u64* sources, const i64* source_rows,
@@ -176,6 +177,6 @@ extern "C" __global__ void checksum(Shape shape, u32 total, u32 wide, const u64*
             for (u32 at = lane; at < words; at += 32) sum += weighed(data[at], first + at);
         }
         for (u32 step = 16; step; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, step);
-        if (lane == 0) atomicAdd(&sums[piece], sum);
+        if (lane == 0) sums[index] = sum;
     }
 }

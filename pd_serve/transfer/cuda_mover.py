@@ -9,9 +9,7 @@ from what computes meanwhile, but need long runs; the kernel reads rows of any s
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,16 @@ from typing import Any
 import numpy as np
 
 from pd_serve.errors import TransferError
-from pd_serve.transfer.cuda_calls import check, compile_kernels, driver, memcpy_batch_call
-from pd_serve.transfer.mover import I64, U64, Rows
+from pd_serve.transfer.cuda_buffers import Buffer, Buffers
+from pd_serve.transfer.cuda_calls import check, compile_kernels, driver, launch_call, memcpy_batch_call
+from pd_serve.transfer.mover import I64, U64, Rows, Work
 from pd_serve.wire.peer import FailureKind
 
 ENGINE_MIN_BYTES = 512 << 10  # copy engines from this average run length on
 PROGRAMS = 16  # CTAs of the copy kernel: what NVLink needs
 LOCAL_PROGRAMS = 66  # the same to and from staging memory, within one GPU: half of an H200, for a tenth of the time
 # A pull is submitted in growing parts: the link is busy with one while the next is prepared. (first bytes, growth)
-ENGINE_PARTS = (4 << 20, 4)
+ENGINE_PARTS = (8 << 20, 4)
 KERNEL_PARTS = (16 << 20, 16)
 UNIT_BYTES = 16 << 10  # of a row, in flight at once in a slot
 SLOT_BYTES = 192 << 10  # shared memory for slots of one CTA
@@ -39,54 +38,22 @@ CHECKSUM_UNIT_BYTES = 32 << 10
 CHECKSUM_PROGRAMS_PER_SM = 4
 ALIGNMENT = 4096
 NOT_READY = int(driver.CUresult.CUDA_ERROR_NOT_READY)
-ONE_ROW = np.zeros(1, dtype=np.int64)
 
 
-Scratch = tuple[int, int, int]  # size, host address, device address
-
-
-class _Buffers:
-    """Scratch memory in powers of two, device and pinned host together, reused when the work that used it is done."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[tuple[int, int]]] = {}
-        self._all: list[tuple[int, int]] = []
-        # allocating takes milliseconds: what pulls usually need is there before the first one
-        for taken in [self.take(1 << bits) for bits in range(12, 21) for _ in range(2)]:
-            self.give_back(taken)
-
-    def take(self, size_bytes: int) -> Scratch:
-        size = 1 << max(12, (size_bytes - 1).bit_length())
-        free = self._free.setdefault(size, [])
-        if free:
-            return (size, *free.pop())
-        host = int(check(driver.cuMemHostAlloc(size, 0), "cuMemHostAlloc"))
-        device = int(check(driver.cuMemAlloc(size), "cuMemAlloc"))
-        self._all.append((host, device))
-        return size, host, device
-
-    def give_back(self, taken: Scratch) -> None:
-        self._free[taken[0]].append(taken[1:])
-
-    def close(self) -> None:
-        for host, device in self._all:
-            driver.cuMemFreeHost(host)
-            driver.cuMemFree(device)
-        self._all.clear()
+# kernel parameters, in the kernels' order: the shape (5 numbers), numbers, pointers
+MOVE_BULK = struct.Struct("7I4x4Q")
+MOVE_WORDS = struct.Struct("6I4Q")
+CHECKSUM = struct.Struct("7I4x3Q")
 
 
 class CudaWork:
-    """An event behind it on its stream. See :class:`pd_serve.transfer.mover.Work`."""
+    """An event behind it on its stream. See :class:`pd_serve.transfer.mover.Work`. ``buffers``: what it reads."""
 
     def __init__(
-        self,
-        mover: CudaMover,
-        stream: int,
-        scratch: list[Scratch],
-        failure: TransferError | None = None,
+        self, mover: CudaMover, stream: int, buffers: list[Buffer], failure: TransferError | None = None
     ) -> None:
         self._mover = mover
-        self._scratch = scratch
+        self._buffers = buffers
         self._failure = failure
         self._event: Any = mover.record(stream)
 
@@ -104,24 +71,27 @@ class CudaWork:
             raise self._failure
         return True
 
+    def precede(self, stream: int) -> None:
+        """What goes to the stream from now on begins when this has ended."""
+        if self._event is not None:
+            check(driver.cuStreamWaitEvent(stream, self._event, 0), "cuStreamWaitEvent")
+
     def _ended(self) -> None:
-        for taken in self._scratch:
-            self._mover.buffers.give_back(taken)
-        self._scratch = []
+        for buffer in self._buffers:
+            self._mover.buffers.give_back(buffer)
+        self._buffers = []
 
 
 class CudaSums(CudaWork):
-    """See :class:`pd_serve.transfer.mover.Sums`."""
+    """See :class:`pd_serve.transfer.mover.Sums`. ``parts`` of the buffer: the sums of each piece's units."""
 
-    def __init__(self, mover: CudaMover, stream: int, scratch: list[Scratch], host: int, count: int) -> None:
-        super().__init__(mover, stream, scratch)
-        self._host = host
-        self._count = count
+    def __init__(self, mover: CudaMover, stream: int, buffer: Buffer, parts: I64) -> None:
+        super().__init__(mover, stream, [buffer])
+        self._parts = parts
         self._sums: U64 | None = None
 
     def _ended(self) -> None:
-        if self._sums is None:
-            self._sums = _view(self._host, self._count).copy()
+        self._sums = self._parts.view(np.uint64).sum(axis=1, dtype=np.uint64)
         super()._ended()
 
     def result(self) -> U64:
@@ -152,7 +122,7 @@ class CudaMover:
         self._bulk = self._function_or_none(b"move_bulk")
         if self._bulk is not None:
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(driver.cuFuncSetAttribute(self._bulk, limit, SLOT_BYTES), "cuFuncSetAttribute")
+            check(driver.cuFuncSetAttribute(driver.CUfunction(self._bulk), limit, SLOT_BYTES), "cuFuncSetAttribute")
         # the highest priority: a copy's few CTAs get the next free SM of a device that is busy decoding
         _, highest = check(driver.cuCtxGetStreamPriorityRange(), "cuCtxGetStreamPriorityRange")
         non_blocking = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -161,9 +131,10 @@ class CudaMover:
             for _ in range(2)
         )
         self._memcpy_batch = memcpy_batch_call()
+        self._launch = launch_call()
         self.events: list[Any] = []
-        self.buffers = _Buffers()
-        self._tables: dict[bytes, int] = {}
+        self.buffers = Buffers()
+        self._tables: dict[bytes, tuple[int, int]] = {}
         self._staging: list[tuple[int, int]] = []  # address, size
 
     def make_current(self) -> None:
@@ -182,131 +153,106 @@ class CudaMover:
     # --- copies
 
     def copy(self, items: list[tuple[Rows, Rows]]) -> CudaWork:
-        scratch: list[Scratch] = []
+        buffers: list[Buffer] = []
         failure: TransferError | None = None
         try:
             for source, target in _merged(items):
-                piece_bytes = source.row_bytes * len(source.rows)
-                first_bytes, growth = ENGINE_PARTS if source.row_bytes >= ENGINE_MIN_BYTES else KERNEL_PARTS
-                at, size = 0, max(1, first_bytes // piece_bytes)
-                while at < len(source.starts):
-                    part = slice(at, at + size)
-                    self._submit(source, target, source.starts[part], target.starts[part], scratch)
-                    at, size = at + size, size * growth
+                if self._is_staging(source.base) or self._is_staging(target.base):
+                    self._by_kernel(source, target, source.starts, target.starts, LOCAL_PROGRAMS, buffers)
+                else:
+                    self._from_afar(source, target, buffers)
         except TransferError as error:
             failure = error  # told when what had been submitted before has ended
-        return CudaWork(self, self._copies, scratch, failure)
+        return CudaWork(self, self._copies, buffers, failure)
 
-    def _submit(self, source: Rows, target: Rows, starts: I64, ends: I64, scratch: list[Scratch]) -> None:
-        if len(source.rows) == 1:
-            sources, targets = starts + (source.base + source.rows[0]), ends + (target.base + target.rows[0])
-            runs = joined(sources, targets, source.row_bytes)
-            if len(starts) * source.row_bytes >= ENGINE_MIN_BYTES * len(runs[2]):
-                sources, targets, sizes = runs
-                self._memcpy_batch(targets, sources, sizes, self._copies)
-                return
-            source, target = replace(source, rows=ONE_ROW), replace(target, rows=ONE_ROW)
-        else:
-            sources, targets = starts + source.base, ends + target.base
-        scratch.append(self._by_kernel(source, target, sources, targets))
+    def _from_afar(self, source: Rows, target: Rows, buffers: list[Buffer]) -> None:
+        piece_bytes = source.row_bytes * len(source.rows)
+        first_bytes, growth = ENGINE_PARTS if source.row_bytes >= ENGINE_MIN_BYTES else KERNEL_PARTS
+        at, size = 0, max(1, first_bytes // piece_bytes)
+        while at < len(source.starts):
+            starts, ends = source.starts[at : at + size], target.starts[at : at + size]
+            if len(source.rows) > 1 or not self._by_engines(source, target, starts, ends):
+                self._by_kernel(source, target, starts, ends, self._programs, buffers)
+            at, size = at + size, size * growth
 
-    def _by_kernel(self, source: Rows, target: Rows, sources: I64, targets: I64) -> Scratch:
-        stream = self._copies
-        count = len(sources)
-        taken = self._upload((sources, targets), stream)
-        width = min(_alignment(source, sources), _alignment(target, targets))
-        bulk = self._bulk is not None and width >= 16
-        programs = LOCAL_PROGRAMS if self._is_staging(source.base) or self._is_staging(target.base) else self._programs
-        unit = min(UNIT_BYTES, source.row_bytes)
-        units_per_row = -(-source.row_bytes // unit)
+    def _by_engines(self, source: Rows, target: Rows, starts: I64, ends: I64) -> bool:
+        """Of one row a piece; False where runs are too short for that."""
+        sources, targets, sizes = joined(
+            starts + (source.base + source.rows[0]), ends + (target.base + target.rows[0]), source.row_bytes
+        )
+        if len(starts) * source.row_bytes < ENGINE_MIN_BYTES * len(sizes):
+            return False
+        self._memcpy_batch(targets, sources, sizes, self._copies)
+        return True
+
+    def _by_kernel(
+        self, source: Rows, target: Rows, starts: I64, ends: I64, programs: int, buffers: list[Buffer]
+    ) -> None:
+        """Adds to ``buffers`` what the kernel reads addresses from."""
+        count = len(starts)
+        buffer = self.buffers.take(2 * count)
+        buffers.append(buffer)
+        np.add(starts, source.base, out=buffer.words[:count])
+        np.add(ends, target.base, out=buffer.words[count : 2 * count])
+        source_rows, source_bits = self._table(source.rows)
+        target_rows, target_bits = self._table(target.rows)
+        bits = int(np.bitwise_or.reduce(buffer.words[: 2 * count])) | source_bits | target_bits
+        unit, units_per_row = _units(source.row_bytes, UNIT_BYTES)
         total = count * len(source.rows) * units_per_row
-        shape = struct.pack("5I", count, len(source.rows), source.row_bytes, unit, units_per_row)
-        pointers = [taken[2], taken[2] + 8 * count, self._table(source.rows), self._table(target.rows)]
-        if bulk:
+        shape = (count, len(source.rows), source.row_bytes, unit, units_per_row, total)
+        pointers = (buffer.address, buffer.address + 8 * count, source_rows, target_rows)
+        wide = (bits | source.row_bytes) % 16 == 0
+        if wide and self._bulk is not None:
             warps = WARPS if unit <= SMALL_UNIT_BYTES else 1
             slots = min(MAX_SLOTS, SLOT_BYTES // (unit * warps))
             grid = min(programs, -(-total // warps))
-            shared = slots * unit * warps
-            numbers = struct.pack("II", total, slots)
-            self._launch(self._bulk, grid, 32 * warps, shared, stream, shape, numbers, pointers)
+            shared_bytes = slots * unit * warps
+            parameters = MOVE_BULK.pack(*shape, slots, *pointers)
+            self._launch(self._bulk, grid, 32 * warps, shared_bytes, self._copies, parameters)
         else:
-            kernel = self._words16 if width >= 16 else self._words4
+            kernel = self._words16 if wide else self._words4
             grid = min(4 * programs, -(-total // PLAIN_WARPS))
-            self._launch(kernel, grid, 32 * PLAIN_WARPS, 0, stream, shape, struct.pack("I", total), pointers)
-        return taken
+            self._launch(kernel, grid, 32 * PLAIN_WARPS, 0, self._copies, MOVE_WORDS.pack(*shape, *pointers))
 
     # --- checksums
 
-    def checksums(self, blocks: Rows) -> CudaSums:
+    def checksums(self, blocks: Rows, after: Work | None = None) -> CudaSums:
         count = len(blocks.starts)
-        stream = self._sums
-        sources = blocks.starts + blocks.base
-        taken = self._upload((sources, np.zeros(count, dtype=np.int64)), stream)
-        unit = min(CHECKSUM_UNIT_BYTES, blocks.row_bytes)
-        units_per_row = -(-blocks.row_bytes // unit)
-        total = count * len(blocks.rows) * units_per_row
-        wide = int(_alignment(blocks, sources) >= 16)
-        shape = struct.pack("5I", count, len(blocks.rows), blocks.row_bytes, unit, units_per_row)
-        pointers = [taken[2], self._table(blocks.rows), taken[2] + 8 * count]
-        grid = min(CHECKSUM_PROGRAMS_PER_SM * self._sms, -(-total // PLAIN_WARPS))
+        unit, units_per_row = _units(blocks.row_bytes, CHECKSUM_UNIT_BYTES)
+        units = len(blocks.rows) * units_per_row
+        total = count * units
+        buffer = self.buffers.take(count + total)
+        sources, parts = buffer.words[:count], buffer.words[count : count + total]
+        np.add(blocks.starts, blocks.base, out=sources)
+        if isinstance(after, CudaWork):
+            after.precede(self._sums)
         if total:
-            numbers = struct.pack("II", total, wide)
-            self._launch(self._checksum, grid, 32 * PLAIN_WARPS, 0, stream, shape, numbers, pointers)
-            check(driver.cuMemcpyDtoHAsync(taken[1], taken[2] + 8 * count, 8 * count, stream), "cuMemcpyDtoHAsync")
-        return CudaSums(self, stream, [taken], taken[1], count)
+            rows, bits = self._table(blocks.rows)
+            wide = (int(np.bitwise_or.reduce(sources)) | bits | blocks.row_bytes) % 16 == 0
+            shape = (count, len(blocks.rows), blocks.row_bytes, unit, units_per_row, total)
+            parameters = CHECKSUM.pack(*shape, wide, buffer.address, rows, buffer.address + 8 * count)
+            grid = min(CHECKSUM_PROGRAMS_PER_SM * self._sms, -(-total // PLAIN_WARPS))
+            self._launch(self._checksum, grid, 32 * PLAIN_WARPS, 0, self._sums, parameters)
+        return CudaSums(self, self._sums, buffer, parts.reshape(count, units))
 
     # --- pieces of both
 
-    def _upload(self, arrays: Sequence[I64], stream: int) -> Scratch:
-        size = sum(array.nbytes for array in arrays)
-        taken = self.buffers.take(max(8, size))
-        at = taken[1]
-        for array in arrays:
-            ctypes.memmove(at, np.ascontiguousarray(array).ctypes.data, array.nbytes)
-            at += array.nbytes
-        check(driver.cuMemcpyHtoDAsync(taken[2], taken[1], size, stream), "cuMemcpyHtoDAsync")
-        return taken
-
-    def _table(self, rows: I64) -> int:
-        """Row offsets on the device; there are a few different ones in the life of a node."""
+    def _table(self, rows: I64) -> tuple[int, int]:
+        """Row offsets on the device, and all their bits together; there are a few different ones in a node's life."""
         key = rows.tobytes()
-        address = self._tables.get(key)
-        if address is None:
-            address = self._tables[key] = int(check(driver.cuMemAlloc(len(key)), "cuMemAlloc"))
-            check(driver.cuMemcpyHtoD(address, np.ascontiguousarray(rows).ctypes.data, len(key)), "cuMemcpyHtoD")
-        return address
+        known = self._tables.get(key)
+        if known is None:
+            address = int(check(driver.cuMemAlloc(len(key)), "cuMemAlloc"))
+            check(driver.cuMemcpyHtoD(address, key, len(key)), "cuMemcpyHtoD")
+            known = self._tables[key] = (address, int(np.bitwise_or.reduce(rows)))
+        return known
 
-    def _launch(
-        self,
-        function: Any,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        stream: int,
-        shape: bytes,
-        numbers: bytes,
-        pointers: list[int],
-    ) -> None:
-        """Kernel parameters in order: the shape, 32-bit numbers, pointers."""
-        values = ctypes.create_string_buffer(shape + numbers + struct.pack(f"{len(pointers)}Q", *pointers))
-        start = ctypes.addressof(values)
-        offsets = [0]
-        offsets += [len(shape) + at for at in range(0, len(numbers), 4)]
-        offsets += [len(shape) + len(numbers) + 8 * at for at in range(len(pointers))]
-        arguments = (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
-        check(
-            driver.cuLaunchKernel(
-                function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(arguments), 0
-            ),
-            "cuLaunchKernel",
-        )
+    def _function(self, name: bytes) -> int:
+        return int(check(driver.cuModuleGetFunction(self._module, name), f"cuModuleGetFunction {name.decode()}"))
 
-    def _function(self, name: bytes) -> Any:
-        return check(driver.cuModuleGetFunction(self._module, name), f"cuModuleGetFunction {name.decode()}")
-
-    def _function_or_none(self, name: bytes) -> Any:
+    def _function_or_none(self, name: bytes) -> int | None:
         status, function = driver.cuModuleGetFunction(self._module, name)
-        return function if int(status) == 0 else None
+        return int(function) if int(status) == 0 else None
 
     def write(self, address: int, data: bytes) -> None:
         check(driver.cuMemcpyHtoDAsync(address, data, len(data), self._copies), "cuMemcpyHtoDAsync")
@@ -327,7 +273,7 @@ class CudaMover:
             driver.cuStreamDestroy(stream)
         for event in self.events:
             driver.cuEventDestroy(event)
-        for address in (*self._tables.values(), *(address for address, _ in self._staging)):
+        for address, _ in (*self._tables.values(), *self._staging):
             driver.cuMemFree(address)
         self.buffers.close()
         driver.cuModuleUnload(self._module)
@@ -335,20 +281,26 @@ class CudaMover:
 
 def _merged(items: list[tuple[Rows, Rows]]) -> list[tuple[Rows, Rows]]:
     """Items of the same pattern as one, so that many requests go out in one launch. Empty ones are dropped."""
+    items = [item for item in items if item[0].size_bytes]
+    if len(items) < 2:
+        return items
     same: dict[tuple[int, int, int, bytes, bytes], list[tuple[Rows, Rows]]] = {}
     for source, target in items:
-        if source.size_bytes:
-            key = (source.base, target.base, source.row_bytes, source.rows.tobytes(), target.rows.tobytes())
-            same.setdefault(key, []).append((source, target))
+        key = (source.base, target.base, source.row_bytes, source.rows.tobytes(), target.rows.tobytes())
+        same.setdefault(key, []).append((source, target))
     return [
-        group[0]
-        if len(group) == 1
-        else (
+        (
             replace(group[0][0], starts=np.concatenate([source.starts for source, _ in group])),
             replace(group[0][1], starts=np.concatenate([target.starts for _, target in group])),
         )
         for group in same.values()
     ]
+
+
+def _units(row_bytes: int, unit_bytes: int) -> tuple[int, int]:
+    """Bytes of a unit, and units in a row."""
+    unit = min(unit_bytes, row_bytes)
+    return unit, -(-row_bytes // unit)
 
 
 def joined(sources: I64, targets: I64, size_bytes: int) -> tuple[I64, I64, I64]:
@@ -359,14 +311,3 @@ def joined(sources: I64, targets: I64, size_bytes: int) -> tuple[I64, I64, I64]:
     first = np.concatenate([np.zeros(1, dtype=np.int64), np.flatnonzero(~same) + 1])
     counts = np.diff(first, append=len(sources))
     return sources[first], targets[first], counts * size_bytes
-
-
-def _alignment(rows: Rows, addresses: I64) -> int:
-    """The largest power of two, up to 16, that divides every address and size."""
-    bits = int(np.bitwise_or.reduce(addresses)) | int(np.bitwise_or.reduce(rows.rows)) | rows.row_bytes | 16
-    return bits & -bits
-
-
-def _view(address: int, count: int) -> U64:
-    """64-bit numbers in host memory."""
-    return np.ctypeslib.as_array((ctypes.c_uint64 * count).from_address(address))

@@ -7,13 +7,14 @@ from its sockets, each call of ``done`` does a part of it and returns: work goes
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Iterator
 
 import numpy as np
 
 from pd_serve.transfer.host_kernels import copy_rows, sum_rows
-from pd_serve.transfer.mover import I64, U64, Rows
+from pd_serve.transfer.mover import I64, U64, Rows, Work
 
 STEP_BYTES = 8 << 20  # in one turn: about a millisecond
 
@@ -58,11 +59,11 @@ class HostMover:
                 raise ValueError(f"source and target of a copy differ in shape: {source} and {target}")
         return HostWork(_copies(items))
 
-    def checksums(self, rows: Rows) -> HostWork:
+    def checksums(self, rows: Rows, after: Work | None = None) -> HostWork:
         if rows.row_bytes % 4:
             raise ValueError(f"rows of {rows.row_bytes} bytes are not made of 32-bit words")
         out = np.empty(len(rows.starts), dtype=np.uint64)
-        return HostWork(_sums(rows, out), out)
+        return HostWork(itertools.chain(_end_of(after), _sums(rows, out)), out)
 
     def write(self, address: int, data: bytes) -> None:
         ctypes.memmove(address, data, len(data))
@@ -114,6 +115,11 @@ def _copies(items: list[tuple[Rows, Rows]]) -> Iterator[None]:
             copy_rows(s.base, ss, sr, t.base, ts, tr, len(b), s.row_bytes, begin, end)
             copied += (end - begin) * len(b) * s.row_bytes
         del a, b, c, d
+
+
+def _end_of(work: Work | None) -> Iterator[None]:
+    while work is not None and not work.done():
+        yield
 
 
 def _sums(rows: Rows, out: U64) -> Iterator[None]:

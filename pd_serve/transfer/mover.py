@@ -51,8 +51,9 @@ class Mover(Protocol):
         Either side may be a peer's mapped memory. Copies that are not ``done`` may read and write at any time.
         """
 
-    def checksums(self, rows: Rows) -> Sums:
-        """For each start, over its R * row_bytes / 4 little-endian 32-bit words x_i in row order:
+    def checksums(self, rows: Rows, after: Work | None = None) -> Sums:
+        """For each start, over its R * row_bytes / 4 little-endian 32-bit words x_i in row order, once ``after`` (a
+        copy of this mover) has ended:
 
         ``sum(x_i * w_i) mod 2**64`` with ``w_i = ((i * 0x9E3779B1) mod 2**32) | 1``. Changing any one word changes the
         sum, and so does swapping two words that differ (but for a chance of about 2**-32). It guards against

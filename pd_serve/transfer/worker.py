@@ -3,7 +3,7 @@
 The service is a prefill node's outbox or a decode node's inbox. The main thread hands it closures with
 ``call`` and reads its events from a mailbox; nothing else is shared. The thread sleeps until a socket
 or a call wakes it or the service's next deadline is due; only while a pull is under way does it look
-again at short intervals, and it sleeps in between: it never spins on a core that computes.
+again at short intervals. In between it sleeps, but beside a GPU, whose host has cores to spare (:mod:`poller`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pd_serve.errors import TransferError
 from pd_serve.transfer.connection import Resolved, is_numeric, resolve
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
-from pd_serve.transfer.timer import Timer
+from pd_serve.transfer.poller import Poller
 from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]  # seconds, monotonic
 
 MAX_SLEEP_S = 60.0
-SPIN_S = 100e-6  # beside a GPU, shorter waits are not slept: waking up takes as long, and NVLink moves 40 MiB meanwhile
 
 
 class Service(Protocol):
@@ -67,8 +66,7 @@ class TransferWorker:
         self._let_go = True  # no lane uses the pool (any more)
         self._handlers: dict[int, Callable[[], object]] = {}  # by file descriptor
         self.internal_errors = 0
-        self._timer = Timer()
-        self._poller = select.epoll()
+        self._poller = Poller(spin=lanes.memory.device is not None)
         self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
 
     # --- main thread
@@ -128,12 +126,11 @@ class TransferWorker:
     def _run(self) -> None:
         try:
             self._poller.register(self._calls.fileno(), select.EPOLLIN)
-            self._poller.register(self._timer.fileno(), select.EPOLLIN)
             self.lanes.start()
             self._service.start(self)
         except Exception as error:
             self._guarded(self.lanes.close)
-            self._close_poller()
+            self._poller.close()
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
@@ -141,15 +138,11 @@ class TransferWorker:
             self._guarded(self._turn)
         self._guarded(self._service.stop)
         self._guarded(self._close_lanes)
-        self._close_poller()
+        self._poller.close()
 
     def _close_lanes(self) -> None:
         self._let_go = False  # should it raise
         self._let_go = self.lanes.close()
-
-    def _close_poller(self) -> None:
-        self._poller.close()
-        self._timer.close()
 
     def _turn(self) -> None:
         for call in self._calls.take():
@@ -161,23 +154,10 @@ class TransferWorker:
             delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
         except Exception:
             self._internal_error()
-        for descriptor, _ in self._wait(delay_s):
+        for descriptor in self._poller.wait(min(delay_s, MAX_SLEEP_S)):
             handler = self._handlers.get(descriptor)
             if handler is not None:
                 self._guarded(handler)
-
-    def _wait(self, delay_s: float) -> list[tuple[int, int]]:
-        if delay_s <= 0:
-            return self._poller.poll(0)
-        if delay_s <= SPIN_S and self.lanes.memory.device is not None:
-            until_s = time.perf_counter() + delay_s
-            while not (found := self._poller.poll(0)) and time.perf_counter() < until_s:
-                pass
-            return found
-        self._timer.arm(min(delay_s, MAX_SLEEP_S))
-        ready = self._poller.poll()
-        self._timer.clear()
-        return ready
 
     def _guarded(self, function: Callable[[], object]) -> None:
         """One request's fault must not take the thread, and with it every other request, down."""

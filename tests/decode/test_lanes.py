@@ -258,6 +258,22 @@ def test_bytes_that_never_came_are_found_out(make: Make) -> None:
     assert ends.d.wait("k", Failed).kind is FailureKind.CHECKSUM
 
 
+def test_what_the_mover_brings_is_summed_behind_it(make: Make) -> None:
+    """The sums are under way before the bytes are here."""
+    script = Script()
+    ends = make(a=script)
+    script.by_mover = True
+    arrived = ends.arrive()
+    assert ends.counter("checksum_bytes") == arrived.size_bytes, "each byte is summed once"
+    for group in ends.d.pool.groups:
+        group[:] = 0
+    ends.offered("k2")
+    script.forgets = True
+    ends.d.accept("k2", OURS)
+    assert ends.d.wait("k2", Failed).kind is FailureKind.CHECKSUM
+    ends.d.wait("k2", Drained)
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (False, False)])
 def test_checksums_can_be_switched_off(theirs: bool, ours: bool) -> None:
     script = Script()

@@ -82,7 +82,7 @@ class Pool:
 
 
 def nixl_lanes(memory: PoolMemory) -> Lanes:
-    return lanes_for("nixl", agent_name("h"), memory)
+    return lanes_for("nixl", agent_name("h"), memory, reads_only=False)
 
 
 def identity(node_id: str, layout: KVLayout, /, **other: Any) -> Identity:

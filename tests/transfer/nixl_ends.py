@@ -26,8 +26,14 @@ from tests.transfer.harness import agent_name, until
 from tests.transfer.processes import Killable
 
 # everything travels packed, in small chunks; little of it fits into the rings
-PACKED = Limits(
-    direct_bytes=1 << 40, direct_descriptors=0, slot_bytes=1, slots=4, slots_per_peer=3, chunk_bytes=3 << 10
+PACKED = dataclasses.replace(
+    HOST,
+    direct_bytes=1 << 40,
+    direct_descriptors=0,
+    slot_bytes=1,
+    slots=4,
+    slots_per_peer=3,
+    first_chunk_bytes=3 << 10,
 )
 # nothing does
 DIRECT = dataclasses.replace(HOST, direct_bytes=1)

@@ -14,7 +14,7 @@ from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
 from pd_serve.transfer.host_mover import HostMover
 from pd_serve.transfer.lanes import LaneFactory, Lanes
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.mover import Mover, Rows, Work
 from pd_serve.wire.peer import FailureKind
 
 
@@ -31,6 +31,7 @@ class Script:
     hangs: bool = False  # pulls never end while it does
     corrupts: bool = False  # one bit of what is read is wrong
     forgets: bool = False  # nothing is written
+    by_mover: bool = False  # the mover's own work brings the bytes, as in lanes between GPUs
     bytes_per_s: float = float("inf")
     heard: list[bytes] = field(default_factory=list)
     rejects_messages: bool = False
@@ -50,21 +51,34 @@ class CopyPull:
         self.size_bytes = sum(len(b.local) * pair.slicings[b.group].piece_bytes for b in blocks)
         self.num_descriptors = sum(len(b.local) for b in blocks)
         self._due_s = time.perf_counter() + self.size_bytes / script.bytes_per_s
+        self.work: Work | None = None
+        self._polls = 0
+        if script.by_mover:
+            self.work = peer.mover.copy([] if script.forgets else [self._rows(item) for item in self._blocks])
 
     def poll(self) -> PullState:
+        if self.work is not None:
+            self._polls += 1
+            if self._polls > 2 and self.work.done():  # a device takes its time
+                self.work = None
+                self._state = PullState.DONE
+            return self._state
         if self._state is PullState.RUNNING and not self._script.hangs and time.perf_counter() >= self._due_s:
             self._state = PullState.FAILED if self._script.fails else PullState.DONE
             if self._state is PullState.DONE and not self._script.forgets:
                 self._copy()
         return self._state
 
+    def _rows(self, item: BlockMap) -> tuple[Rows, Rows]:
+        pair = self._peer.pair
+        slicing = pair.slicings[item.group]
+        source = slicing.source_rows(pair.source[item.group], item.remote)
+        return source, slicing.reader_rows(pair.reader[item.group], item.local)
+
     def _copy(self) -> None:
-        pair, mover = self._peer.pair, self._peer.mover
         for item in self._blocks:
-            slicing = pair.slicings[item.group]
-            source = slicing.source_rows(pair.source[item.group], item.remote)
-            target = slicing.reader_rows(pair.reader[item.group], item.local)
-            work = mover.copy([(source, target)])
+            source, target = self._rows(item)
+            work = self._peer.mover.copy([(source, target)])
             while not work.done():
                 pass
         if self._script.corrupts:

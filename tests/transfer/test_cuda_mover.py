@@ -98,7 +98,9 @@ def test_copies_and_checksums(mover: Any, shape: tuple[int, ...], bulk: bool, mo
     sums = mover.checksums(on_a)
     wait(sums)
     assert sums.result().tolist() == checksum(source.cpu().numpy(), a)
-    arrived = mover.checksums(on_b)
+    target.zero_()
+    torch.cuda.synchronize()
+    arrived = mover.checksums(on_b, after=mover.copy([(on_a, on_b)]))
     wait(arrived)
     assert arrived.result().tolist() == sums.result().tolist()
 
@@ -128,7 +130,7 @@ def test_scratch_memory_is_used_again(mover: Any) -> None:
     rows = Rows(data.data_ptr(), np.arange(100, dtype=np.int64) * 4096, np.zeros(1, dtype=np.int64), 4096)
     for _ in range(3):
         wait(mover.checksums(rows))
-    held = len(mover.buffers._all)
+    held = len(mover.buffers)
     for _ in range(50):
         wait(mover.checksums(rows))
-    assert len(mover.buffers._all) == held
+    assert len(mover.buffers) == held

@@ -93,6 +93,15 @@ def test_large_work_is_done_in_turns(mover: HostMover, monkeypatch: pytest.Monke
     assert finish(sums).result().tolist() == [reference_sum(row.view("<u4")) for row in source]
 
 
+def test_sums_wait_for_the_copy_before_them(mover: HostMover) -> None:
+    source = np.random.default_rng(0).integers(0, 256, (3, 10 << 20), dtype=np.uint8)
+    target = np.zeros_like(source)
+    starts, zero = np.arange(3, dtype=np.int64) * (10 << 20), np.zeros(1, np.int64)
+    take, put = (Rows(each.ctypes.data, starts, zero, 10 << 20) for each in (source, target))
+    sums = mover.checksums(put, after=mover.copy([(take, put)]))
+    assert finish(sums).result().tolist() == [reference_sum(row.view("<u4")) for row in source]
+
+
 def test_any_changed_word_and_any_swap_change_the_sum(mover: HostMover) -> None:
     words = np.random.default_rng(1).integers(0, 2**32, 257, dtype=np.uint32)
     rows = Rows(words.ctypes.data, np.zeros(1, np.int64), np.zeros(1, np.int64), words.nbytes)

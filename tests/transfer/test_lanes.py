@@ -125,12 +125,12 @@ def test_memory_that_a_lane_may_still_use_is_not_freed(stays: bool) -> None:
 
 
 def test_what_the_setting_starts() -> None:
-    assert tuple(lanes_for("auto", "n", MEMORY)._factories) == ("nixl", "ucx")
-    assert lanes_for("auto", "n", MEMORY)._factories["ucx"].instead_of == "nixl"
-    assert tuple(lanes_for("ucx", "n", MEMORY)._factories) == ("ucx",)
+    assert tuple(lanes_for("auto", "n", MEMORY, reads_only=False)._factories) == ("nixl", "ucx")
+    assert lanes_for("auto", "n", MEMORY, reads_only=False)._factories["ucx"].instead_of == "nixl"
+    assert tuple(lanes_for("ucx", "n", MEMORY, reads_only=False)._factories) == ("ucx",)
     on_gpu: PoolMemory = dataclasses.replace(MEMORY, device=0)
-    assert tuple(lanes_for("auto", "n", on_gpu)._factories) == ("nvlink", "nixl", "ucx")
+    assert tuple(lanes_for("auto", "n", on_gpu, reads_only=False)._factories) == ("nvlink", "nixl", "ucx")
     with pytest.raises(ConfigError, match="host memory"):
-        lanes_for("nvlink", "n", MEMORY)
+        lanes_for("nvlink", "n", MEMORY, reads_only=False)
     with pytest.raises(ConfigError, match="unknown transport"):
-        lanes_for("smoke", "n", MEMORY)
+        lanes_for("smoke", "n", MEMORY, reads_only=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from pd_serve.errors import TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import PullState
 from pd_serve.transfer.host_mover import HostMover
-from pd_serve.transfer.nixl import NixlTransport
+from pd_serve.transfer.nixl import NixlTransport, bindings
+from pd_serve.transfer.nixl import transport as nixl_transport
 from tests.transfer.harness import LARGE, SMALL, agent_name, until
 from tests.transfer.nixl_ends import DIRECT, Node, Session, Target, blocks
 
@@ -102,6 +105,17 @@ def over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCX_TLS", "^cma")
 
 
+@pytest.fixture(params=[True, False], ids=["with a progress thread", "without"])
+def threaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reader: beside GPUs it has none."""
+
+    def make(*args: Any, **_: Any) -> bindings.Agent:
+        return bindings.Agent(*args, progress_thread=request.param)
+
+    monkeypatch.setattr(nixl_transport, "Agent", make)
+
+
+@pytest.mark.usefixtures("threaded")
 def test_reads_while_the_target_computes_with_the_gil_held() -> None:
     target, reader = Target(SMALL, 64, DIRECT), Node(SMALL, 64, None, DIRECT)
     started = time.monotonic()
@@ -126,6 +140,7 @@ def test_a_target_dead_before_the_first_contact() -> None:
     reader.close()
 
 
+@pytest.mark.usefixtures("threaded")
 def test_a_target_killed_between_pulls() -> None:
     target, reader = Target(SMALL, 64, DIRECT), Node(SMALL, 64, None, DIRECT)
     peer = target.connect(reader)
@@ -148,7 +163,7 @@ def test_a_target_killed_between_pulls() -> None:
     reader.close()
 
 
-@pytest.mark.usefixtures("over_tcp")
+@pytest.mark.usefixtures("over_tcp", "threaded")
 def test_a_target_killed_in_the_middle_of_a_pull() -> None:
     target, reader = Target(LARGE, 200), Node(LARGE, 200)
     peer = target.connect(reader)
@@ -170,7 +185,7 @@ def test_a_target_killed_in_the_middle_of_a_pull() -> None:
     reader.close()
 
 
-@pytest.mark.usefixtures("over_tcp")
+@pytest.mark.usefixtures("over_tcp", "threaded")
 def test_a_stopped_target_keeps_the_blocks_until_it_goes_on() -> None:
     target, reader = Target(LARGE, 200), Node(LARGE, 200)
     peer = target.connect(reader)
@@ -187,10 +202,10 @@ def test_a_stopped_target_keeps_the_blocks_until_it_goes_on() -> None:
         assert reader.transport.progress() < 1.0
         time.sleep(0.01)
     target.signal(signal.SIGCONT)
-    assert not reader.transport.idle
+    assert reader.transport.progress() < math.inf
     until(pull.close, 10.0)
     assert np.array_equal(reader.groups[0][2:], target.groups[0][2:])
-    until(lambda: reader.transport.progress() and reader.transport.idle)
+    until(lambda: reader.transport.progress() == math.inf)
     target.close()
     reader.close()
 

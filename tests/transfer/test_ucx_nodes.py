@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("ucxx") is None, reason="pd-serve[ucx]
 
 
 def ucx_lanes(memory: PoolMemory) -> Lanes:
-    return lanes_for("ucx", agent_name("u"), memory)
+    return lanes_for("ucx", agent_name("u"), memory, reads_only=False)
 
 
 def test_prompts_between_two_nodes() -> None:

@@ -36,7 +36,8 @@ class End:
             self.transport.register(self.memory)
         else:
             # new at every start, as NIXL wants it
-            self._lanes = lanes_for(lane, f"bench-{role}-{os.getpid()}-{uuid.uuid4().hex[:8]}", self.memory)
+            name = f"bench-{role}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            self._lanes = lanes_for(lane, name, self.memory, reads_only=role == "reader")
             self._lanes.start()
             self.transport = self._lanes.transports[lane]
 

@@ -28,6 +28,8 @@ class _Description(msgspec.Struct):
 
 
 class RawPull:
+    work = None
+
     def __init__(self, raw: RawNixl, handle: Any, size_bytes: int) -> None:
         self.size_bytes = size_bytes
         self.num_descriptors = 1

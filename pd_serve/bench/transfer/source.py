@@ -37,6 +37,7 @@ class Source:
     def __init__(self, link: Link, order: Open) -> None:
         self._link = link
         self._reader: Reader | None = None
+        link.poller.spin = order.device is not None  # as a node's transfer thread does
         self._end = End(order.lane, order.device, order.cumem, order.layout, order.num_blocks, "source")
         for group in range(len(self._end.memory.regions)):
             fill(self._end.tensor(group), order.seed)

@@ -65,16 +65,20 @@ def _other_build(refusal: ImportError) -> ModuleType:
 
 
 class Agent:
-    """One NIXL agent with one backend. Handles are NIXL's own: whoever got one releases it."""
+    """One NIXL agent with one backend. Handles are NIXL's own: whoever got one releases it.
 
-    def __init__(self, name: str, backend: str, options: Mapping[str, str]) -> None:
+    Without a progress thread, asking for a read's status moves all reads on; ``progress`` does in between.
+    """
+
+    def __init__(self, name: str, backend: str, options: Mapping[str, str], *, progress_thread: bool = True) -> None:
         self.name = name
+        self.progress_thread = progress_thread
         self.nixl = load_bindings()
         self.errors: tuple[type[Exception], ...] = tuple(
             v for k, v in vars(self.nixl).items() if k.startswith("nixl") and k.endswith("Error")
         )
         config = self.nixl.nixlAgentConfig()
-        config.useProgThread = True
+        config.useProgThread = progress_thread
         config.pthrDelay = PROGRESS_DELAY_US
         config.useListenThread = False
         try:
@@ -151,6 +155,10 @@ class Agent:
     def status(self, handle: int) -> Any:
         """Raises what NIXL raises."""
         return self._agent.getXferStatus(handle)
+
+    def progress(self) -> None:
+        """Lets UCX answer its peers."""
+        self._agent.getNotifs({})
 
     def release_read(self, handle: int) -> None:
         """Only for a read that has ended."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import Region
-from pd_serve.transfer.merge import count_runs, neighbours_together
+from pd_serve.transfer.merge import SHORT, SORTED_FROM_BYTES, count_runs, neighbours_together
 from pd_serve.transfer.mover import I64
 from pd_serve.transfer.nixl.bindings import U64, Agent
 from pd_serve.transfer.nixl.limits import Limits
@@ -77,8 +77,12 @@ class Index:
 
 
 def in_order(slicing: Slicing, remote: I64, local: I64) -> tuple[I64, I64, int]:
-    """The pieces so that neighbours stand side by side, and how many descriptors they make."""
-    theirs, ours = neighbours_together(remote, local)
+    """The pieces so that neighbours stand side by side, and how many descriptors they make.
+
+    Long lists of small pieces stay as they are: sorting takes as long as moving them.
+    """
+    short = len(remote) <= SHORT or slicing.row_bytes >= SORTED_FROM_BYTES
+    theirs, ours = neighbours_together(remote, local) if short else (remote, local)
     if slicing.whole:
         return theirs, ours, count_runs(theirs, ours)
     return theirs, ours, len(theirs) * len(slicing.source.rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GROWTH = 4  # of chunks, up to a slot
+
 UNIT_BYTES = 128 << 10  # staging memory is described in units; a packed read is rounded up to them
 
 
@@ -16,8 +18,10 @@ class Limits:
     slot_bytes: int
     slots: int
     slots_per_peer: int  # one slow peer does not take all
-    # A pull is cut into four chunks or more, so that packing, reading and unpacking overlap, but not into smaller ones.
-    chunk_bytes: int
+    # A pull's first chunk: small, for nothing is read before it is packed. Each further one is GROWTH times as large.
+    first_chunk_bytes: int
+    patience_s: float  # how long a source waits for one chunk before it packs the next
+    awake_s: float  # for how long to look for the other end's next message before sleeping: waking up takes as long
     # A source takes a slot back that its reader keeps for longer; that reader's pull then fails.
     reclaim_s: float = 30.0
 
@@ -29,7 +33,9 @@ HOST = Limits(
     slot_bytes=2 << 20,
     slots=16,
     slots_per_peer=8,
-    chunk_bytes=512 << 10,
+    first_chunk_bytes=512 << 10,
+    patience_s=0.0,
+    awake_s=0.0,
 )
 
 # A descriptor costs what 2.7 MiB cost at the rate of NVLink; a read of 16 MiB reaches a third of it, four at once all.
@@ -39,7 +45,9 @@ DEVICE = Limits(
     slot_bytes=64 << 20,
     slots=10,
     slots_per_peer=8,
-    chunk_bytes=16 << 20,
+    first_chunk_bytes=16 << 20,
+    patience_s=20e-6,
+    awake_s=1e-3,
 )
 
 

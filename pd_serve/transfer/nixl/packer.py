@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,10 @@ from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.direct import check_range
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.staging import Ring, lay_out, staged
+from pd_serve.transfer.poller import look_s
 from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
-
-LOOK_S = 50e-6  # while something is being packed
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class NixlReader:
         """Raises TransferError for what makes no sense."""
         if self.closed:
             return
+        self.packer.heard()
         for item in m.decode_to_source(message):
             if isinstance(item, m.Open):
                 self.say(self.packer.open())
@@ -90,6 +91,7 @@ class Packer:
         clock: Callable[[], float],
     ) -> None:
         self._mover = mover
+        self._look_s = look_s(mover.device)
         self._agent = agent
         self._limits = limits
         self._largest_block_bytes = largest_block_bytes
@@ -98,9 +100,13 @@ class Packer:
         self._waiting: deque[Job] = deque()
         self._packing: list[Job] = []
         self._packed: dict[Job, None] = {}  # oldest first
+        self._heard_s = -math.inf  # when a reader last said something
 
     def serve(self, pair: Pair, send: Send) -> NixlReader:
         return NixlReader(self, pair, send)
+
+    def heard(self) -> None:
+        self._heard_s = self._clock()
 
     def open(self) -> m.ToReader:
         try:
@@ -165,9 +171,13 @@ class Packer:
         self._reclaim(now_s)
         while self._waiting and self.ring.num_free:
             self._start(self._waiting.popleft())
-            self._finish(now_s)  # the first slots are read while the others are still being packed
-        if self._packing:
-            return LOOK_S
+            # the first slots are read while the others are still being packed
+            until_s = time.perf_counter() + self._limits.patience_s
+            self._finish(now_s)
+            while self._packing and time.perf_counter() < until_s:
+                self._finish(now_s)
+        if self._packing or now_s < self._heard_s + self._limits.awake_s:
+            return self._look_s
         oldest = next(iter(self._packed), None)
         return math.inf if oldest is None else max(0.0, oldest.packed_at_s + self._limits.reclaim_s - now_s)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class NixlPeer:
         device: int | None,
         limits: Limits,
         send: Send,
+        clock: Callable[[], float],
     ) -> None:
         self.remote = remote
         self._agent = agent
@@ -45,7 +46,7 @@ class NixlPeer:
         except TransferError:
             lists.give_back(self._key)
             raise
-        self.unpacker = Unpacker(ring, remote, pair, device, send)
+        self.unpacker = Unpacker(ring, remote, pair, device, send, clock)
         self.closed = False
         remote.users += 1
 
@@ -80,9 +81,8 @@ class NixlPeer:
             packed_bytes += size
         read = packed = None
         if items:
-            chunk_bytes = max(self._limits.chunk_bytes, packed_bytes // 4)
-            packed = PackedPull(items, packed_bytes, chunk_bytes)
-            descriptors += -(-packed_bytes // chunk_bytes)
+            packed = PackedPull(items, packed_bytes, self._limits.first_chunk_bytes)
+            descriptors += 1 + packed_bytes // self._limits.slot_bytes  # about: a read for each slot
             self.unpacker.start(packed)
         if remote_ids:
             try:

@@ -11,6 +11,8 @@ from pd_serve.transfer.nixl.unpacker import PackedPull, Unpacker
 class NixlPull:
     """Either part may be missing. It has failed as soon as one of them has."""
 
+    work = None
+
     def __init__(
         self,
         size_bytes: int,

@@ -22,6 +22,7 @@ from pd_serve.transfer.nixl.peer import NixlPeer
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.nixl.unpacker import LocalRing
+from pd_serve.transfer.poller import SPIN_S
 from pd_serve.transfer.slices import Side
 from pd_serve.wire.peer import FailureKind
 
@@ -29,12 +30,13 @@ log = logging.getLogger(__name__)
 
 NEVER = 1 << 62  # bytes a descriptor, from which on pieces are read directly
 LOOK_CLOSED_S = 10e-3  # at what closed peers still read
+PROGRESS_S = 0.1  # an agent without a progress thread, while nothing is read
 
 
 class NixlTransport:
     """``agent_name`` must be new at every start (node and epoch). The mover stays its owner's, and open until close.
 
-    ``limits``: other than those measured for the mover's kind of memory (tests, benchmarks).
+    ``reads_only``: this node is never read. ``limits``: others than those measured for the mover's kind of memory.
     """
 
     name = "nixl"
@@ -46,13 +48,18 @@ class NixlTransport:
         backend: str = "UCX",
         options: Mapping[str, str] | None = None,
         *,
+        reads_only: bool = False,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mover = mover
         self._limits = limits or limits_of(mover.device)
         self._clock = clock
-        self._agent = Agent(agent_name, backend, options or {})
+        # Where GPUs move the bytes a reader needs no progress thread, and is faster without: before it sleeps, that
+        # thread puts a host function on the stream of the reads under way, and the next read waits until the CPU has
+        # answered it (UCX 1.23, uct_cuda_base_iface_event_fd_arm).
+        threaded = mover.device is None or not reads_only
+        self._agent = Agent(agent_name, backend, options or {}, progress_thread=threaded)
         self._lists = LocalLists(self._agent, mover.device)
         self._remotes: dict[str, Remote] = {}
         self._peers: list[NixlPeer] = []
@@ -92,7 +99,7 @@ class NixlTransport:
         limits = self._limits
         if endpoint.closed_on and endpoint.closed_on == boot_id():
             limits = dataclasses.replace(limits, direct_bytes=NEVER, direct_descriptors=0)
-        peer = NixlPeer(self._agent, remote, self._lists, self._ring, pair, endpoint.device, limits, send)
+        peer = NixlPeer(self._agent, remote, self._lists, self._ring, pair, endpoint.device, limits, send, self._clock)
         self._peers.append(peer)
         return peer
 
@@ -129,12 +136,10 @@ class NixlTransport:
             elif not remote.users:
                 del self._remotes[name]
                 remote.forget()
+        if self._remotes and not self._agent.progress_thread and delay_s > SPIN_S:
+            self._agent.progress()
+            delay_s = min(delay_s, PROGRESS_S)
         return delay_s
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is read into this node's memory. Where that is so after ``close``, memory may be given back."""
-        return not self._remotes
 
     def close(self) -> bool:
         for peer in self._peers:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pd_serve.errors import TransferError
@@ -20,12 +20,11 @@ from pd_serve.transfer.base import Pair, PullState, Send
 from pd_serve.transfer.mover import I64, Mover, Rows, Work
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
-from pd_serve.transfer.nixl.limits import UNIT_BYTES, Limits
+from pd_serve.transfer.nixl.limits import GROWTH, UNIT_BYTES, Limits
 from pd_serve.transfer.nixl.reads import Read, Remote
 from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, Ring, lay_out, staged, unit_ids, units
+from pd_serve.transfer.poller import look_s
 from pd_serve.wire.peer import FailureKind
-
-LOOK_S = 50e-6  # while something is read or unpacked
 
 MAX_UNITS = 1 << 17  # of a source's ring: 16 GiB
 
@@ -46,6 +45,7 @@ class Chunk:
     size_bytes: int  # in its slot
     slot: int  # here
     read: Read | None = None
+    copies: list[tuple[Rows, Rows]] = field(default_factory=list)  # how it is unpacked
     freed: bool = False  # the source's slot was given back
     work: Work | None = None
 
@@ -53,9 +53,9 @@ class Chunk:
 class PackedPull:
     """The packed part of a pull; ``size_bytes`` of payload."""
 
-    def __init__(self, items: list[Item], size_bytes: int, chunk_bytes: int) -> None:
+    def __init__(self, items: list[Item], size_bytes: int, first_chunk_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = first_chunk_bytes
         self._items = deque(items)
         self.state = PullState.RUNNING
         self.failure: TransferError | None = None
@@ -70,6 +70,7 @@ class PackedPull:
     def cut(self, slot_bytes: int, piece_bytes: Sequence[int]) -> list[Item]:
         """The next chunk's pieces. A slot holds one piece at least."""
         room = max(min(self._chunk_bytes, slot_bytes), piece_bytes[self._items[0].group])
+        self._chunk_bytes = min(self._chunk_bytes * GROWTH, slot_bytes)
         taken: list[Item] = []
         while self._items:
             item = self._items[0]
@@ -137,6 +138,8 @@ class LocalRing:
                 assert slot is not None
                 unpacker.ask(slot)
                 asked.append(unpacker)
+                if len(asked) == 1:
+                    unpacker.flush()  # nothing is under way before this was packed
                 if unpacker.wants:
                     self._waiting.append(unpacker)
         for unpacker in asked:
@@ -151,8 +154,17 @@ class LocalRing:
 class Unpacker:
     """Packed pulls from one source."""
 
-    def __init__(self, local: LocalRing, remote: Remote, pair: Pair, device: int | None, send: Send) -> None:
+    def __init__(
+        self,
+        local: LocalRing,
+        remote: Remote,
+        pair: Pair,
+        device: int | None,
+        send: Send,
+        clock: Callable[[], float],
+    ) -> None:
         self._local = local
+        self._clock = clock
         self._remote = remote
         self._pair = pair
         self._device = device  # of the source's memory
@@ -167,6 +179,7 @@ class Unpacker:
         self._tickets_at_once = 0
         self._pulls: deque[PackedPull] = deque()  # with chunks left to ask for
         self._asked: dict[int, Chunk] = {}  # until answered
+        self._asked_s = 0.0  # the last of them
         self._freeing: dict[int, PackedPull] = {}  # until confirmed
         self._active: list[Chunk] = []  # being read or unpacked
         self._outgoing: list[m.ToSource] = []
@@ -204,6 +217,7 @@ class Unpacker:
         pull.unconfirmed += 1
         self._tickets_out += 1
         self._asked[chunk.ticket] = chunk
+        self._asked_s = self._clock()
         self._outgoing.append(m.Pack(chunk.ticket, m.parts_as_data(parts)))
         # the oldest pull first, but no pull waits for all of a long one
         self._pulls.rotate(-1)
@@ -223,7 +237,10 @@ class Unpacker:
             self._local.wait(self)
         self._local.hand_out()
         self.flush()
-        return LOOK_S if self._active else math.inf
+        local = self._local
+        if self._active or (self._asked and self._clock() < self._asked_s + local.limits.awake_s):
+            return look_s(local.mover.device)
+        return math.inf
 
     def _look(self, chunk: Chunk) -> bool:
         """True when its local slot was given back. Raises TransferError."""
@@ -236,7 +253,7 @@ class Unpacker:
             chunk.read.close()
             chunk.read = None
             self._free(chunk)
-            chunk.work = self._local.mover.copy(self._copies(chunk))
+            chunk.work = self._local.mover.copy(chunk.copies)
         assert chunk.work is not None
         if not chunk.work.done():
             return False
@@ -334,6 +351,7 @@ class Unpacker:
         except TransferError as error:
             self._give_up(chunk, error)
             return
+        chunk.copies = self._copies(chunk)  # now, while the device is at it
         self._active.append(chunk)
 
     def _confirmed(self, freed: m.Freed) -> None:

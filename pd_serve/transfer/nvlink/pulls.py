@@ -19,18 +19,18 @@ class Batch:
     """One call of the mover."""
 
     def __init__(self, work: Work) -> None:
-        self._work: Work | None = work
+        self.work: Work | None = work
         self.error: TransferError | None = None
 
     def ended(self) -> bool:
         """No byte is read or written any more. Never blocks."""
-        if self._work is not None:
+        if self.work is not None:
             try:
-                if self._work.done():
-                    self._work = None
+                if self.work.done():
+                    self.work = None
             except TransferError as error:
-                self.error, self._work = error, None
-        return self._work is None
+                self.error, self.work = error, None
+        return self.work is None
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class NvlinkPull:
         self._batch: Batch | None = None
         self._state = PullState.RUNNING if parts else PullState.DONE
         self._error: TransferError | None = None
+
+    @property
+    def work(self) -> Work | None:
+        return None if self._batch is None else self._batch.work
 
     @property
     def waiting(self) -> bool:

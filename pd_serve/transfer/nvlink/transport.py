@@ -23,7 +23,7 @@ from pd_serve.memory.driver import VirtualMemoryDriver
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
-from pd_serve.transfer.merge import count_runs, neighbours_together
+from pd_serve.transfer.merge import SORTED_FROM_BYTES, count_runs, neighbours_together
 from pd_serve.transfer.mover import I64, Mover, Rows
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5e-3  # while something ends beside this thread
 CLOSE_TIMEOUT_S = 1.0
-SORTED_FROM_BYTES = 128 << 10  # smaller blocks are so many that bringing neighbours together costs more than it gains
 
 
 class NvlinkTransport:

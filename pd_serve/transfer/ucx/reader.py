@@ -44,6 +44,8 @@ class Arrival:
 class UcxPull:
     """One transfer. See :class:`pd_serve.transfer.base.Pull`."""
 
+    work = None
+
     def __init__(self, peer: UcxPeer, waiting: list[Message]) -> None:
         self.size_bytes = sum(message.size_bytes for message in waiting)
         self.num_descriptors = len(waiting)
