@@ -283,7 +283,9 @@ def create_app(settings: RouterSettings) -> Starlette:
         return answer
 
     async def failed(request: Request, error: Exception) -> Response:
-        return _error(APIError(500, "internal error of the router: see its log", code="internal"), request)
+        answer = _error(APIError(500, "internal error of the router: see its log", code="internal"), request)
+        answer.headers["X-Request-Id"] = request_id(request.scope)  # Starlette answers this outside of Edge
+        return answer
 
     app = Starlette(
         routes=[

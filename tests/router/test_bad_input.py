@@ -57,6 +57,20 @@ async def test_a_body_that_is_too_large_is_not_read_to_its_end(running: Running)
     await running.complete()
 
 
+async def test_a_mistake_of_the_routers_own_is_named_and_shown_to_nobody(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[str]:
+        raise RuntimeError("a secret of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.router.registry, "names", broken)
+        answer = await running.http.get("/v1/models", headers={"X-Request-Id": "mine-1"})
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.headers.get_list("X-Request-Id") == [answer.json()["error"]["request_id"]] == ["mine-1"]
+    await running.complete()
+
+
 async def test_a_client_that_leaves_while_it_sends(running: Running) -> None:
     port = int(running.url.rsplit(":", 1)[1])
     _, writer = await asyncio.open_connection("127.0.0.1", port)
