@@ -368,7 +368,7 @@ class BenchTransferConfig:
         choice("auto", "host", "cuda"),
         "Endpoint",
         "Where the two pools are.",
-        reason="auto: on GPUs where there are any.",
+        reason="auto: on the GPUs of --devices where this machine has them, else in host memory.",
     )
     devices: tuple[int, ...] = setting(
         (0, 1), integers(0), "Endpoint", "With cuda: the GPU of the source, and that of the reader."
