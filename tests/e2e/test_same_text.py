@@ -69,9 +69,9 @@ def test_one_node_alone(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
         alone.assert_idle()
 
 
-@pytest.mark.parametrize("budget", [16, 50])
-def test_chunked_prefill(tmp_path: Path, smollm2: Path, baseline: Texts, budget: int) -> None:
-    with cluster(tmp_path, model=smollm2, dtype="float32", max_num_batched_tokens=budget) as chunked:
+def test_chunked_prefill(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
+    # a block and a half
+    with cluster(tmp_path, model=smollm2, dtype="float32", max_num_batched_tokens=24) as chunked:
         assert texts(chunked) == baseline
         chunked.assert_idle()
 

@@ -115,7 +115,6 @@ def threaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nixl_transport, "Agent", make)
 
 
-@pytest.mark.usefixtures("threaded")
 def test_reads_while_the_target_computes_with_the_gil_held() -> None:
     target, reader = Target(SMALL, 64, DIRECT), Node(SMALL, 64, None, DIRECT)
     started = time.monotonic()
@@ -185,7 +184,7 @@ def test_a_target_killed_in_the_middle_of_a_pull() -> None:
     reader.close()
 
 
-@pytest.mark.usefixtures("over_tcp", "threaded")
+@pytest.mark.usefixtures("over_tcp")
 def test_a_stopped_target_keeps_the_blocks_until_it_goes_on() -> None:
     target, reader = Target(LARGE, 200), Node(LARGE, 200)
     peer = target.connect(reader)
