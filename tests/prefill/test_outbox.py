@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import uuid
 
 import numpy as np
@@ -82,7 +83,9 @@ def test_a_lease_that_ran_out_unnoticed_is_not_valid(end: PrefillEnd, client: Cl
 def test_nobody_claims(end: PrefillEnd, clock: Clock) -> None:
     end.outbox.open("k")
     end.publish("k", 10, TABLES, token=1)
-    until(lambda: end.outbox.num_leases)
+    published = threading.Event()
+    end.outbox._worker.call(published.set)  # after the publication, which starts the lease anew
+    assert published.wait(5)
     clock.now_s += LEASE_S
     end.outbox.wake()
     assert until(lambda: end.why("k")) == "expired"
