@@ -3,8 +3,8 @@
     python benchmarks/usable.py [--device cuda|host] [--transport auto] [--mib 256] [--block-kib 2048]
 
 A real outbox and a real inbox in two processes, with handshake, self-test, leases and checksums; blocks are random ones
-of pools of bytes. *ready to usable* counts on the decode side, from
-the announcement's arrival; *publish to usable* from the prefill node's call, its checksums and both ways included.
+of pools of bytes. *ready to usable* counts on the decode side, from the announcement's arrival; *publish to usable*
+from the prefill node's call, its checksums and both ways included.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer import probe
+from pd_serve.transfer.host_mover import HostMover, HostWork
 from pd_serve.transfer.lanes import Lanes
+from pd_serve.transfer.mover import Rows, Work
 from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import SMALL, DecodeEnd, PrefillEnd, until
 from tests.transfer.scripted import Script, copy_lanes
@@ -258,12 +260,21 @@ def test_bytes_that_never_came_are_found_out(make: Make) -> None:
     assert ends.d.wait("k", Failed).kind is FailureKind.CHECKSUM
 
 
-def test_what_the_mover_brings_is_summed_behind_it(make: Make) -> None:
+def test_what_the_mover_brings_is_summed_behind_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums are under way before the bytes are here."""
+    behind: list[bool] = []
+    checksums = HostMover.checksums
+
+    def watched(mover: HostMover, rows: Rows, after: Work | None = None) -> HostWork:
+        behind.append(after is not None)
+        return checksums(mover, rows, after)
+
+    monkeypatch.setattr(HostMover, "checksums", watched)
     script = Script()
     ends = make(a=script)
     script.by_mover = True
     arrived = ends.arrive()
+    assert any(behind)
     assert ends.counter("checksum_bytes") == arrived.size_bytes, "each byte is summed once"
     for group in ends.d.pool.groups:
         group[:] = 0

@@ -7,15 +7,16 @@
 - ``messages``: what the two ends say to each other.
 - ``pull``, ``peer``, ``transport``: the interface of :mod:`pd_serve.transfer.base`.
 
-Nothing here waits: every call returns at once, and what is under way is asked for. (With one exception: where UCX
-copies host memory itself, inside of one machine, it does so while a read is posted.)
+Nothing here waits: every call returns at once, and what is under way is asked for. (With two exceptions: where UCX
+copies host memory itself, inside of one machine, it does so while a read is posted; and a source on a GPU gives a chunk
+some microseconds to be packed, so that it can be read while the next one is.)
 
 What NIXL 1.5.1 does that shapes all of it:
 
 - A reader needs the target's UCX to make progress while the two connect, and for the whole transfer where UCX has to
   fall back to TCP. The target's threads may be busy computing, so NIXL's own progress thread is on. Its Python agent
   hard-codes a delay of 0, with which that thread spins; ``bindings`` takes a delay, and the thread then sleeps until a
-  descriptor is readable.
+  descriptor is readable. Only a reader whose bytes GPUs move has none (``transport`` says why).
 - Releasing a request that is under way, or forgetting its peer, frees the handle but does not stop the bytes: they
   still arrive. So a running read is never released; what it writes to is held until it has ended.
 - A peer that died is an error of the next call; a peer that is stopped (SIGSTOP) answers nothing for as long as it is
