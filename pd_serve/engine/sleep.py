@@ -86,7 +86,9 @@ class HostSleeper:
 
 def _give_back() -> None:
     """Makes the C library return what was freed: it keeps blocks below its mmap threshold for itself."""
+    gc.unfreeze()  # the start froze what it left, the weights among it
     gc.collect()
+    gc.freeze()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:
