@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.errors import HandshakeError
+from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, Region
 from pd_serve.transfer.mover import I64, Rows
+from pd_serve.wire.peer import FailureKind
 
 # A layout comes from another node: keeps byte offsets within 64 bits, and lists of rows short.
 MAX_BLOCK_SIZE = 1 << 16
@@ -38,6 +39,17 @@ class Side:
             return pieces * self.block_bytes
         block, part = pieces // self.pieces_per_block, pieces % self.pieces_per_block
         return block * self.block_bytes + part * self.step_bytes
+
+    def num_pieces(self, region: Region) -> int:
+        return region.num_blocks * self.pieces_per_block
+
+    def check(self, pieces: I64, region: Region, whose: str) -> None:
+        """Raises TransferError for pieces that the region does not have."""
+        count = self.num_pieces(region)
+        if len(pieces) and int(pieces.view(np.uint64).max()) >= count:  # below 0 is far above it
+            raise TransferError(
+                FailureKind.TRANSFER, f"piece {pieces.min()}..{pieces.max()} is outside of {whose}'s {count}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,11 @@ class Slicing:
 
     def reader_rows(self, region: Region, pieces: I64) -> Rows:
         return Rows(region.address, self.reader.starts(pieces), self.reader.rows, self.row_bytes)
+
+    def staged_rows(self, address: int, count: int) -> Rows:
+        """``count`` pieces side by side in staging memory, their rows in order."""
+        starts = np.arange(count, dtype=np.int64) * self.piece_bytes
+        return Rows(address, starts, np.arange(len(self.source.rows), dtype=np.int64) * self.row_bytes, self.row_bytes)
 
 
 def slicings(source: KVLayout, reader: KVLayout) -> tuple[Slicing, ...]:

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pd_serve.errors import TransferError
 from pd_serve.memory.region import Region
 from pd_serve.transfer.merge import SHORT, SORTED_FROM_BYTES, count_runs, neighbours_together
 from pd_serve.transfer.mover import I64
 from pd_serve.transfer.nixl.bindings import U64, Agent
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.slices import Side, Slicing
-from pd_serve.wire.peer import FailureKind
 
 
 def listed(slicing: Slicing, limits: Limits) -> bool:
@@ -26,25 +24,12 @@ def listed(slicing: Slicing, limits: Limits) -> bool:
     return slicing.whole or slicing.row_bytes >= limits.direct_bytes
 
 
-def num_pieces(side: Side, region: Region) -> int:
-    return region.num_blocks * side.pieces_per_block
-
-
-def check_range(pieces: I64, side: Side, region: Region, whose: str) -> None:
-    """Raises TransferError for pieces that the pool does not have."""
-    count = num_pieces(side, region)
-    if len(pieces) and (int(pieces.min()) < 0 or int(pieces.max()) >= count):
-        raise TransferError(
-            FailureKind.TRANSFER, f"piece {pieces.min()}..{pieces.max()} is outside of {whose}'s {count}"
-        )
-
-
 class Index:
     """Where one end's groups begin in its list: entry ``begin[group] + piece * rows + row``."""
 
     def __init__(self, slicings: Sequence[Slicing], sides: Sequence[Side], regions: Sequence[Region], limits: Limits):
         counts = [
-            num_pieces(side, region) * len(side.rows) if listed(slicing, limits) else 0
+            side.num_pieces(region) * len(side.rows) if listed(slicing, limits) else 0
             for slicing, side, region in zip(slicings, sides, regions, strict=True)
         ]
         ends = np.cumsum([0, *counts])
@@ -69,7 +54,7 @@ class Index:
             self._sides, self._regions, self._sizes, self._begin, self._counts, strict=True
         ):
             if count:
-                starts = side.starts(np.arange(num_pieces(side, region), dtype=np.int64)) + region.address
+                starts = side.starts(np.arange(side.num_pieces(region), dtype=np.int64)) + region.address
                 span = rows[begin : begin + count]
                 span[:, 0] = (starts[:, None] + side.rows[None, :]).ravel()
                 span[:, 1] = size

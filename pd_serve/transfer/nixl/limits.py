@@ -45,8 +45,8 @@ DEVICE = Limits(
     slot_bytes=64 << 20,
     slots=10,
     slots_per_peer=8,
-    first_chunk_bytes=16 << 20,
-    patience_s=20e-6,
+    first_chunk_bytes=32 << 20,
+    patience_s=100e-6,
     awake_s=1e-3,
 )
 

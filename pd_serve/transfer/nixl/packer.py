@@ -19,9 +19,8 @@ from pd_serve.transfer.base import Pair, Send
 from pd_serve.transfer.mover import I64, Mover, Work
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
-from pd_serve.transfer.nixl.direct import check_range
 from pd_serve.transfer.nixl.limits import Limits
-from pd_serve.transfer.nixl.staging import Ring, lay_out, staged
+from pd_serve.transfer.nixl.staging import Ring, lay_out
 from pd_serve.transfer.poller import look_s
 from pd_serve.wire.peer import FailureKind
 
@@ -60,6 +59,7 @@ class NixlReader:
                 self.say(self.packer.open())
             elif isinstance(item, m.Pack):
                 self.packer.add(self, item)
+                self.packer.progress()  # the next are decoded while this one is packed
             else:
                 self.packer.free(self, item.ticket)
         self.packer.progress()
@@ -131,7 +131,7 @@ class Packer:
         slicings = session.pair.slicings
         parts = m.parts_from_data(message.parts, len(slicings))
         for group, pieces in parts:
-            check_range(pieces, slicings[group].source, session.pair.source[group], "the prefill node")
+            slicings[group].source.check(pieces, session.pair.source[group], "the prefill node")
         _, size = lay_out(slicings, parts)
         if not 0 < size <= self.ring.slot_bytes:
             raise TransferError(
@@ -190,7 +190,7 @@ class Packer:
         offsets, _ = lay_out(slicings, job.parts)
         at = self.ring.at(slot)
         items = [
-            (slicings[group].source_rows(regions[group], pieces), staged(slicings[group], at + offset, len(pieces)))
+            (slicings[group].source_rows(regions[group], pieces), slicings[group].staged_rows(at + offset, len(pieces)))
             for (group, pieces), offset in zip(job.parts, offsets, strict=True)
         ]
         try:

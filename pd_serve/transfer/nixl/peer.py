@@ -10,7 +10,7 @@ from pd_serve.errors import TransferError
 from pd_serve.transfer.base import BlockMap, Pair, Send
 from pd_serve.transfer.mover import I64
 from pd_serve.transfer.nixl.bindings import I32, Agent
-from pd_serve.transfer.nixl.direct import Index, LocalLists, check_range, in_order, listed
+from pd_serve.transfer.nixl.direct import Index, LocalLists, in_order, listed
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
@@ -66,8 +66,8 @@ class NixlPeer:
             if not len(blockmap.remote):
                 continue
             group, slicing = blockmap.group, self._pair.slicings[blockmap.group]
-            check_range(blockmap.remote, slicing.source, self._pair.source[group], "the prefill node")
-            check_range(blockmap.local, slicing.reader, self._pair.reader[group], "this node")
+            slicing.source.check(blockmap.remote, self._pair.source[group], "the prefill node")
+            slicing.reader.check(blockmap.local, self._pair.reader[group], "this node")
             size = slicing.piece_bytes * len(blockmap.remote)
             size_bytes += size
             if listed(slicing, self._limits):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pd_serve.errors import TransferError
-from pd_serve.transfer.mover import I64, Mover, Rows
+from pd_serve.transfer.mover import I64, Mover
 from pd_serve.transfer.nixl.bindings import I32, U64, Agent
 from pd_serve.transfer.nixl.limits import UNIT_BYTES, Limits
 from pd_serve.transfer.slices import Slicing
@@ -75,10 +75,3 @@ def lay_out(slicings: Sequence[Slicing], parts: Sequence[tuple[int, I64]]) -> tu
         offsets.append(at)
         at = round_up(at + slicings[group].piece_bytes * len(pieces), PART_ALIGNMENT)
     return offsets, at
-
-
-def staged(slicing: Slicing, address: int, count: int) -> Rows:
-    """``count`` pieces side by side, rows in order."""
-    piece = np.arange(count, dtype=np.int64) * slicing.piece_bytes
-    row = np.arange(len(slicing.source.rows), dtype=np.int64) * slicing.row_bytes
-    return Rows(address, piece, row, slicing.row_bytes)

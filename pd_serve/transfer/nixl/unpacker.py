@@ -22,7 +22,7 @@ from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.limits import GROWTH, UNIT_BYTES, Limits
 from pd_serve.transfer.nixl.reads import Read, Remote
-from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, Ring, lay_out, staged, unit_ids, units
+from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, Ring, lay_out, unit_ids, units
 from pd_serve.transfer.poller import look_s
 from pd_serve.wire.peer import FailureKind
 
@@ -268,7 +268,7 @@ class Unpacker:
         at = self._local.ring.at(chunk.slot)
         return [
             (
-                staged(slicings[item.group], at + offset, len(item.local)),
+                slicings[item.group].staged_rows(at + offset, len(item.local)),
                 slicings[item.group].reader_rows(regions[item.group], item.local),
             )
             for item, offset in zip(chunk.items, offsets, strict=True)

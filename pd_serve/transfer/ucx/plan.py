@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.errors import TransferError
 from pd_serve.memory.region import Region
 from pd_serve.transfer.merge import neighbours_together
-from pd_serve.transfer.mover import I64, Rows
+from pd_serve.transfer.mover import I64
 from pd_serve.transfer.slices import Side, Slicing
-from pd_serve.wire.peer import FailureKind
 
 
 @dataclass(frozen=True)
@@ -74,25 +72,6 @@ def span(side: Side, slicing: Slicing, region: Region, pieces: I64) -> int | Non
     if len(starts) > 1 and not bool((np.diff(starts) == slicing.piece_bytes).all()):
         return None
     return region.address + int(starts[0]) + int(side.rows[0])
-
-
-def staged(slicing: Slicing, address: int, num_pieces: int) -> Rows:
-    """The rows of a message in staging."""
-    return Rows(
-        address,
-        np.arange(num_pieces, dtype=np.int64) * slicing.piece_bytes,
-        np.arange(len(slicing.source.rows), dtype=np.int64) * slicing.row_bytes,
-        slicing.row_bytes,
-    )
-
-
-def check_range(pieces: I64, side: Side, region: Region, whose: str) -> None:
-    """Raises TransferError for pieces outside of the pool."""
-    count = region.num_blocks * side.pieces_per_block
-    if len(pieces) and (int(pieces.min()) < 0 or int(pieces.max()) >= count):
-        raise TransferError(
-            FailureKind.TRANSFER, f"piece {pieces.min()}..{pieces.max()} is outside of {whose}'s {count}"
-        )
 
 
 def _is_one_run(side: Side, row_bytes: int) -> bool:

@@ -17,7 +17,7 @@ from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
 from pd_serve.transfer.mover import Work
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
-from pd_serve.transfer.ucx.plan import Message, check_range, messages, span, staged
+from pd_serve.transfer.ucx.plan import Message, messages, span
 from pd_serve.transfer.ucx.shared import Shared
 from pd_serve.wire.peer import FailureKind
 
@@ -128,8 +128,8 @@ class UcxPeer:
             if not 0 <= item.group < len(self._pair.slicings):
                 raise TransferError(FailureKind.TRANSFER, f"there is no group {item.group}")
             slicing = self._pair.slicings[item.group]
-            check_range(item.remote, slicing.source, self._pair.source[item.group], "the prefill node")
-            check_range(item.local, slicing.reader, self._shared.memory.regions[item.group], "this node")
+            slicing.source.check(item.remote, self._pair.source[item.group], "the prefill node")
+            slicing.reader.check(item.local, self._shared.memory.regions[item.group], "this node")
             direct_bytes = self._shared.limits.direct_bytes
             waiting += messages(item.group, slicing, item.remote, item.local, self._message_bytes, direct_bytes)
         pull = UcxPull(self, waiting)
@@ -236,7 +236,7 @@ class UcxPeer:
 
     def _unpack(self, message: Message, slot: int) -> Work:
         slicing, region = self._pair.slicings[message.group], self._shared.memory.regions[message.group]
-        rows = staged(slicing, slot, len(message.local))
+        rows = slicing.staged_rows(slot, len(message.local))
         return self._shared.mover.copy([(rows, slicing.reader_rows(region, message.local))])
 
     def _what_ended_it(self, error: str) -> TransferError:

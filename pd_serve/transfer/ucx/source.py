@@ -16,7 +16,7 @@ from pd_serve.transfer.base import Pair, Send
 from pd_serve.transfer.mover import I64, Work
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
-from pd_serve.transfer.ucx.plan import check_range, span, staged
+from pd_serve.transfer.ucx.plan import span
 from pd_serve.transfer.ucx.shared import Shared
 from pd_serve.wire.peer import FailureKind
 
@@ -93,7 +93,7 @@ class UcxReader:
         if want.group >= len(self._pair.slicings):
             raise TransferError(FailureKind.TRANSFER, f"the reader asks for group {want.group}, which does not exist")
         slicing, pieces = self._pair.slicings[want.group], wire.pieces_of(want)
-        check_range(pieces, slicing.source, self._shared.memory.regions[want.group], "this node")
+        slicing.source.check(pieces, self._shared.memory.regions[want.group], "this node")
         size_bytes = len(pieces) * slicing.piece_bytes
         if len(pieces) > 1 and size_bytes > self._shared.limits.message_bytes:
             raise TransferError(FailureKind.TRANSFER, f"the reader asks for a message of {size_bytes} bytes")
@@ -131,7 +131,7 @@ class UcxReader:
                 sending.slot = slot
                 self._sending.append(self._queue.popleft())
                 rows = slicing.source_rows(region, sending.pieces)
-                sending.work = shared.mover.copy([(rows, staged(slicing, slot, len(sending.pieces)))])
+                sending.work = shared.mover.copy([(rows, slicing.staged_rows(slot, len(sending.pieces)))])
 
     def _post(self, sending: Sending, address: int) -> Operation:
         assert self._endpoint is not None, "opened before anything is asked for"
