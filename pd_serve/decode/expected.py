@@ -75,13 +75,13 @@ class _Group:
     def take(self, table: I32, first_block: int) -> tuple[I64, I64, U64]:
         """Announced pieces not taken yet that have a place here: ``(remote, local, sums)``."""
         each = self.per_block
-        end = min(len(table) * each, len(self.remote))
-        at = np.flatnonzero((self.remote[:end] >= 0) & ~self.taken[:end])
-        at = at[at >= first_block * each]
-        block = table[at // each].astype(np.int64)
-        at, block = at[block > 0], block[block > 0]
-        self.taken[at] = True
-        return self.remote[at], block * each + at % each, self.sums[at]
+        first, end = first_block * each, min(len(table) * each, len(self.remote))
+        place = table[first_block : -(-end // each)].astype(np.int64)
+        if each > 1:
+            place = (place[:, None] * each + np.arange(each, dtype=np.int64)).ravel()[: max(0, end - first)]
+        new = (place >= each) & (self.remote[first:end] >= 0) & ~self.taken[first:end]
+        self.taken[first:end] |= new
+        return self.remote[first:end][new], place[new], self.sums[first:end][new]
 
     def missing(self, table: I32, first_block: int, end: int) -> I64:
         """Pieces before ``end`` that have a place here and were not taken."""
@@ -114,7 +114,7 @@ class Expected:
     pulled: list[tuple[BlockMap, U64]] = field(default_factory=list)  # what ``pull`` reads, and its announced sums
     pull_started_s: float = 0.0
     checks: list[Check] = field(default_factory=list)
-    whole_from: tuple[int, ...] = ()  # see ``check_complete``
+    whole_from: tuple[int, ...] | None = None  # see ``check_complete``
     released: bool = False  # the prefill node has confirmed the lease
     moved_s: float = 0.0  # when something last moved
     size_bytes: int = 0
@@ -122,11 +122,17 @@ class Expected:
 
     def __post_init__(self) -> None:
         self._groups: list[_Group] = []
+        self._announced = False  # since the last ``take``
 
     @property
     def awaits_answer(self) -> bool:
         """The main thread is about to name blocks, or the prefill node to confirm the lease."""
         return self.stage is Stage.RELEASING or (self.stage is Stage.CLAIMED and self.offered)
+
+    @property
+    def all_taken(self) -> bool:
+        """The last announcement has come, and what it announced is here or being pulled."""
+        return self.first_token is not None and not self._announced
 
     def claimed(self, pair: Pair, checksums: bool) -> None:
         """The prefill node is known: how its pool and this one fit together."""
@@ -138,6 +144,8 @@ class Expected:
 
     def announce(self, ready: Ready) -> None:
         """Takes note of what is ready. Raises TransferError for what cannot be."""
+        self._announced = True
+        self.whole_from = None
         for blocks in ready.blocks:
             if not 0 <= blocks.group < len(self._groups) or blocks.first < 0 or len(blocks.ids) % 4:
                 raise TransferError(FailureKind.TRANSFER, "the prefill node's announcement makes no sense")
@@ -154,6 +162,7 @@ class Expected:
 
     def take(self) -> list[tuple[BlockMap, U64]]:
         """What can be pulled now, with its announced checksums; counts as pulled from here on."""
+        self._announced = False
         maps = []
         for index, group in enumerate(self._groups):
             remote, local, sums = group.take(self.tables[index], self.first_block[index])
@@ -162,12 +171,14 @@ class Expected:
         return maps
 
     def check_complete(self, layout: KVLayout) -> tuple[int, ...]:
-        """After the last announcement and the last pull: raises TransferError unless all that is needed is here.
+        """Once ``all_taken``: raises TransferError unless all that is needed was taken. Computed once.
 
         Needed is what tokens to come attend to. Returns for each group the first block from which on all is here that
         the prompt has: with a window and another block size than here, the prefill node may hold less than whole
         blocks of this node at the window's edge. Earlier blocks must not be offered to other prompts.
         """
+        if self.whole_from is not None:
+            return self.whole_from
         whole_from = []
         end_block = layout.blocks_for(self.num_tokens)
         for index, group in enumerate(self._groups):
@@ -189,7 +200,8 @@ class Expected:
                     FailureKind.TRANSFER, f"the prefill node never announced {needed} pieces of the prompt"
                 )
             whole_from.append(int(missing.max()) // group.per_block + 1 if len(missing) else 0)
-        return tuple(whole_from)
+        self.whole_from = tuple(whole_from)
+        return self.whole_from
 
     def open_checks(self) -> bool:
         """Whether checksums are still on their way; drops those that hold. Raises TransferError where one does not."""

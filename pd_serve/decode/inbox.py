@@ -22,7 +22,7 @@ from functools import partial
 from pd_serve.decode.expected import I32, Check, Expected, Stage
 from pd_serve.decode.peer import PrefillPeer, State
 from pd_serve.errors import TransferError
-from pd_serve.transfer.base import PullState
+from pd_serve.transfer.base import Pull, PullState
 from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
@@ -323,43 +323,56 @@ class Inbox:
         if not job.offered:
             job.offered = True
             self._events.put(Offered(job.key, job.num_tokens))
+            self._lanes.mover.rouse()  # while the main thread chooses blocks
         if job.stage is Stage.PULLING:
             self._advance(job)
 
     def _advance(self, job: Expected) -> None:
-        """Pulls what is pending, books what has ended, and releases when all is here."""
+        """Pulls what is pending, releases when all is here, and books what has arrived."""
         peer = self._peers[job.source.address]
         try:
             job.open_checks()
             while job.stage is Stage.PULLING:
-                if job.pull is None:
-                    job.pulled = job.take()
-                    if not job.pulled:
-                        break
-                    job.pull_started_s = time.perf_counter()
-                    job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
-                    job.pull.poll()  # starts it
-                    if job.pull.work is not None:
-                        self._sum(job, peer, job.pull.work)
-                if not self._booked(job, peer):
+                pull = job.pull or self._start(job, peer)
+                if pull is not None and not self._arrived(job, peer, pull):
                     return
-            if job.stage is Stage.PULLING and job.first_token is not None:
-                job.whole_from = job.check_complete(self._layout)
-                job.stage = Stage.RELEASING
-                peer.send(wire.Release(job.key, done=True))
+                if job.all_taken:
+                    self._release(job, peer)  # before all else: its answer takes longest
+                if pull is None:
+                    break
+                if job.key in self._keys:  # else the connection ended just now
+                    self._book(job, peer, pull)
             self._finish(job)
         except TransferError as error:
             self._failed(job, peer, error)
+
+    def _start(self, job: Expected, peer: PrefillPeer) -> Pull | None:
+        """Starts to pull what is pending, if anything is. Raises TransferError."""
+        job.pulled = job.take()
+        if not job.pulled:
+            return None
+        job.pull_started_s = time.perf_counter()
+        pull = job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
+        pull.poll()  # starts it
+        if pull.work is not None:
+            self._sum(job, peer, pull.work)
+        if job.all_taken:
+            job.check_complete(self._layout)  # while bytes move
+        return pull
+
+    def _release(self, job: Expected, peer: PrefillPeer) -> None:
+        """Asks whether the lease was valid until now. Raises TransferError where something was never announced."""
+        job.check_complete(self._layout)
+        job.stage = Stage.RELEASING
+        peer.send(wire.Release(job.key, done=True))
 
     def _failed(self, job: Expected, peer: PrefillPeer, error: TransferError) -> None:
         if error.kind == FailureKind.CHECKSUM:
             log.error("%s from prefill node %s over %s: %s", job.key, peer.node_id, peer.lane.name, error)
         self._fail(job, FailureKind(error.kind), str(error))
 
-    def _booked(self, job: Expected, peer: PrefillPeer) -> bool:
-        """Whether the pull under way has arrived; books it if so."""
-        pull = job.pull
-        assert pull is not None
+    def _arrived(self, job: Expected, peer: PrefillPeer, pull: Pull) -> bool:
+        """Whether the pull under way has ended well."""
         state = pull.poll()
         if state is PullState.RUNNING:
             return False
@@ -370,8 +383,11 @@ class Inbox:
             peer.lose(FailureKind.PEER_LOST, str(error))
             return False
         pull.close()
-        seconds = time.perf_counter() - job.pull_started_s
         job.pull = None
+        return True
+
+    def _book(self, job: Expected, peer: PrefillPeer, pull: Pull) -> None:
+        seconds = time.perf_counter() - job.pull_started_s
         self._sum(job, peer, None)
         job.size_bytes += pull.size_bytes
         job.seconds += seconds
@@ -383,7 +399,6 @@ class Inbox:
         self._counters["pull_descriptors"] += pull.num_descriptors
         if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
             self._slow(peer, pull.size_bytes / seconds)
-        return True
 
     def _sum(self, job: Expected, peer: PrefillPeer, after: Work | None) -> None:
         """Starts to sum what was pulled last, ``after`` it has arrived, unless that is done already."""
@@ -441,7 +456,7 @@ class Inbox:
     def _finish(self, job: Expected) -> None:
         """Ends the job when all is confirmed. Raises TransferError where a checksum does not hold."""
         if job.key in self._keys and not job.open_checks() and job.released:
-            assert job.first_token is not None
+            assert job.first_token is not None and job.whole_from is not None
             del self._keys[job.key]
             self._events.put(Arrived(job.key, job.first_token, job.size_bytes, job.seconds, job.whole_from))
 

@@ -9,7 +9,9 @@ from what computes meanwhile, but need long runs; the kernel reads rows of any s
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ ENGINE_MIN_BYTES = 512 << 10  # copy engines from this average run length on
 PROGRAMS = 16  # CTAs of the copy kernel: what NVLink needs
 LOCAL_PROGRAMS = 66  # the same to and from staging memory, within one GPU: half of an H200, for a tenth of the time
 # A pull is submitted in growing parts: the link is busy with one while the next is prepared. (first bytes, growth)
-ENGINE_PARTS = (8 << 20, 4)
+ENGINE_PARTS = (16 << 20, 4)
 KERNEL_PARTS = (16 << 20, 16)
 UNIT_BYTES = 16 << 10  # of a row, in flight at once in a slot
 SLOT_BYTES = 192 << 10  # shared memory for slots of one CTA
@@ -34,9 +36,12 @@ MAX_SLOTS = 64  # of one warp; as in the kernel
 WARPS = 4  # of a CTA, for small units; as in the kernel
 SMALL_UNIT_BYTES = 8 << 10
 PLAIN_WARPS = 8
+RESTED_S = 1e-3  # without a copy
 CHECKSUM_UNIT_BYTES = 32 << 10
 CHECKSUM_PROGRAMS_PER_SM = 4
-ALIGNMENT = 4096
+# Staging memory comes in whole pages of the device. Of an allocation that ends within one the driver makes smaller
+# pages: a peer then read it at 290 instead of 375 GB/s while a kernel ran at either end (docs/benchmarks.md).
+PAGE_BYTES = 2 << 20
 NOT_READY = int(driver.CUresult.CUDA_ERROR_NOT_READY)
 
 
@@ -136,6 +141,9 @@ class CudaMover:
         self.buffers = Buffers()
         self._tables: dict[bytes, tuple[int, int]] = {}
         self._staging: list[tuple[int, int]] = []  # address, size
+        self._scratch = int(check(driver.cuMemAlloc(2 * ENGINE_MIN_BYTES), "cuMemAlloc"))
+        self._rousing: CudaWork | None = None
+        self._used_s = 0.0
 
     def make_current(self) -> None:
         """Makes the device's primary context current on the calling thread."""
@@ -155,6 +163,7 @@ class CudaMover:
     def copy(self, items: list[tuple[Rows, Rows]]) -> CudaWork:
         buffers: list[Buffer] = []
         failure: TransferError | None = None
+        self._used_s = time.monotonic()
         try:
             for source, target in _merged(items):
                 if self._is_staging(source.base) or self._is_staging(target.base):
@@ -164,6 +173,15 @@ class CudaMover:
         except TransferError as error:
             failure = error  # told when what had been submitted before has ended
         return CudaWork(self, self._copies, buffers, failure)
+
+    def rouse(self) -> None:
+        if time.monotonic() < self._used_s + RESTED_S:
+            return
+        start = np.zeros(1, dtype=np.int64)
+        source = Rows(self._scratch, start, start, ENGINE_MIN_BYTES)
+        with contextlib.suppress(TransferError):  # of a device that has failed: the copy to come will tell
+            if self._rousing is None or self._rousing.done():
+                self._rousing = self.copy([(source, replace(source, base=self._scratch + ENGINE_MIN_BYTES))])
 
     def _from_afar(self, source: Rows, target: Rows, buffers: list[Buffer]) -> None:
         piece_bytes = source.row_bytes * len(source.rows)
@@ -259,9 +277,10 @@ class CudaMover:
         check(driver.cuStreamSynchronize(self._copies), "cuStreamSynchronize")
 
     def allocate(self, size_bytes: int) -> int:
-        address = int(check(driver.cuMemAlloc(size_bytes + ALIGNMENT), "cuMemAlloc"))
-        self._staging.append((address, size_bytes + ALIGNMENT))
-        return -(-address // ALIGNMENT) * ALIGNMENT
+        size_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        address = int(check(driver.cuMemAlloc(size_bytes), "cuMemAlloc"))
+        self._staging.append((address, size_bytes))
+        return address
 
     def _is_staging(self, address: int) -> bool:
         return any(start <= address < start + size for start, size in self._staging)
@@ -273,7 +292,7 @@ class CudaMover:
             driver.cuStreamDestroy(stream)
         for event in self.events:
             driver.cuEventDestroy(event)
-        for address, _ in (*self._tables.values(), *self._staging):
+        for address, _ in (*self._tables.values(), *self._staging, (self._scratch, 0)):
             driver.cuMemFree(address)
         self.buffers.close()
         driver.cuModuleUnload(self._module)

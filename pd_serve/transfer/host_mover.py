@@ -52,6 +52,9 @@ class HostMover:
         _now(_copies([(nothing, nothing)]))  # compiles, or loads what was compiled, before anybody waits
         _now(_sums(nothing, np.empty(0, np.uint64)))
 
+    def rouse(self) -> None:
+        pass
+
     def copy(self, items: list[tuple[Rows, Rows]]) -> HostWork:
         for source, target in items:
             alike = (len(source.starts), len(source.rows), source.row_bytes)

@@ -33,4 +33,4 @@ def count_runs(remote: I64, local: I64) -> int:
     """Descriptors that are left when pairs next to each other merge: both ends must advance by one block."""
     if len(remote) == 0:
         return 0
-    return 1 + int(np.count_nonzero((np.diff(remote) != 1) | (np.diff(local) != 1)))
+    return 1 + int(np.count_nonzero((remote[1:] - remote[:-1] != 1) | (local[1:] - local[:-1] != 1)))

@@ -127,6 +127,9 @@ class NumpyMover:
         self.calls: list[int] = []  # items of each
         self.held: list[tuple[HeldWork, list[tuple[Rows, Rows]]]] = []
 
+    def rouse(self) -> None:
+        pass
+
     def copy(self, items: list[tuple[Rows, Rows]]) -> HeldWork:
         self.calls.append(len(items))
         work = HeldWork()

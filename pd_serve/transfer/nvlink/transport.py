@@ -24,7 +24,7 @@ from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
 from pd_serve.transfer.merge import SORTED_FROM_BYTES, count_runs, neighbours_together
-from pd_serve.transfer.mover import I64, Mover, Rows
+from pd_serve.transfer.mover import Mover, Rows
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
 from pd_serve.transfer.nvlink.ipc import IpcDriver
@@ -33,11 +33,11 @@ from pd_serve.transfer.nvlink.messages import Description, Kind
 from pd_serve.transfer.nvlink.peer import NvlinkPeer, NvlinkReader
 from pd_serve.transfer.nvlink.pulls import Batch, NvlinkPull, Part
 from pd_serve.transfer.nvlink.sources import Sources
-from pd_serve.transfer.slices import Side
 from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 
+LONG_BYTES = 1 << 20  # copy engines take blocks from here on one by one as fast as runs of them
 POLL_S = 0.5e-3  # while something ends beside this thread
 CLOSE_TIMEOUT_S = 1.0
 
@@ -177,23 +177,15 @@ def _part(pair: Pair, item: BlockMap) -> tuple[Part, int]:
     if not 0 <= item.group < len(pair.slicings) or len(item.remote) != len(item.local):
         raise TransferError(FailureKind.TRANSFER, f"a list of blocks that makes no sense, of group {item.group}")
     slicing, source, reader = pair.slicings[item.group], pair.source[item.group], pair.reader[item.group]
-    _check_range(item.remote, source, slicing.source, "the source")
-    _check_range(item.local, reader, slicing.reader, "this node")
+    slicing.source.check(item.remote, source, "the source")
+    slicing.reader.check(item.local, reader, "this node")
     remote, local = item.remote, item.local
-    if slicing.whole and slicing.row_bytes >= SORTED_FROM_BYTES:
+    if slicing.whole and SORTED_FROM_BYTES <= slicing.row_bytes < LONG_BYTES:
         remote, local = neighbours_together(remote, local)
         descriptors = count_runs(remote, local)
     else:
         descriptors = len(remote) * len(slicing.source.rows)
     return Part(item.group, slicing.source_rows(source, remote), slicing.reader_rows(reader, local)), descriptors
-
-
-def _check_range(pieces: I64, region: Region, side: Side, whose: str) -> None:
-    count = region.num_blocks * side.pieces_per_block
-    if len(pieces) and (int(pieces.min()) < 0 or int(pieces.max()) >= count):
-        raise TransferError(
-            FailureKind.TRANSFER, f"piece {pieces.min()}..{pieces.max()} is outside of {whose}'s {count}"
-        )
 
 
 def _check_pair(pair: Pair, ours: tuple[Region, ...]) -> None:
