@@ -61,7 +61,7 @@ class Pull(Protocol):
         """The mover's copy that brings all of its bytes, while it is under way; None where something else does that."""
 
     def poll(self) -> PullState:
-        """Advances the transfer; never blocks."""
+        """Where it is. Starts it, if need be; what moves it on is its transport's ``progress``. Never blocks."""
 
     def error(self) -> TransferError:
         """What went wrong, after FAILED."""

@@ -55,7 +55,7 @@ class NixlPeer:
 
     def pull(self, blocks: Sequence[BlockMap]) -> NixlPull:
         """Raises TransferError where it cannot even start."""
-        self.remote.settle()
+        self.remote.drop_ended()
         if self.remote.broken or self.closed:
             raise TransferError(FailureKind.PEER_LOST, "the prefill node's endpoint has failed")
         remote_ids: list[I64] = []

@@ -35,9 +35,7 @@ class NixlPull:
         return self._state
 
     def _look(self) -> PullState:
-        read, packed = self._read, self._packed
-        if packed is not None and packed.state is PullState.RUNNING:
-            self._unpacker.advance()
+        read, packed = self._read, self._packed  # what is packed moves on with its transport
         if read is not None and read.poll() is PullState.FAILED:
             self._error = read.error()
             return PullState.FAILED

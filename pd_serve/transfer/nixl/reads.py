@@ -27,15 +27,15 @@ class Read:
     def __init__(self, agent: Agent, handle: int) -> None:
         self._agent = agent
         self._handle: int | None = handle
-        self._state = PullState.RUNNING
+        self.state = PullState.RUNNING  # as of the last ``poll``
         self._error: TransferError | None = None
         self._failed_at_s = 0.0
         self._ask(agent.post)
 
     def poll(self) -> PullState:
-        if self._state is PullState.RUNNING:
+        if self.state is PullState.RUNNING:
             self._ask(self._agent.status)
-        return self._state
+        return self.state
 
     def _ask(self, call: Callable[[int], Any]) -> None:
         nixl = self._agent.nixl
@@ -48,12 +48,12 @@ class Read:
             self._fail(FailureKind.TRANSFER, f"NIXL could not read: {error}")
         else:
             if status == nixl.NIXL_SUCCESS:
-                self._state = PullState.DONE
+                self.state = PullState.DONE
             elif status != nixl.NIXL_IN_PROG:
                 self._fail(FailureKind.TRANSFER, f"NIXL could not read: status {status}")
 
     def _fail(self, kind: FailureKind, message: str) -> None:
-        self._state = PullState.FAILED
+        self.state = PullState.FAILED
         self._error = TransferError(kind, message)
         self._failed_at_s = time.monotonic()
 
@@ -114,14 +114,15 @@ class Remote:
         self._left.append((read, then))
 
     def settle(self) -> bool:
-        """Drops reads that have ended; True when none is left."""
-        running = []
+        """Asks after every read, and drops those that have ended; True when none is left."""
         for read in self._running:
-            state = read.poll()
-            self.broken |= state is PullState.FAILED
-            if state is PullState.RUNNING:
-                running.append(read)
-        self._running = running
+            read.poll()
+        return self.drop_ended()
+
+    def drop_ended(self) -> bool:
+        """The same, of reads that somebody waits for, without asking: who waits has asked."""
+        self.broken |= any(read.state is PullState.FAILED for read in self._running)
+        self._running = [read for read in self._running if read.state is PullState.RUNNING]
         if self._left:
             waiting, self._left = self._left, []
             for read, then in waiting:

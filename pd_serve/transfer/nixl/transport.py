@@ -131,7 +131,7 @@ class NixlTransport:
                 delay_s = min(delay_s, LOOK_CLOSED_S)
                 self._peers.append(peer)
         for name, remote in list(self._remotes.items()):
-            if not remote.settle():
+            if not remote.drop_ended():
                 delay_s = min(delay_s, LOOK_CLOSED_S)
             elif not remote.users:
                 del self._remotes[name]

@@ -225,9 +225,14 @@ class Unpacker:
     def advance(self) -> float:
         """Moves everything on; returns in how many seconds it wants to be called again."""
         active, self._active = self._active, []
+        reading = False
         for chunk in active:
+            if reading and chunk.read is not None:
+                self._active.append(chunk)  # reads of one source end in their order: asking after all takes longer
+                continue
             try:
                 ended = self._look(chunk)
+                reading |= chunk.read is not None
             except TransferError as error:
                 self._give_up(chunk, error)
                 continue
