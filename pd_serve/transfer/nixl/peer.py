@@ -10,11 +10,13 @@ from pd_serve.errors import TransferError
 from pd_serve.transfer.base import BlockMap, Pair, Send
 from pd_serve.transfer.mover import I64
 from pd_serve.transfer.nixl.bindings import I32, Agent
+from pd_serve.transfer.nixl.chunks import Item, PackedPull
 from pd_serve.transfer.nixl.direct import Index, LocalLists, in_order, listed
 from pd_serve.transfer.nixl.limits import Limits
+from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
-from pd_serve.transfer.nixl.unpacker import Item, LocalRing, PackedPull, Unpacker
+from pd_serve.transfer.nixl.unpacker import Unpacker
 from pd_serve.wire.peer import FailureKind
 
 
@@ -81,7 +83,7 @@ class NixlPeer:
             packed_bytes += size
         read = packed = None
         if items:
-            packed = PackedPull(items, packed_bytes, self._limits.first_chunk_bytes)
+            packed = PackedPull(items, packed_bytes)
             descriptors += 1 + packed_bytes // self._limits.slot_bytes  # about: a read for each slot
             self.unpacker.start(packed)
         if remote_ids:

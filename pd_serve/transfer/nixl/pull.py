@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pd_serve.errors import TransferError
 from pd_serve.transfer.base import PullState
+from pd_serve.transfer.nixl.chunks import PackedPull
 from pd_serve.transfer.nixl.reads import Read
-from pd_serve.transfer.nixl.unpacker import PackedPull, Unpacker
+from pd_serve.transfer.nixl.unpacker import Unpacker
 
 
 class NixlPull:

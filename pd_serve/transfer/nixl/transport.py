@@ -17,11 +17,11 @@ from pd_serve.transfer.nixl import messages
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.direct import LocalLists
 from pd_serve.transfer.nixl.limits import Limits, limits_of
+from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.packer import NixlReader, Packer
 from pd_serve.transfer.nixl.peer import NixlPeer
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
-from pd_serve.transfer.nixl.unpacker import LocalRing
 from pd_serve.transfer.poller import SPIN_S
 from pd_serve.transfer.slices import Side
 from pd_serve.wire.peer import FailureKind
