@@ -40,7 +40,7 @@ RESTED_S = 1e-3  # without a copy
 CHECKSUM_UNIT_BYTES = 32 << 10
 CHECKSUM_PROGRAMS_PER_SM = 4
 # Staging memory comes in whole pages of the device. Of an allocation that ends within one the driver makes smaller
-# pages: a peer then read it at 290 instead of 375 GB/s while a kernel ran at either end (docs/benchmarks.md).
+# pages, it seems: a peer read it at 290 instead of 375 GB/s while a kernel worked on its GPU (docs/benchmarks.md).
 PAGE_BYTES = 2 << 20
 NOT_READY = int(driver.CUresult.CUDA_ERROR_NOT_READY)
 

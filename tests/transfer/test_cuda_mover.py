@@ -137,7 +137,7 @@ def test_scratch_memory_is_used_again(mover: Any) -> None:
 
 
 def test_staging_memory_is_whole_pages(mover: Any) -> None:
-    """Of less than whole pages the driver makes smaller ones, and a peer reads them at three quarters of the rate."""
+    """Memory that ends within a page is read by peers at three quarters of the rate while kernels run."""
     from pd_serve.transfer.cuda_calls import check, driver
     from pd_serve.transfer.cuda_mover import PAGE_BYTES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GROWTH = 4  # of chunks, up to a slot
+GROWTH = 2  # of chunks, up to a slot
 
 UNIT_BYTES = 128 << 10  # staging memory is described in units; a packed read is rounded up to them
 
