@@ -160,6 +160,8 @@ class Inbox:
         return self._events.fileno()
 
     def events(self) -> list[Event]:
+        """Raises TransferError where the transfer thread has given up."""
+        self._worker.check()
         return self._events.take()
 
     def counters(self) -> dict[str, float]:
@@ -221,6 +223,9 @@ class Inbox:
         running = [job.pull for job in [*self._keys.values(), *self._draining] if job.pull is not None]
         closed = [pull.close() for pull in running]
         self._drained = all(closed) and self._prober.idle
+
+    def gave_up(self) -> None:
+        self._events.wake()
 
     # --- transfer thread: calls of the main thread
 
@@ -345,6 +350,9 @@ class Inbox:
             self._finish(job)
         except TransferError as error:
             self._failed(job, peer, error)
+        except Exception as error:  # the other requests go on
+            self._worker.fault()
+            self._fail(job, FailureKind.TRANSFER, f"a fault of this node ({error!r}); see its log")
 
     def _start(self, job: Expected, peer: PrefillPeer) -> Pull | None:
         """Starts to pull what is pending, if anything is. Raises TransferError."""

@@ -25,7 +25,7 @@ import zmq
 
 from pd_serve import logs
 from pd_serve.engine.channel import Channel
-from pd_serve.errors import ConfigError, PDServeError
+from pd_serve.errors import ConfigError, PDServeError, TransferError
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
@@ -144,7 +144,11 @@ def main(make_role: RoleFactory) -> int:
         # what a start leaves, 0.2 million objects, is for good: each look at them would stop all threads for 0.1 s
         gc.freeze()
         channel.send_node(ready)
-        engine.run()
+        try:
+            engine.run()
+        except TransferError as error:
+            log.critical("the engine ends: %s", error)
+            return 1
     return 0
 
 

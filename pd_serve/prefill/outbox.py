@@ -112,6 +112,8 @@ class Outbox:
         return self._events.fileno()
 
     def events(self) -> list[LeaseEnded]:
+        """Raises TransferError where the transfer thread has given up."""
+        self._worker.check()
         return self._events.take()
 
     def counters(self) -> dict[str, float]:
@@ -183,6 +185,9 @@ class Outbox:
         for connection in self._connections.values():
             connection.close()
         self._listener.close()
+
+    def gave_up(self) -> None:
+        self._events.wake()
 
     # --- transfer thread: calls of the main thread
 

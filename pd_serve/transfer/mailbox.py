@@ -24,6 +24,11 @@ class Mailbox(Generic[T]):
     def put(self, item: T) -> None:
         if not self._closed:
             self._items.put(item)
+            self.wake()
+
+    def wake(self) -> None:
+        """Makes it readable with nothing in it."""
+        if not self._closed:
             os.eventfd_write(self._fd, 1)
 
     def take(self) -> list[T]:

@@ -4,11 +4,15 @@ The service is a prefill node's outbox or a decode node's inbox. The main thread
 ``call`` and reads its events from a mailbox; nothing else is shared. The thread sleeps until a socket
 or a call wakes it or the service's next deadline is due; only while a pull is under way does it look
 again at short intervals. In between it sleeps, but beside a GPU, whose host has cores to spare (:mod:`poller`).
+
+A fault ends what it concerns, not the thread. Where every turn fails nothing is looked after any more: after some
+seconds of that the thread closes everything and the engine ends (``check``), for a new one to be started.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import select
 import threading
 import time
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]  # seconds, monotonic
 
 MAX_SLEEP_S = 60.0
+FAULT_PAUSE_S = 0.1  # after a turn that failed
+GIVE_UP_S = 5.0  # after so long without one that did not
 
 
 class Service(Protocol):
@@ -41,6 +47,9 @@ class Service(Protocol):
 
     def stop(self) -> None:
         """Says goodbye and closes the sockets."""
+
+    def gave_up(self) -> None:
+        """After ``stop``: the thread has ended by itself. Makes the main thread call ``check``."""
 
 
 class Source(Protocol):
@@ -66,6 +75,8 @@ class TransferWorker:
         self._let_go = True  # no lane uses the pool (any more)
         self._handlers: dict[int, Callable[[], object]] = {}  # by file descriptor
         self.internal_errors = 0
+        self._failing_since_s = math.inf  # on the system's clock
+        self._failure = ""  # why the thread ended by itself
         self._poller = Poller(spin=lanes.memory.device is not None)
         self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
 
@@ -88,6 +99,11 @@ class TransferWorker:
     def wake(self) -> None:
         """Makes the thread look at its clock again."""
         self.call(lambda: None)
+
+    def check(self) -> None:
+        """Raises TransferError where the thread has given up."""
+        if self._failure:
+            raise TransferError(FailureKind.TRANSFER, self._failure)
 
     def close(self, timeout_s: float = 2.0) -> bool:
         """Stops the service, the lanes and the thread. False: something may still use the pool. Idempotent."""
@@ -139,6 +155,8 @@ class TransferWorker:
         self._guarded(self._service.stop)
         self._guarded(self._close_lanes)
         self._poller.close()
+        if self._failure:
+            self._guarded(self._service.gave_up)
 
     def _close_lanes(self) -> None:
         self._let_go = False  # should it raise
@@ -152,8 +170,15 @@ class TransferWorker:
         delay_s = MAX_SLEEP_S
         try:
             delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
-        except Exception:
-            self._internal_error()
+            self._failing_since_s = math.inf
+        except Exception as error:
+            self.fault()
+            delay_s = FAULT_PAUSE_S
+            self._failing_since_s = min(self._failing_since_s, time.monotonic())
+            if time.monotonic() >= self._failing_since_s + GIVE_UP_S:
+                self._failure = f"the transfer thread has failed for {GIVE_UP_S:g} s in every turn ({error!r})"
+                self._stopping = True
+                return
         for descriptor in self._poller.wait(min(delay_s, MAX_SLEEP_S)):
             handler = self._handlers.get(descriptor)
             if handler is not None:
@@ -164,9 +189,10 @@ class TransferWorker:
         try:
             function()
         except Exception:
-            self._internal_error()
+            self.fault()
 
-    def _internal_error(self) -> None:
+    def fault(self) -> None:
+        """Books the exception that is being handled. Called on the transfer thread."""
         self.internal_errors += 1
         log.exception("a fault on the transfer thread")
 

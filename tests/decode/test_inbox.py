@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import select
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from pd_serve.decode import inbox
+from pd_serve.decode.expected import Expected
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
+from pd_serve.errors import TransferError
+from pd_serve.transfer import worker
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, PrefillEnd, until
@@ -372,3 +376,43 @@ def test_a_decode_node_that_leaves(p: PrefillEnd) -> None:
     d.wait("k", Offered)
     d.close()
     assert until(lambda: p.why("k"), 2.0) == "peer_lost"
+
+
+def test_a_request_that_meets_a_fault_of_ours_ends_alone(
+    p: PrefillEnd, d_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the code for one request is that request's failure; the thread and the others go on."""
+    d = DecodeEnd(clock=d_clock)
+    take = Expected.take
+
+    def mistaken(job: Expected) -> object:
+        if job.key == "bad":
+            raise IndexError("a mistake of ours")
+        return take(job)
+
+    monkeypatch.setattr(Expected, "take", mistaken)
+    for key in ("bad", "good"):
+        p.outbox.open(key)
+        d.inbox.expect(key, p.source)
+        p.publish(key, 22, THEIRS, first=0, token=1)
+        d.wait(key, Offered)
+        d.accept(key, OURS)
+    assert "a mistake of ours" in d.wait("bad", Failed).message
+    d.wait("bad", Drained)
+    d.wait("good", Arrived)
+    assert until(lambda: p.why("bad")) == "declined"
+    assert d.inbox.counters()["transfer_faults"] == 1
+    d.close()
+
+
+def test_the_main_thread_learns_that_the_transfer_thread_gave_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FAULT_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker, "GIVE_UP_S", 0.1)
+    for end in (DecodeEnd(), PrefillEnd()):
+        service = end.inbox if isinstance(end, DecodeEnd) else end.outbox
+        assert service.events() == []
+        service._worker.call(monkeypatch.setattr, service._lanes, "progress", lambda: 1 // 0)
+        assert select.select([service.fileno()], [], [], 10)[0]
+        with pytest.raises(TransferError, match="in every turn"):
+            service.events()
+        assert service.close()
