@@ -172,7 +172,7 @@ class TransferWorker:
             delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
             self._failing_since_s = math.inf
         except Exception as error:
-            self.fault()
+            self.fault(known=self._failing_since_s < math.inf)
             delay_s = FAULT_PAUSE_S
             self._failing_since_s = min(self._failing_since_s, time.monotonic())
             if time.monotonic() >= self._failing_since_s + GIVE_UP_S:
@@ -191,10 +191,10 @@ class TransferWorker:
         except Exception:
             self.fault()
 
-    def fault(self) -> None:
-        """Books the exception that is being handled. Called on the transfer thread."""
+    def fault(self, *, known: bool = False) -> None:
+        """Books the exception that is being handled. Called on the transfer thread. ``known``: the log has had it."""
         self.internal_errors += 1
-        log.exception("a fault on the transfer thread")
+        log.error("a fault on the transfer thread", exc_info=not known)
 
 
 def _resolved(address: str) -> Resolved | OSError:

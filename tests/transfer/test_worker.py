@@ -79,12 +79,17 @@ def test_a_call_that_fails_ends_nothing(service: Service, worker: TransferWorker
     worker.check()
 
 
-def test_where_every_turn_fails_the_thread_ends_and_says_so(service: Service, worker: TransferWorker) -> None:
+def test_where_every_turn_fails_the_thread_ends_and_says_so(
+    service: Service, worker: TransferWorker, caplog: pytest.LogCaptureFixture
+) -> None:
     service.fails = range(1 << 60)
     assert select.select([service.told.fileno()], [], [], 10)[0], "the main thread is not told"
     with pytest.raises(TransferError, match=r"failed for 0.3 s in every turn \(RuntimeError\('a mistake of ours'\)\)"):
         worker.check()
-    assert 3 <= worker.internal_errors < 100, "a fault is not to fill the log"
+    assert 3 <= worker.internal_errors < 100
+    assert sum(record.exc_info is not None and bool(record.exc_info) for record in caplog.records) == 1, (
+        "once is enough"
+    )
     assert service.stopped
     assert not worker.lanes.transports, "lanes are still open"
     assert worker.close(), "nothing uses the pool"
