@@ -184,3 +184,83 @@ def test_a_long_pull_and_short_ones_travel_together(ends: Ends) -> None:
     assert first.poll() is PullState.RUNNING, "the long one ended first"
     assert ends.finish(first, *pulls) == [PullState.DONE] * 6
     assert all((ends.reader.groups[0][30 + n] == ends.source.groups[0][5]).all() for n in range(5))
+
+
+class Muddle:
+    """Pulls that begin, end and are given up while messages, copies and reads get on in any order."""
+
+    def __init__(self, ends: Ends, seed: int) -> None:
+        self.ends = ends
+        self.random = np.random.default_rng(seed)
+        self.free = list(range(COUNT))
+        self.running: list[tuple[NixlPull, list[BlockMap]]] = []
+        self.leaving: list[tuple[NixlPull, list[BlockMap]]] = []
+        self.left: list[tuple[BlockMap, np.ndarray]] = []  # places of pulls given up, and what was there at their end
+
+    def step(self) -> None:
+        ends = self.ends
+        match self.random.integers(7):
+            case 0 if ends.to_source:
+                ends.served.receive(ends.to_source.popleft())
+            case 1 if ends.to_reader:
+                ends.peer.receive(ends.to_reader.popleft())
+            case 2:
+                ends.source.transport.progress()
+            case 3:
+                ends.reader.transport.progress()
+            case 4 if self.free:
+                self.begin()
+            case 5 if self.running and self.random.random() < 0.25:
+                self.leaving.append(self.running.pop(int(self.random.integers(len(self.running)))))
+            case 6:
+                ends.mover.holds = bool(self.random.integers(2))
+        self.look()
+
+    def begin(self) -> None:
+        count = int(self.random.integers(1, min(6, len(self.free)) + 1))
+        places = [self.free.pop(int(self.random.integers(len(self.free)))) for _ in range(count)]
+        theirs = self.random.integers(0, COUNT, count)
+        groups = (0, 1) if self.random.random() < 0.7 else (int(self.random.integers(2)),)
+        maps = [blocks(group, theirs, places) for group in groups]
+        self.running.append((self.ends.pull(*maps), maps))
+
+    def look(self) -> None:
+        source, reader = self.ends.source.groups, self.ends.reader.groups
+        for pull, maps in list(self.running):
+            if pull.poll() is PullState.DONE:
+                assert all((reader[m.group][m.local] == source[m.group][m.remote]).all() for m in maps)
+                assert pull.close()
+                self.running.remove((pull, maps))
+                self.free += maps[0].local.tolist()
+            else:
+                assert pull.poll() is PullState.RUNNING
+        for pull, maps in list(self.leaving):
+            if pull.close():
+                self.leaving.remove((pull, maps))
+                self.left += [(m, reader[m.group][m.local].copy()) for m in maps]
+
+    def end(self) -> None:
+        self.ends.mover.holds = False
+
+        def all_have_ended() -> bool:
+            self.ends.turn()
+            self.look()
+            return not self.running and not self.leaving
+
+        until(all_have_ended)
+        for m, then in self.left:
+            assert np.array_equal(self.ends.reader.groups[m.group][m.local], then), "written after it was given up"
+
+
+def test_any_order_of_events(ends: Ends) -> None:
+    given_up = 0
+    for seed in range(60):
+        muddle = Muddle(ends, seed)
+        for _ in range(400):
+            muddle.step()
+        muddle.end()
+        until(ends.is_free)
+        given_up += len(muddle.left)
+    assert given_up > 60
+    unpacker = ends.peer.unpacker
+    assert not unpacker._asked and not unpacker._freeing and unpacker._tickets_out == 0
