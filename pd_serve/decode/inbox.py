@@ -254,7 +254,11 @@ class Inbox:
     def _accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
         job = self._keys.get(key)
         if job is not None and job.stage is Stage.CLAIMED:
-            job.accept(tables, first_block)
+            try:
+                job.accept(tables, first_block)
+            except Exception as error:
+                self._failed(job, error)
+                return
             job.moved_s = self._clock()
             self._advance(job)
 
@@ -321,8 +325,8 @@ class Inbox:
             return
         try:
             job.announce(ready)
-        except TransferError as error:
-            self._fail(job, FailureKind(error.kind), str(error))
+        except Exception as error:
+            self._failed(job, error)
             return
         job.moved_s = self._clock()
         if not job.offered:
@@ -348,11 +352,8 @@ class Inbox:
                 if job.key in self._keys:  # else the connection ended just now
                     self._book(job, peer, pull)
             self._finish(job)
-        except TransferError as error:
-            self._failed(job, peer, error)
-        except Exception as error:  # the other requests go on
-            self._worker.fault()
-            self._fail(job, FailureKind.TRANSFER, f"a fault of this node ({error!r}); see its log")
+        except Exception as error:
+            self._failed(job, error)
 
     def _start(self, job: Expected, peer: PrefillPeer) -> Pull | None:
         """Starts to pull what is pending, if anything is. Raises TransferError."""
@@ -374,9 +375,14 @@ class Inbox:
         job.stage = Stage.RELEASING
         peer.send(wire.Release(job.key, done=True))
 
-    def _failed(self, job: Expected, peer: PrefillPeer, error: TransferError) -> None:
-        if error.kind == FailureKind.CHECKSUM:
-            log.error("%s from prefill node %s over %s: %s", job.key, peer.node_id, peer.lane.name, error)
+    def _failed(self, job: Expected, error: Exception) -> None:
+        """Ends a request for the error being handled: a TransferError, or a fault of ours, which ends no other."""
+        if not isinstance(error, TransferError):
+            self._worker.fault()
+            error = TransferError(FailureKind.TRANSFER, f"a fault of this node ({error!r}); see its log")
+        elif error.kind == FailureKind.CHECKSUM:
+            lane = self._peers[job.source.address].lane.name
+            log.error("%s from prefill node %s over %s: %s", job.key, job.source.node_id, lane, error)
         self._fail(job, FailureKind(error.kind), str(error))
 
     def _arrived(self, job: Expected, peer: PrefillPeer, pull: Pull) -> bool:

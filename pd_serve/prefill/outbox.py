@@ -213,12 +213,13 @@ class Outbox:
     def _announce_to(self, holder: Holder, ready: wire.Ready) -> None:
         session = self._sessions.get(holder)
         if session is not None:
-            session.announce(ready)
-            self._announce(holder, session)
+            self._announce(holder, session, ready)
 
-    def _announce(self, holder: Holder, session: Session) -> float:
-        """Sends what has its checksums, in order; returns when to look again."""
+    def _announce(self, holder: Holder, session: Session, new: wire.Ready | None = None) -> float:
+        """Sends what has its checksums, in order; returns when to look again. A session that cannot is ended."""
         try:
+            if new is not None:
+                session.announce(new)
             while (ready := session.next_ready()) is not None:
                 # where the lease has ended meanwhile its blocks are not the request's any more, nor are their checksums
                 if self._book.holds(ready.key, holder):
@@ -228,9 +229,13 @@ class Outbox:
                         self._awake_until_s = self._clock() + ANSWER_S
         except TransferError as error:
             log.error("decode node %s: checksums cannot be computed: %s", session.node_id, error)
-            self._send(holder, wire.Bye(self._identity.epoch))
-            self._end_session(holder, "its blocks cannot be announced")
-        return look_s(self._lanes.memory.device) if session.announcing else float("inf")
+        except Exception:  # the other sessions go on
+            self._worker.fault()
+        else:
+            return look_s(self._lanes.memory.device) if session.announcing else float("inf")
+        self._send(holder, wire.Bye(self._identity.epoch))
+        self._end_session(holder, "its blocks cannot be announced")
+        return float("inf")
 
     # --- transfer thread: connections and messages
 

@@ -150,13 +150,12 @@ class Cluster:
         flags = {"port": port, "min_prefill": prefill, "min_decode": decode, **flags}
         return Server("router", flags, self.directory / "router.log")
 
-    def start_node(self, role: str, **flags: object) -> Server:
+    def start_node(self, role: str, *, environ: dict[str, str] | None = None, **flags: object) -> Server:
         own = {k: v for k, v in self.flags.items() if role == "decode" or k != "local_prefill_tokens"}
         own |= self.only.get(role, {})
         port = free_port()
-        return Server(
-            role, {"port": port, "router": self.router.url, **own, **flags}, self.directory / f"{role}-{port}.log"
-        )
+        flags = {"port": port, "router": self.router.url, **own, **flags}
+        return Server(role, flags, self.directory / f"{role}-{port}.log", environ)
 
     def revive(self) -> None:
         """Starts dead nodes again and waits until the router has all of them."""

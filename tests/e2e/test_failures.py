@@ -111,6 +111,44 @@ def test_decode_node_killed_in_mid_stream(pair: Cluster) -> None:
     pair.assert_idle()
 
 
+# Runs in every process of a node that is started with this directory in PYTHONPATH.
+FAULT = """
+import pathlib, sys, threading, time
+
+def wait():
+    while not pathlib.Path(__file__).with_name("now").exists():
+        time.sleep(0.05)
+    if "pd_serve.decode" in sys.orig_argv:
+        sys.modules["pd_serve.transfer.worker"].GIVE_UP_S = 0.5
+        sys.modules["pd_serve.transfer.lanes"].Lanes.progress = lambda lanes: 1 // 0
+
+threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+def test_a_decode_node_whose_transfer_thread_only_fails(pair: Cluster, tmp_path: Path) -> None:
+    """A mistake of ours in every turn: the node ends, as if it had died, and no request is lost."""
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    text = expected(pair, PROMPT, 100)
+    pair.decodes[0].kill()
+    faulty = pair.decodes[0] = pair.start_node("decode", environ={"PYTHONPATH": str(tmp_path)})
+    pair.revive()
+    streams = [Stream(pair, max_tokens=100) for _ in range(4)]
+    wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
+    wait_for(lambda: faulty.load()["running"], 30, "the faulty node says that it runs something")
+    (tmp_path / "now").touch()
+    time.sleep(0.2)
+    for stream in [*streams, *(Stream(pair, max_tokens=100) for _ in range(4))]:  # the new ones wake the thread
+        stream.wait()
+        assert stream.error is None
+        assert stream.text == text
+    assert faulty.process.wait(20) == 1
+    log = faulty.log.read_text()
+    assert "CRITICAL" in log and "has failed for 0.5 s in every turn" in log and "the engine died" in log
+    assert log.count("Traceback") <= 3, "the log is not to be filled"
+    pair.assert_idle()
+
+
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
     prompt = f"Killed {moment}.\n" + LONG  # in nobody's prefix cache

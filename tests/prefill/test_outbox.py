@@ -7,10 +7,14 @@ import threading
 import uuid
 
 import numpy as np
+import pytest
 
+from pd_serve.errors import TransferError
+from pd_serve.prefill.session import Session
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import SMALL, Clock, PrefillEnd, until
+from tests.transfer.scripted import copy_lanes
 
 TABLES = [[3, 4, 5], [7, 8, 9]]
 
@@ -178,6 +182,36 @@ def test_announced_blocks_carry_their_checksums(end: PrefillEnd, client: Client)
     client.say(wire.Claim("late"))
     assert sums_of(client.hear()) == expected
     assert end.outbox.counters()["checksum_bytes"] == 6 * sum(SMALL.block_bytes(g) for g in range(2))
+
+
+@pytest.mark.parametrize("what", ["announce", "next_ready"])
+@pytest.mark.parametrize("error", [TransferError("transfer", "the device is on fire"), IndexError("a mistake of ours")])
+def test_a_session_whose_blocks_cannot_be_announced_ends_alone(
+    what: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its decode node learns so at once, instead of waiting for an announcement that never comes."""
+    end = PrefillEnd(lease_s=LEASE_S, lanes=copy_lanes)
+    clients = {name: Client(end, name) for name in ("bad", "good")}
+    honest = getattr(Session, what)
+
+    def failing(session: Session, *announced: wire.Ready) -> object:
+        if session.node_id == "bad" and (announced or session.announcing):
+            raise error
+        return honest(session, *announced)
+
+    monkeypatch.setattr(Session, what, failing)
+    for name, client in clients.items():
+        assert isinstance(client.greet(), wire.Welcome)
+        hold(end, client, name)
+        end.publish(name, 10, TABLES, token=1)
+    assert isinstance(clients["bad"].hear(), wire.Bye)
+    assert until(lambda: end.why("bad")) == "peer_lost"
+    assert isinstance(clients["good"].hear(), wire.Ready)
+    assert clients["good"].sync(["good"]) == []
+    assert end.outbox.counters()["transfer_faults"] == isinstance(error, IndexError)
+    for client in clients.values():
+        client.close()
+    end.close()
 
 
 def test_pieces_of_a_reader_with_smaller_blocks_are_summed(end: PrefillEnd) -> None:

@@ -135,30 +135,6 @@ def test_any_two_layouts_exchange_what_they_share(make, a: KVLayout, b: KVLayout
         assert session.source.transport._packer.ring is None, "staging memory that nobody needs"
 
 
-def test_many_pulls_are_asked_after_at_once(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NIXL is asked for a status once a turn, not once a pull and chunk: that took longer than the reads."""
-    session = make(layout(16), layout(16))
-    agent = session.reader.transport._agent
-    busy, post, asked = agent.nixl.NIXL_IN_PROG, agent.post, []
-    with monkeypatch.context() as patch:
-        patch.setattr(agent, "post", lambda handle: (post(handle), busy)[1])
-        patch.setattr(agent, "status", lambda handle: (asked.append(handle), busy)[1])
-        pulls = [session.pull(one) for seed in range(4) for one in everything(session.pair, seed)]
-
-        def as_many_as_may_be() -> bool:
-            session.turn()
-            return len(session.peer.unpacker._active) == PACKED.slots_per_peer
-
-        until(as_many_as_may_be)
-        asked.clear()
-        session.reader.transport.progress()
-        assert {pull.poll() for pull in pulls} == {PullState.RUNNING}
-        assert len(asked) == 1
-    assert set(session.finish(*pulls)) == {PullState.DONE}
-    assert all(pull.close() for pull in pulls)
-    rings_are_free(session)
-
-
 def test_several_sources_fill_one_block(make) -> None:
     """TP 2 to 1: each half of a block's heads comes from another rank."""
     one, two = make(layout(16, 2, 0), layout(32)), Node(layout(16, 2, 1), 24, 4, PACKED)

@@ -110,6 +110,23 @@ def test_pulls_that_wait_share_a_chunk(ends: Ends) -> None:
     until(ends.is_free)
 
 
+def test_many_pulls_are_asked_after_at_once(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NIXL is asked for a status once a turn, not once a pull and chunk: that took longer than the reads."""
+    agent = ends.reader.transport._agent
+    busy, post, asked = agent.nixl.NIXL_IN_PROG, agent.post, []
+    with monkeypatch.context() as patch:
+        patch.setattr(agent, "post", lambda handle: (post(handle), busy)[1])
+        patch.setattr(agent, "status", lambda handle: (asked.append(handle), busy)[1])
+        pulls, maps = ends.one_block_each(12)
+        until(lambda: (ends.turn(), len(ends.peer.unpacker._active) == ROOMY.slots_per_peer)[1])
+        asked.clear()
+        ends.reader.transport.progress()
+        assert {pull.poll() for pull in pulls} == {PullState.RUNNING}
+        assert len(asked) == 1
+    assert ends.finish(*pulls) == [PullState.DONE] * 12
+    ends.check(maps)
+
+
 @pytest.mark.parametrize("when", ["asked", "read", "unpacked"])
 def test_one_of_them_is_given_up(ends: Ends, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pulls, maps = ends.six_share()

@@ -3,13 +3,14 @@
 - ``bindings``: NIXL itself, an agent with a dozen verbs, and the settings of UCX.
 - ``reads``: one read under way, and a remote agent that is read from.
 - ``direct``: descriptor lists, prepared once a peer; a pull names pieces in them by index.
-- ``staging``, ``packer``, ``unpacker``: pieces too small to be read one by one travel *packed*, many in one read.
+- ``packer`` (source), ``unpacker`` (reader): pieces too small to be read one by one travel *packed*, many in one read;
+  ``chunks`` are what travels together, ``staging`` is where, and ``local_ring`` shares the reader's among its sources.
 - ``messages``: what the two ends say to each other.
 - ``pull``, ``peer``, ``transport``: the interface of :mod:`pd_serve.transfer.base`.
 
 Nothing here waits: every call returns at once, and what is under way is asked for. (With two exceptions: where UCX
 copies host memory itself, inside of one machine, it does so while a read is posted; and a source on a GPU gives a chunk
-some microseconds to be packed, so that it can be read while the next one is.)
+up to 0.1 ms to be packed, so that it can be read while the next one is.)
 
 What NIXL 1.5.1 does that shapes all of it:
 

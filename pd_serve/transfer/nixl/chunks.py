@@ -33,10 +33,9 @@ class Item(NamedTuple):
 
 
 class PackedPull:
-    """The packed part of a pull; ``size_bytes`` of payload."""
+    """The packed part of a pull, ``size_bytes`` of payload."""
 
     def __init__(self, items: list[Item], size_bytes: int) -> None:
-        self.size_bytes = size_bytes
         self.left_bytes = size_bytes  # in no chunk yet
         self._items = deque(items)
         self.state = PullState.RUNNING
@@ -98,7 +97,7 @@ def take(pulls: deque[PackedPull], room_bytes: int, piece_bytes: Sequence[int]) 
     return taken
 
 
-def fill(pulls: Iterable[PackedPull], size_bytes: int) -> bool:
+def can_fill(pulls: Iterable[PackedPull], size_bytes: int) -> bool:
     """Whether they have so much left."""
     for pull in pulls:
         size_bytes -= pull.left_bytes if pull.wants else 0

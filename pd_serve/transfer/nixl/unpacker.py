@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pd_serve.errors import TransferError
 from pd_serve.transfer.base import Pair, PullState, Send
 from pd_serve.transfer.nixl import messages as m
-from pd_serve.transfer.nixl.chunks import Chunk, PackedPull, fill, take
+from pd_serve.transfer.nixl.chunks import Chunk, PackedPull, can_fill, take
 from pd_serve.transfer.nixl.limits import GROWTH, UNIT_BYTES
 from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.reads import Remote
@@ -55,7 +55,7 @@ class Unpacker:
         self._tickets_out = 0
         self._tickets_at_once = 0
         self._pulls: deque[PackedPull] = deque()  # with pieces left to ask for
-        self._chunk_bytes = 0  # of the next chunk
+        self._grown_bytes = 0  # of the chunk behind others
         self._asked: dict[int, Chunk] = {}  # until answered
         self._asked_s = 0.0  # the last of them
         self._freeing: dict[int, Chunk] = {}  # until confirmed
@@ -81,21 +81,19 @@ class Unpacker:
             self._pulls.popleft()
         if self._opened is None or not self._pulls or self._tickets_out >= self._tickets_at_once:
             return False
-        return len(self._asked) < UNFILLED or fill(self._pulls, self._next_bytes(self._opened))
+        return len(self._asked) < UNFILLED or can_fill(self._pulls, self._next_bytes(self._opened))
 
     def _next_bytes(self, opened: m.Opened) -> int:
-        """What the next chunk should hold: little while nothing is under way, for nothing is read before it is
-        packed."""
-        if not self._tickets_out:
-            self._chunk_bytes = self._local.limits.first_chunk_bytes
-        return min(self._chunk_bytes, opened.slot_bytes, self._local.ring.slot_bytes)
+        """Of the next chunk: little while nothing is under way, for nothing is read before it is packed."""
+        size_bytes = self._grown_bytes if self._tickets_out else self._local.limits.first_chunk_bytes
+        return min(size_bytes, opened.slot_bytes, self._local.ring.slot_bytes)
 
     def ask(self, slot: int) -> None:
         """For the next chunk, into this local slot. Only if ``wants``."""
         assert self._opened is not None
         size_bytes = self._next_bytes(self._opened)
         taken = take(self._pulls, size_bytes, self._piece_bytes)
-        self._chunk_bytes = size_bytes * GROWTH
+        self._grown_bytes = size_bytes * GROWTH
         chunk = Chunk(next(self._tickets), slot, taken, self._pair.slicings)
         for pull in chunk.pulls:
             pull.chunks.add(chunk)
