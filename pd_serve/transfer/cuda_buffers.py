@@ -1,6 +1,7 @@
 """Pinned host memory that kernels read addresses from and write sums to, reused when the work that used it is done.
 
-Owned by the CUDA mover. A kernel reads it over the bus, some words at a time and ahead of need; a copy to the device
+Owned by the CUDA mover; a few MiB, and pinned whatever ``should_pin_memory`` says of host copies: kernels could not
+read it otherwise. A kernel reads it over the bus, some words at a time and ahead of need; a copy to the device
 first would cost every launch another call and some microseconds.
 """
 
