@@ -270,6 +270,20 @@ class RouterSettings(Common):
         unit="seconds",
         reason="A supervisor starts a dead node again within seconds.",
     )
+    link_timeout_s: float = setting(
+        4.0,
+        decimal(0.5),
+        "Nodes",
+        "Silence of a node's link, answers to pings included, after which the node counts as stopped, cut off or dead.",
+        unit="seconds",
+    )
+    engine_timeout_s: float = setting(
+        15.0,
+        decimal(0.5),
+        "Nodes",
+        "Silence of the engine behind a node that still answers, after which the node counts as lost.",
+        unit="seconds",
+    )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def api_keys(self) -> frozenset[str]:

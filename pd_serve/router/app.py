@@ -27,6 +27,7 @@ from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
+from pd_serve.config import RouterConfig
 from pd_serve.router.clock import LoopClock
 from pd_serve.router.edge import Edge, request_id
 from pd_serve.router.generation import Generation
@@ -34,7 +35,6 @@ from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group, Registry
 from pd_serve.router.sequence import Shared
-from pd_serve.router.settings import RouterSettings
 from pd_serve.router.status import describe, models
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _T = TypeVar("_T")
 class Router:
     """The running router: handlers are its methods."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterConfig) -> None:
         self.settings = settings
         self.registry = Registry()
         self.links = Links(settings, self.registry)
@@ -260,7 +260,7 @@ def _json(document: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 
-def create_app(settings: RouterSettings) -> Starlette:
+def create_app(settings: RouterConfig) -> Starlette:
     """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs."""
     router = Router(settings)
 
@@ -302,7 +302,7 @@ def create_app(settings: RouterSettings) -> Starlette:
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[Middleware(Edge, api_keys=settings.api_keys)],
+        middleware=[Middleware(Edge, api_keys=settings.api_keys())],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import msgspec
 
 from pd_serve.api.text_model import TextModel
+from pd_serve.config import RouterConfig
 from pd_serve.errors import PDServeError
 from pd_serve.router.nodes import Node, Registry
-from pd_serve.router.settings import RouterSettings
 from pd_serve.router.websocket import WebSocket, connect
 from pd_serve.wire import link as wire
 from pd_serve.wire.model import decode_bundle
@@ -50,7 +50,7 @@ class _Link:
 
 
 class Links:
-    def __init__(self, settings: RouterSettings, registry: Registry) -> None:
+    def __init__(self, settings: RouterConfig, registry: Registry) -> None:
         self._settings = settings
         self._registry = registry
         self._links: dict[str, _Link] = {}
@@ -60,7 +60,7 @@ class Links:
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
-        for url in (*self._settings.prefill_urls, *self._settings.decode_urls):
+        for url in (*self._settings.prefill, *self._settings.decode):
             self.add(url, static=True)
 
     async def close(self) -> None:

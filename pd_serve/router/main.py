@@ -17,7 +17,6 @@ from types import FrameType
 from pd_serve import logs
 from pd_serve.config import RouterConfig
 from pd_serve.net import listen
-from pd_serve.router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
 
@@ -25,29 +24,9 @@ _KEEP_ALIVE_S = 75  # longer than the pools of usual clients keep a connection, 
 _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
 
-def run(config: RouterConfig) -> int:
+def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
-    logs.configure(config.log_level, "router")
-    return serve(
-        RouterSettings(
-            host=config.host,
-            port=config.port,
-            prefill_urls=config.prefill,
-            decode_urls=config.decode,
-            api_keys=config.api_keys(),
-            min_prefill=config.min_prefill,
-            min_decode=config.min_decode,
-            request_timeout_s=config.request_timeout_s,
-            max_attempts=config.max_attempts,
-            max_body_bytes=config.max_body_bytes,
-            node_wait_s=config.node_wait_s,
-            drain_timeout_s=config.drain_timeout_s,
-            log_level=config.log_level,
-        )
-    )
-
-
-def serve(settings: RouterSettings) -> int:
+    logs.configure(settings.log_level, "router")
     listener = listen(settings.host, settings.port)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn

@@ -19,10 +19,10 @@ from typing import Protocol
 import msgspec
 
 from pd_serve.api.errors import APIError
+from pd_serve.config import RouterConfig
 from pd_serve.router.clock import Clock, Timer
 from pd_serve.router.nodes import Group, Node
 from pd_serve.router.policy import Nowhere, Placement, place
-from pd_serve.router.settings import RouterSettings
 from pd_serve.wire import link
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Sink(Protocol):
 class Shared:
     """What all sequences of a router share."""
 
-    settings: RouterSettings
+    settings: RouterConfig
     clock: Clock
     # (event, kind): attempts, retries by reason, aborts; see metrics.
     count: Callable[[str, str], None]

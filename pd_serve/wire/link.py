@@ -14,7 +14,7 @@ import msgspec
 
 from pd_serve.wire.memory import MemoryReport
 
-LINK_VERSION = 1
+LINK_VERSION = 2
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -63,6 +63,8 @@ class Submit(msgspec.Struct, tag="submit"):
     sampling: SamplingParams
     handoff: bool = False
     source: Source | None = None
+    number: int = 0  # counts the submits of a link from 1: a status names the last one that it includes
+    age_s: float = 0.0  # since the request reached the router: nodes serve the oldest first
 
 
 class Abort(msgspec.Struct, tag="abort"):
@@ -112,7 +114,9 @@ class Output(msgspec.Struct, array_like=True):
     finish: str | None = None  # "stop" | "length" (the router adds stop strings and aborts)
     stop_token: int | None = None  # the stop token id that ended it, if not EOS
     failure: Failure | None = None
-    event: str | None = None  # "local": this decode node computes the prompt itself; "arrived": KV is here
+    # "accepted": a decode node has room for the attempt, now or within its bound on waiting, and will not refuse it any
+    # more; "local": accepted, and it computes the prompt itself; "arrived": KV is here
+    event: str | None = None
     num_cached: int = 0  # prompt tokens that came out of this node's prefix cache (with index 0)
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
@@ -142,6 +146,18 @@ class Load(msgspec.Struct, frozen=True):
     leases: int = 0  # prefill: leased requests
     pulling: int = 0  # decode: requests whose KV is being pulled
     draining: bool = False
+    queued: int = 0  # admitted without blocks, wherever they wait; refused beyond ``max_queue``
+    max_queue: int = 0
+    queue_wait_s: float = 0.0  # how long a request that comes now is expected to wait for memory
+
+
+class Running(msgspec.Struct, frozen=True):
+    """The step that an engine computes, told by a thread that does not wait for it."""
+
+    step: int  # counts from 1
+    tokens: int
+    seconds: float  # since it began
+    limit_s: float  # beyond this it counts as hanging
 
 
 class Status(msgspec.Struct, tag="status"):
@@ -150,6 +166,10 @@ class Status(msgspec.Struct, tag="status"):
     load: Load
     counters: dict[str, float] = {}
     memory: MemoryReport | None = None
+    last_submit: int = 0  # number of the last submit of this link that ``load`` includes
+    running: Running | None = None  # None: between steps
+    # Decode: node ids of sources that this node cannot read from, and why; while it is so.
+    misfits: dict[str, str] = {}
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

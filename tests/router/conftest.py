@@ -13,8 +13,8 @@ import httpx
 import pytest
 import uvicorn
 
+from pd_serve.config import RouterConfig
 from pd_serve.router.app import Router, create_app
-from pd_serve.router.settings import RouterSettings
 from tests.router.scripted_node import Fabric, ScriptedNode
 
 StartNode = Callable[..., Awaitable[ScriptedNode]]
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
 class Running:
     """A router that serves HTTP."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterConfig) -> None:
         self.app = create_app(settings)
         self.router: Router = self.app.state.router
         listener = socket.create_server(("127.0.0.1", 0))
@@ -98,11 +98,9 @@ async def start_router() -> AsyncIterator[StartRouter]:
     routers = []
 
     async def start(*nodes: ScriptedNode, ready: bool = True, **options: Any) -> Running:
-        urls = {
-            f"{role}_urls": tuple(node.url for node in nodes if node.role == role) for role in ("prefill", "decode")
-        }
-        counts = {f"min_{role}": len(urls[f"{role}_urls"]) for role in ("prefill", "decode")}
-        running = Running(RouterSettings(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}))
+        urls = {f"{role}": tuple(node.url for node in nodes if node.role == role) for role in ("prefill", "decode")}
+        counts = {f"min_{role}": len(urls[f"{role}"]) for role in ("prefill", "decode")}
+        running = Running(RouterConfig(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}))
         routers.append(running)
         await running.started()
         return await running.ready() if ready else running

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
+from pd_serve.config import RouterConfig
 from pd_serve.router.nodes import Node, Registry
 from pd_serve.router.sequence import Sequence, Shared
-from pd_serve.router.settings import RouterSettings
 from pd_serve.wire import link
 from tests.api import tiny
 from tests.router.scripted_node import expected, next_token
@@ -163,7 +163,7 @@ class World:
         self.ready: dict[str, int] = {}
         self.sink = RecordingSink()
         self.counts: list[tuple[str, str]] = []
-        limits = RouterSettings(**{"max_attempts": 10_000, "node_wait_s": 5.0, **options})  # type: ignore[arg-type]
+        limits = RouterConfig(**{"max_attempts": 10_000, "node_wait_s": 5.0, **options})  # type: ignore[arg-type]
         self.shared = Shared(limits, self.clock, lambda name, kind: self.counts.append((name, kind)))
         sampling = link.SamplingParams(max_tokens=max_tokens, seed=0, temperature=0)
         self.sequence = Sequence(self.shared, self.group, PROMPT, sampling, self.sink, "r")

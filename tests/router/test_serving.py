@@ -320,7 +320,7 @@ async def test_request_ids(pair: Running, caplog: pytest.LogCaptureFixture) -> N
 
 
 async def test_api_keys(start_node: StartNode, start_router: StartRouter) -> None:
-    running = await start_router(await start_node("decode"), api_keys=frozenset({"sk-1", "sk-2"}))
+    running = await start_router(await start_node("decode"), api_key=("sk-1", "sk-2"))
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
     for header, status in (("", 401), ("Bearer sk-3", 401), ("sk-1", 401), ("Bearer sk-1", 200), ("bearer sk-2", 200)):
         headers = {"Authorization": header} if header else {}
