@@ -99,7 +99,7 @@ def main() -> int:
                     return 7
                 case link.Submit(id="slow" | "hang" as name):  # a step that is within its limit, or beyond it
                     running_step = link.Running(3, 1024, 45.0, 600.0 if name == "slow" else 40.0)
-                case link.Submit(id="go on"):
+                case link.Submit(id="go on" | "before"):
                     running_step = None
                 case link.Submit(id=name, tokens=tokens):
                     running.append((origin, name, list(memoryview(tokens).cast("i")), 0))
