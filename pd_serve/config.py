@@ -40,6 +40,15 @@ class Common:
         "After SIGTERM, the longest wait for running streams and, on nodes, for leased blocks.",
         unit="seconds",
     )
+    engine_timeout_s: float = setting(
+        5.0,
+        decimal(0.5),
+        "Processes",
+        "Silence of an engine after which it counts as stopped: its node's /health fails, routers go on elsewhere. A "
+        "thread of its own says every second that it is there, however long a step takes.",
+        unit="seconds",
+        reason="Longer than a busy machine keeps a thread from running.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,22 @@ class EngineSettings(Common):
         "Scheduling",
         "Requests a node lets wait for memory; it refuses more.",
         reason="429 with Retry-After serves a client better than minutes in a queue.",
+    )
+    max_queue_wait_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "Scheduling",
+        "A node refuses a request that would wait longer for memory, by how fast others got theirs lately.",
+        unit="seconds",
+        reason="What is accepted keeps its place, however long that takes; streams that have begun are never refused.",
+    )
+    step_timeout_s: float = setting(
+        60.0,
+        decimal(0.1),
+        "Scheduling",
+        "A step that takes longer hangs, and its node counts as lost: at least so long, and ten times what its tokens "
+        "take by the steps before it (the first: ten times this).",
+        unit="seconds",
     )
     local_prefill_tokens: int = setting(
         0,
@@ -275,13 +300,6 @@ class RouterSettings(Common):
         decimal(0.5),
         "Nodes",
         "Silence of a node's link, answers to pings included, after which the node counts as stopped, cut off or dead.",
-        unit="seconds",
-    )
-    engine_timeout_s: float = setting(
-        15.0,
-        decimal(0.5),
-        "Nodes",
-        "Silence of the engine behind a node that still answers, after which the node counts as lost.",
         unit="seconds",
     )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")

@@ -36,6 +36,9 @@ from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 
+# A pull may take so long for its bytes beside ``pull_timeout_s``; at a lower rate computing anew is sooner done.
+SLOWEST_BYTES_PER_S = 10e6
+
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
 
 # Beside a GPU the thread stays awake for so long to be told where to pull to, and then whether the lease was valid:
@@ -110,6 +113,7 @@ class Inbox:
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._peers: dict[str, PrefillPeer] = {}  # by address
+        self.misfits: dict[str, str] = {}  # by id, nodes that cannot be read from, and why; replaced as a whole
         self._keys: dict[str, Expected] = {}
         self._draining: list[Expected] = []
         self._events: Mailbox[Event] = Mailbox()
@@ -204,15 +208,19 @@ class Inbox:
         for job in list(self._keys.values()):
             if self._on_gpu and job.awaits_answer and now_s < job.moved_s + ANSWER_S:
                 due_s = min(due_s, now_s + self._look_s)
-            elif job.stage not in (Stage.PULLING, Stage.RELEASING):
-                continue
-            elif now_s >= job.moved_s + self._pull_timeout_s:
-                self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {self._pull_timeout_s:g} s")
+            elif job.pull is None and job.stage is not Stage.RELEASING:
+                continue  # the prefill node queues or computes, which may take long; heartbeats tell whether it lives
             else:
-                due_s = min(due_s, job.moved_s + self._pull_timeout_s)
+                size_bytes = job.pull.size_bytes if job.pull is not None else 0
+                allowed_s = self._pull_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
+                if now_s >= job.moved_s + allowed_s:
+                    self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {allowed_s:.1f} s")
+                else:
+                    due_s = min(due_s, job.moved_s + allowed_s)
         for peer in list(self._peers.values()):
             if peer.state is State.PAUSED and now_s >= peer.named_s + FORGET_S:
                 del self._peers[peer.address]
+                self._note_misfits()
                 continue
             due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
         return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
@@ -237,8 +245,11 @@ class Inbox:
         if peer is None:
             peer = PrefillPeer(source.address, self._identity, self._worker, self._prober, self, self._counters)
             self._peers[source.address] = peer
-        peer.named_s = self._clock()
+        peer.named_id, peer.named_s = source.node_id, self._clock()
         return peer
+
+    def _note_misfits(self) -> None:
+        self.misfits = {peer.named_id: peer.misfit for peer in self._peers.values() if peer.misfit}
 
     def _expect(self, key: str, source: Source) -> None:
         if key in self._keys:
@@ -270,10 +281,12 @@ class Inbox:
     # --- transfer thread: what peers say
 
     def peer_ready(self, peer: PrefillPeer) -> None:
+        self._note_misfits()
         for job in self._at(peer):
             self._claim(job, peer)
 
     def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
+        self._note_misfits()
         for job in self._at(peer):
             self._fail(job, kind, message)
 
@@ -361,6 +374,7 @@ class Inbox:
         if not job.pulled:
             return None
         job.pull_started_s = time.perf_counter()
+        job.moved_s = self._clock()
         pull = job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
         pull.poll()  # starts it
         if pull.work is not None:
@@ -373,6 +387,7 @@ class Inbox:
         """Asks whether the lease was valid until now. Raises TransferError where something was never announced."""
         job.check_complete(self._layout)
         job.stage = Stage.RELEASING
+        job.moved_s = self._clock()
         peer.send(wire.Release(job.key, done=True))
 
     def _failed(self, job: Expected, error: Exception) -> None:

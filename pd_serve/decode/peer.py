@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0  # from dialling to the end of the self-test
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
 HEARTBEATS_PER_LEASE = 6
-MISSED_HEARTBEATS = 3
 MIN_SILENCE_S = 2.0  # a busy machine may keep a healthy peer from answering for so long
 
 
@@ -66,6 +65,8 @@ class PrefillPeer:
         self.node_id = ""  # what it said of itself, from TESTING on
         self.epoch = ""
         self.slow_pulls = 0
+        self.misfit = ""  # why nothing can be read there, since it was dialled last without success
+        self.named_id = ""  # what a router calls it
         self.named_s = worker.clock()  # when a router or a request last named it
         self._identity = identity
         self._worker = worker
@@ -131,6 +132,8 @@ class PrefillPeer:
 
     def lose(self, kind: FailureKind, message: str) -> None:
         """Ends the connection and dials again later. What waited for the peer fails with ``kind``."""
+        if self.state is not State.READY:
+            self.misfit = message
         self._hang_up()
         self._due_s = self._worker.clock() + self._retry_s
         self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
@@ -286,7 +289,7 @@ class PrefillPeer:
         self._heartbeat_due_s = self._worker.clock() + self._about.lease_s / HEARTBEATS_PER_LEASE
         self._unanswered_s = None
         self._retry_s = RETRY_MIN_S
-        self._logged = ""
+        self._logged = self.misfit = ""
         self.state = State.READY
         log.info("reads from prefill node %s (epoch %s) over %s", self.node_id, self.epoch, lanes.summary())
         self._listener.peer_ready(self)
@@ -306,7 +309,7 @@ class PrefillPeer:
         if not keys:
             self._unanswered_s = None
             return float("inf")
-        silence_s = max(MISSED_HEARTBEATS * interval_s, MIN_SILENCE_S)
+        silence_s = max(self._about.lease_s, MIN_SILENCE_S)  # a pause shorter than the lease harms nothing
         if self._unanswered_s is not None and now_s >= self._unanswered_s + silence_s:
             self.lose(FailureKind.PEER_LOST, f"no answer to heartbeats for {silence_s:g} s")
             return self._due_s

@@ -73,7 +73,7 @@ class Node:
 
     def hello(self) -> Hello | None:
         ready = self.engine.ready
-        if ready is None or not self.engine.alive() or self._resting():
+        if ready is None or self.why_not():
             return None
         return Hello(
             link_version=LINK_VERSION,
@@ -92,7 +92,11 @@ class Node:
     def describe(self) -> dict[str, object]:
         ready = self.engine.ready
         status = self.engine.status
-        engine: dict[str, object] = {"pid": self.engine.pid}
+        engine: dict[str, object] = {
+            "pid": self.engine.pid,
+            "running": msgspec.to_builtins(self.engine.running),
+            "trouble": self.engine.trouble,
+        }
         if ready is not None:
             engine |= {
                 "model": msgspec.to_builtins(ready.model),
@@ -122,6 +126,17 @@ class Node:
             "counters": status.counters if status is not None else {},
         }
 
+    def why_not(self) -> str:
+        if self.draining:
+            return "draining"
+        if self.engine.ready is None:
+            return "starting"
+        if self.sleep is not None and self._resting():
+            return self.sleep.state.value
+        if not self.engine.alive():
+            return "the engine has ended"
+        return self.engine.trouble
+
     def bundle(self) -> bytes | None:
         if self._bundle is None and (ready := self.engine.ready) is not None:
             model = ready.model
@@ -131,22 +146,17 @@ class Node:
         return self._bundle
 
     def _state(self) -> str:
-        if self.draining:
-            return "draining"
-        if self.engine.ready is None:
-            return "starting"
-        if self.sleep is not None and self._resting():
-            return self.sleep.state.value
-        return "serving" if self.engine.answering() else "stuck"
+        return "stuck" if self.engine.trouble and not self.draining else self.why_not() or "serving"
 
     def _load(self) -> Load | None:
         return self._marked(self.engine.status).load if self.engine.status is not None else None
 
     def _marked(self, status: Status) -> Status:
-        """A status of the engine, with ``draining`` true from the moment the node knows it."""
-        if not self.draining and not self._resting():
-            return status
-        return msgspec.structs.replace(status, load=msgspec.structs.replace(status.load, draining=True))
+        """A status of the engine as it is now: with its step, and ``draining`` from the moment the node knows it."""
+        status = msgspec.structs.replace(status, running=self.engine.running)
+        if self.draining or self._resting():
+            status.load = msgspec.structs.replace(status.load, draining=True)
+        return status
 
     def _resting(self) -> bool:
         return self.sleep is not None and self.sleep.state is not State.AWAKE
@@ -154,8 +164,7 @@ class Node:
     # --- routers (see sleep.Routers) ------------------------------------------------------------------
 
     def drain(self) -> None:
-        if (load := self._load()) is not None:
-            self.links.broadcast(Status(load))
+        self._tell_routers()
 
     def join(self) -> None:
         if self._config.router and self._registration is None and not self.draining:
@@ -175,7 +184,7 @@ class Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        self.engine.attach(loop, self.links.deliver, self._status_changed)
+        self.engine.attach(loop, self.links.deliver, self._engine_changed)
         server = _Server(
             uvicorn.Config(
                 build(self),
@@ -240,6 +249,8 @@ class Node:
 
     async def _drain(self) -> None:
         self.draining = True
+        if self._registration is not None:
+            self._registration.stop()
         log.info("draining: at most %g s", self._config.drain_timeout_s)
         self.drain()
         if not await self.engine.drain(self._config.drain_timeout_s):
@@ -255,5 +266,13 @@ class Node:
         log.info("%s received", signal.Signals(number).name)
         self._stop.set()
 
-    def _status_changed(self, status: Status) -> None:
-        self.links.broadcast(self._marked(status))
+    def _engine_changed(self) -> None:
+        """Routers hear of it: also of a step that takes long, so that they know it for one. Or they lose the link."""
+        if self.engine.trouble:
+            self.links.close(codes.INTERNAL, self.engine.trouble)
+        else:
+            self._tell_routers()
+
+    def _tell_routers(self) -> None:
+        if self.engine.status is not None:
+            self.links.broadcast(self._marked(self.engine.status), self.engine.submits)

@@ -54,13 +54,20 @@ class Outbox:
     """Owns the transfer thread of a prefill engine. ``host``: the address to bind; the port is any free one."""
 
     def __init__(
-        self, identity: Identity, lanes: Lanes, *, host: str, lease_s: float, clock: Clock = time.monotonic
+        self,
+        identity: Identity,
+        lanes: Lanes,
+        *,
+        host: str,
+        lease_s: float,
+        unclaimed_s: float | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
         self._lanes = lanes
         self._host = host
         self._clock = clock
-        self._book = LeaseBook(lease_s)
+        self._book = LeaseBook(lease_s, unclaimed_s=unclaimed_s)
         self._connections: dict[Holder, Connection] = {}
         self._connections_made = 0
         self._strangers: OrderedDict[Holder, float] = OrderedDict()  # until when, the oldest first
@@ -162,7 +169,7 @@ class Outbox:
 
     def run_due(self, now_s: float) -> float:
         for key in self._book.expire(now_s):
-            log.warning("the lease of %s ran out after %g s without a sign of its decode node", key, self._book.lease_s)
+            log.warning("the lease of %s ran out without a sign of its decode node", key)
             self._ended(key, "expired")
         due_s = self._book.next_expiry_s()
         for holder, until_s in list(self._strangers.items()):
