@@ -30,7 +30,7 @@ from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, Hello, Load, Status
-from pd_serve.wire.model import bundle_from_directory, encode_bundle
+from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
 if TYPE_CHECKING:
     from pd_serve.node.registration import Registration
@@ -80,7 +80,7 @@ class Node:
             node_id=self._engine_config.node_id,
             role=self._config.role,
             url=self._url,
-            model=ready.model,
+            model=msgspec.structs.replace(ready.model, text=text_hash(self.bundle() or b"")),
             layout=ready.layout,
             epoch=ready.epoch,
             peer_address=ready.peer_address,

@@ -16,7 +16,7 @@ from types import FrameType
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
-from pd_serve.net import listen
+from pd_serve.net import end_unread, listen
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router")
     listener = listen(settings.host, settings.port)
+    end_unread(listener, settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
