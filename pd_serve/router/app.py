@@ -18,6 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +26,7 @@ from starlette.routing import Route
 from pd_serve import __version__
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
 from pd_serve.config import RouterConfig
@@ -52,6 +54,7 @@ class Router:
         self.registry = Registry()
         self.links = Links(settings, self.registry)
         self.metrics = Metrics()
+        self.leniency = Leniency(strict=settings.strict_fields)
         self.shared: Shared
         self.started_s = time.time()
 
@@ -103,7 +106,7 @@ class Router:
         body = await self._body(request)
 
         def prepare() -> tuple[schemas.CompletionRequest | schemas.ChatCompletionRequest, Group, list[Prompt]]:
-            parsed = parse(kind, body)
+            parsed = parse(kind, body, self.leniency)
             group = self._group(parsed.model)
             if isinstance(parsed, schemas.ChatCompletionRequest):
                 return parsed, group, [group.text.chat_prompt(parsed)]
@@ -140,7 +143,7 @@ class Router:
         body = await self._body(request)
 
         def work() -> dict[str, object]:
-            parsed = parse(schemas.TokenizeRequest, body)
+            parsed = parse(schemas.TokenizeRequest, body, self.leniency)
             text = self._group(parsed.model).text
             ids = text.tokenize(parsed)
             strings = [text.tokenizer.token(id) for id in ids] if parsed.return_token_strs else None
@@ -157,7 +160,7 @@ class Router:
         body = await self._body(request)
 
         def work() -> dict[str, object]:
-            parsed = parse(schemas.DetokenizeRequest, body)
+            parsed = parse(schemas.DetokenizeRequest, body, self.leniency)
             text = self._group(parsed.model).text
             if parsed.tokens:
                 text.check_ids(parsed.tokens, "tokens")
@@ -165,12 +168,15 @@ class Router:
 
         return _json(await _off_loop(work, len(body)))
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        return _json(self._group(request.query_params.get("model", "")).text.tokenizer_info())
+
     # --- about the router -------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
         found = models(self.registry, int(self.started_s))
         name = request.path_params.get("name")
-        if name is None:
+        if not name:
             return _json({"object": "list", "data": found})
         for model in found:
             if model["id"] == name:
@@ -296,18 +302,34 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/v1/status", router.status),
             Route("/tokenize", router.tokenize, methods=["POST"]),
             Route("/detokenize", router.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", router.tokenizer_info),
             Route("/health", router.health),
             Route("/ready", router.ready),
             Route("/metrics", router.metrics_text),
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[Middleware(Edge, api_keys=settings.api_keys())],
+        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys())],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
     app.state.router = router
     return app
+
+
+def _cors(settings: RouterConfig) -> list[Middleware]:
+    """Outside of the keys: browsers ask first, and send no key with the question."""
+    if not settings.cors_origin:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Warning", "Retry-After"],
+        )
+    ]
 
 
 def _error(error: APIError, request: Request) -> Response:
