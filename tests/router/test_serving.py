@@ -269,24 +269,36 @@ async def until_comment(lines: AsyncIterator[str]) -> AsyncIterator[str]:
         yield line
 
 
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"max_stream_backlog": 64 << 10}, "bytes of its stream unread"),
+        ({"request_timeout_s": 0.3, "sse_keep_alive_s": 0.1}, "read nothing"),
+    ],
+)
 async def test_a_client_that_does_not_read_is_cut_off(
-    start_node: StartNode, start_router: StartRouter, caplog: pytest.LogCaptureFixture
+    start_node: StartNode,
+    start_router: StartRouter,
+    caplog: pytest.LogCaptureFixture,
+    limits: dict[str, float],
+    why: str,
 ) -> None:
     node = await start_node("decode", info=tiny.info(max_model_len=100_000), token_s=0)
-    running = await start_router(node, max_stream_backlog=64 << 10)
+    running = await start_router(node, **limits)
     body = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 90_000, "n": 20, "logprobs": 2}
     encoded = json.dumps(body).encode()
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
-    _, writer = await asyncio.open_connection(sock=client, limit=1024)
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(encoded)}\r\n\r\n"
     writer.write(head.encode() + encoded)
     try:
-        await until(lambda: any("is cut off" in record.getMessage() for record in caplog.records), "cut off")
+        await until(lambda: any(why in record.getMessage() for record in caplog.records), "cut off")
         await until(idle(node), "idle")
         await until(lambda: running.router.metrics.models["tiny"].in_flight == 0, "ended")
         assert not running.router.shared.active
+        assert not (await asyncio.wait_for(reader.read(), 5)).endswith(b"[DONE]\n\n")  # closed
     finally:
         writer.close()
 
