@@ -259,7 +259,7 @@ class Traits:
     def _text_shows(
         self, messages: list[Message], said: Iterable[str], banned: Iterable[str], tools: list[dict[str, Any]] | None
     ) -> bool:
-        text = self._try(messages, tools)
+        text = self._try(messages, tools or self.no_tools())
         return text is not None and all(word in text for word in said) and not any(word in text for word in banned)
 
     def _try(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str | None:
@@ -351,20 +351,22 @@ def _in_form(message: Message, text: str, form: _CallForm) -> list[Message]:
 def _one_by_one(messages: list[Message]) -> list[Message]:
     """Calls that were made at once as one after the other, each with its result."""
     found: list[Message] = []
-    results: dict[str, Message] = {}
-    for place, message in enumerate(messages):
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        place += 1
         calls = message.get("tool_calls") or ()
-        if len(calls) > 1:
-            following = itertools.takewhile(lambda other: other["role"] == "tool", messages[place + 1 :])
-            results = {str(result.get("tool_call_id")): result for result in following}
-            for number, call in enumerate(calls):
-                rest = message if number == 0 else {"role": "assistant"}
-                found.append({**rest, "tool_calls": [call]})
-                result = results.get(str(call.get("id")))
-                if result is not None:
-                    found.append(result)
-        elif not any(message is result for result in results.values()):
+        if len(calls) <= 1:
             found.append(message)
+            continue
+        results: dict[str, list[Message]] = {}
+        while place < len(messages) and messages[place]["role"] == "tool":
+            results.setdefault(str(messages[place].get("tool_call_id")), []).append(messages[place])
+            place += 1
+        for number, call in enumerate(calls):
+            rest = message if number == 0 else {"role": "assistant"}
+            found += [{**rest, "tool_calls": [call]}, *results.pop(str(call.get("id")), ())]
+        found += itertools.chain.from_iterable(results.values())
     return found
 
 
@@ -372,11 +374,11 @@ def _merge_users(messages: list[Message]) -> list[Message]:
     """Tool results that became the user's words, together with what the user says next to them: templates
     without a tool role often want the two sides to take turns."""
     found: list[Message] = []
-    for message in messages:
-        if found and message["role"] == found[-1]["role"] == "user":
-            found[-1] = {**found[-1], "content": joined(found[-1]["content"]) + "\n" + joined(message["content"])}
-        else:
-            found.append(message)
+    for role, group in itertools.groupby(messages, key=lambda message: message["role"]):
+        said = list(group)
+        if role == "user" and len(said) > 1:
+            said = [{**said[0], "content": "\n".join(joined(message["content"]) for message in said)}]
+        found += said
     return found
 
 

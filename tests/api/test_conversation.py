@@ -171,8 +171,19 @@ def test_a_template_that_shows_tools_is_not_blamed(family: str) -> None:
 
 
 def test_a_template_that_wants_a_list_of_tools_gets_one() -> None:
-    template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}"
+    template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}{{ messages[-1].content }}"
     assert ChatTemplates({"default": template}, {}).render([HI]) == "hi"
+    assert ChatTemplates({"default": template}, {}).render([said("developer", "a"), HI]) == "a\n\nhi"
+
+
+def test_calls_at_once_lose_no_result() -> None:
+    """Results without a call, twice the same id, ids that are no text: everything is shown, and quickly."""
+    calls = [call("{}", id) for id in ("1", "2")] + [call("{}", [])]  # type: ignore[arg-type]
+    results = [result(f"r{n}", id) for n, id in enumerate(("2", "9", "2", "1"))]
+    templates = ChatTemplates({"default": families.ONE_CALL}, {})
+    text = templates.render([HI, calling(*calls), *results, GO_ON])
+    assert sorted(text.index(f"r{n}") for n in range(4)) == [text.index(f"r{n}") for n in (3, 0, 2, 1)]
+    assert text.count("[call]") == 3
 
 
 def test_a_final_message_in_parts_is_continued() -> None:
