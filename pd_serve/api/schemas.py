@@ -272,6 +272,8 @@ class CompletionRequest(_Sampled):
         if isinstance(value, str):
             return value
         if isinstance(value, list) and value:
+            if _token_ids(value):
+                return value
             found = [_wholes(item) for item in _wholes(value)]
             if _token_ids(found) or all(isinstance(item, str) or (item and _token_ids(item)) for item in found):
                 return found
