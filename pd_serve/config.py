@@ -277,6 +277,35 @@ class RouterSettings(Common):
         reason="Empty: no key is needed.",
     )
     api_key_file: str = setting("", values.TEXT, "API", "File with further keys, one a line.")
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        values.ORIGINS,
+        "API",
+        "Web pages, by origin, whose scripts may use the API from a browser; * for all.",
+        reason="Empty: none.",
+    )
+    strict_fields: bool = setting(
+        False,
+        values.FLAG,
+        "API",
+        "Refuse requests with fields that this server does not know, instead of ignoring them with a line in the log.",
+    )
+    sse_keep_alive_s: float = setting(
+        10.0,
+        decimal(0.0),
+        "API",
+        "A stream without a new token for so long gets a comment, so that proxies keep it. The first one takes the 200 "
+        "with it: later errors are events.",
+        unit="seconds",
+        reason="Proxies give up after 30 s and more; no node is waited for so long. 0: never.",
+    )
+    max_stream_backlog: int = setting(
+        4 << 20,
+        values.SIZE,
+        "Requests",
+        "Events that wait for a client which does not read its stream; beyond it the client is cut off.",
+        reason="16,000 tokens: a whole answer may wait.",
+    )
     request_timeout_s: float = setting(
         600.0, decimal(1.0), "Requests", "A request that makes no progress for so long is given up.", unit="seconds"
     )

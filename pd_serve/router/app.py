@@ -18,6 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +26,7 @@ from starlette.routing import Route
 from pd_serve import __version__
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
 from pd_serve.config import RouterConfig
@@ -52,6 +54,7 @@ class Router:
         self.registry = Registry()
         self.links = Links(settings, self.registry)
         self.metrics = Metrics()
+        self.leniency = Leniency(strict=settings.strict_fields)
         self.shared: Shared
         self.begun_s: float  # on the clock
         self.started_s = time.time()
@@ -107,7 +110,7 @@ class Router:
         arrived_s = self.shared.clock.now_s()
         body = await self._body(request)
 
-        parsed = await _off_loop(lambda: parse(kind, body), len(body))
+        parsed = await _off_loop(lambda: parse(kind, body, self.leniency), len(body))
         group = await self._group(parsed.model)
         text = group.text  # of now: a node with another one may link meanwhile
 
@@ -178,7 +181,7 @@ class Router:
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request)
 
-        parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, body), len(body))
+        parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, body, self.leniency), len(body))
         text = (await self._group(parsed.model)).text
 
         def work() -> dict[str, object]:
@@ -196,7 +199,7 @@ class Router:
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request)
 
-        parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, body), len(body))
+        parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, body, self.leniency), len(body))
         text = (await self._group(parsed.model)).text
 
         def work() -> dict[str, object]:
@@ -206,12 +209,15 @@ class Router:
 
         return _json(await _off_loop(work, len(body)))
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        return _json(self._group(request.query_params.get("model", "")).text.tokenizer_info())
+
     # --- about the router -------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
         found = models(self.registry, int(self.started_s))
         name = request.path_params.get("name")
-        if name is None:
+        if not name:
             return _json({"object": "list", "data": found})
         for model in found:
             if model["id"] == name:
@@ -342,18 +348,34 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/v1/status", router.status),
             Route("/tokenize", router.tokenize, methods=["POST"]),
             Route("/detokenize", router.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", router.tokenizer_info),
             Route("/health", router.health),
             Route("/ready", router.ready),
             Route("/metrics", router.metrics_text),
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[Middleware(Edge, api_keys=settings.api_keys())],
+        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys())],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
     app.state.router = router
     return app
+
+
+def _cors(settings: RouterConfig) -> list[Middleware]:
+    """Outside of the keys: browsers ask first, and send no key with the question."""
+    if not settings.cors_origin:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Warning", "Retry-After"],
+        )
+    ]
 
 
 def _error(error: APIError, request: Request) -> Response:
