@@ -117,12 +117,13 @@ class BoundedHttp(HttpToolsProtocol):
             size = len(data) - at if self._in_body else limit - self._head_bytes + 1
             part = data if not at and size >= len(data) else data[at : at + size]
             at += size
-            self._began = self._carried = False
+            after_body, self._began, self._carried = self._in_body, False, False
             super().data_received(part)
             if self._closed:
                 return
             if self._in_head or self in self.idle:
-                self._took_head(len(part))
+                # of a part that began with a body's end, what is head is not known: it counts from the next one
+                self._took_head(0 if after_body and self._began else len(part))
             elif self._in_body:
                 self._took_body(len(part))
             else:
@@ -131,8 +132,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _took_head(self, size: int) -> None:
         if self in self.idle:  # bytes that begin no message, such as an empty line
             self._owe()
-        if not self._began:
-            self._head_bytes += size
+        self._head_bytes += size
         if self._head_bytes > self.bounds.max_head_bytes:
             what, status = ("URL", 414) if not self.headers and len(self.url) * 2 > self._head_bytes else ("head", 431)
             self._refuse(
