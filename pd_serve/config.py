@@ -30,6 +30,45 @@ CACHE_VARIABLE = PREFIX + "CACHE"
 @dataclass(frozen=True, kw_only=True)
 class Common:
     host: str = setting("127.0.0.1", values.TEXT, "Network", "Address to listen on.")
+    keep_alive_s: float = setting(
+        75.0,
+        decimal(1.0),
+        "Network",
+        "How long a connection may stay open between two requests.",
+        unit="seconds",
+        reason="Longer than the pools of usual clients keep one, so that theirs end first.",
+    )
+    max_connections: int = setting(
+        0,
+        integer(0),
+        "Network",
+        "Open HTTP connections; beyond it those that never sent a request or are idle are closed, and new ones get 503 "
+        "where there are none.",
+        reason="0: as many as the process may open files, less a tenth.",
+    )
+    max_head_bytes: int = setting(
+        64 << 10,
+        values.SIZE,
+        "Network",
+        "Longest head of a request, URL and headers; 431 or 414 beyond it.",
+        reason="Long enough for any proxy's cookies; parsing one of megabytes would stop all streams.",
+    )
+    max_headers: int = setting(128, integer(1), "Network", "Headers of a request; 431 beyond it.")
+    head_timeout_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "Network",
+        "How long the head of a request may take from its first byte, and a new connection to send one; 408 then.",
+        unit="seconds",
+    )
+    body_timeout_s: float = setting(
+        30.0,
+        decimal(0.1),
+        "Network",
+        "How long a request's body may pause while we read it; 408 then.",
+        unit="seconds",
+        reason="Longer than a phone's network is away.",
+    )
     log_level: str = setting(
         "info", choice("debug", "info", "warning", "error"), "Processes", "Least severe messages to log."
     )

@@ -23,6 +23,7 @@ import uvloop
 from pd_serve import __version__
 from pd_serve.config import NodeConfig
 from pd_serve.errors import PDServeError
+from pd_serve.http import bounded
 from pd_serve.node import links as codes
 from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
@@ -188,7 +189,7 @@ class Node:
         server = _Server(
             uvicorn.Config(
                 build(self),
-                http="httptools",
+                http=bounded(self._config),
                 ws="websockets-sansio",
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # a local network is faster than zlib
@@ -197,6 +198,7 @@ class Node:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=int(self._config.keep_alive_s),
                 timeout_graceful_shutdown=1,
             )
         )

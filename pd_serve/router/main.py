@@ -20,7 +20,6 @@ from pd_serve.net import end_unread, listen
 
 log = logging.getLogger(__name__)
 
-_KEEP_ALIVE_S = 75  # longer than the pools of usual clients keep a connection, so that theirs end first
 _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
 
@@ -32,6 +31,7 @@ def run(settings: RouterConfig) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
+    from pd_serve.http import bounded
     from pd_serve.router.app import Router, create_app
 
     app = create_app(settings)
@@ -71,14 +71,14 @@ def run(settings: RouterConfig) -> int:
     server = Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded(settings),
             ws="none",
             loop="uvloop",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=int(settings.keep_alive_s),
             timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
         )
     )

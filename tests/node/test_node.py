@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def test_answers(start_node: StartNode) -> None:
     assert isinstance(hello, link.Hello)
     assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
     assert hello.model.name == "tiny-model"
+
+
+def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
+    node = start_node("echoes", "--head-timeout-s", "0.5")
+    port = int(node.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port)) as silent, socket.create_connection(("127.0.0.1", port)) as loud:
+        connection = node.link()  # upgraded while both are there
+        loud.sendall(b"GET / HTTP/1.1\r\nx: " + b"a" * 65_500)
+        loud.sendall(b"a" * 100)
+        loud.settimeout(5)
+        assert loud.recv(100).startswith(b"HTTP/1.1 431")
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
+        assert isinstance(receive(connection), link.Hello)  # the link outlives the time for a head
 
 
 def test_links_do_not_see_each_other(start_node: StartNode) -> None:
