@@ -210,7 +210,8 @@ class Router:
         return _json(await _off_loop(work, len(body)))
 
     async def tokenizer_info(self, request: Request) -> Response:
-        return _json(self._group(request.query_params.get("model", "")).text.tokenizer_info())
+        group = await self._group(request.query_params.get("model", ""))
+        return _json(group.text.tokenizer_info())
 
     # --- about the router -------------------------------------------------------------------------------
 
