@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# oneDNN and torch's layer over it each keep a compiled kernel, 0.4 MiB and more, for every number of rows a matrix was
+# multiplied with: 1024 of them, unless told otherwise. A step uses about five, and a new one costs a millisecond.
+KERNELS_KEPT = 128
+
 # A CPU core multiplies 256 rows of bfloat16 as fast, a row, as any number of them.
 SATURATING_TOKENS = 256
 
@@ -127,6 +131,7 @@ def main(make_role: RoleFactory) -> int:
     if config.cpus:
         os.sched_setaffinity(0, config.cpus)
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    bound_caches()
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
@@ -154,6 +159,12 @@ def main(make_role: RoleFactory) -> int:
             log.critical("the engine ends: %s", error)
             return 1
     return 0
+
+
+def bound_caches() -> None:
+    """Bounds what torch's matrix kernels keep for each batch size that ever came. Before torch is imported."""
+    for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KERNELS_KEPT))
 
 
 def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
