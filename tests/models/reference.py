@@ -56,7 +56,7 @@ def _qwen2(**more: Any) -> Any:
 def _qwen3(**more: Any) -> Any:
     from transformers import Qwen3Config
 
-    return Qwen3Config(**SIZES, head_dim=32, **more)
+    return Qwen3Config(**{**SIZES, "head_dim": 32, **more})
 
 
 def _gemma3(**more: Any) -> Any:
@@ -72,6 +72,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama-tied-eps": lambda: _llama(tie_word_embeddings=True, rms_norm_eps=1e-2),
     "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama-head-dim": lambda: _llama(head_dim=24),
+    "llama-head-dim-10": lambda: _llama(head_dim=10),
+    "qwen3-head-dim-12": lambda: _qwen3(head_dim=12),
     "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
     "llama-linear-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     "llama-yarn": lambda: _llama(rope_parameters=YARN),
