@@ -37,6 +37,7 @@ class TextModel:
         )
         self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
         self.eos_ids = frozenset(info.eos_token_ids)
+        self.sampling_defaults = bundle.generation_defaults
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
         """One entry a prompt, each within the vocabulary and the model's length. Raises APIError(400)."""

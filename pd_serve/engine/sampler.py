@@ -2,10 +2,10 @@
 
 Called by the engine's core after each step. Owns the order of what is done to a row of logits, as vLLM has it:
 ``logit_bias``, ``min_tokens``, penalties (here log-probabilities are taken), temperature, ``min_p``, ``top_k``,
-``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit / temperature + noise``,
-whose noise is a function of the sequence's seed, the output index and the token alone. Must never depend on the batch,
-on time or on earlier draws; and as rounding moves logits by little, it can change a draw only where two tokens tie
-(a draw by position in a running sum shifts with every weight before it).
+``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit / temperature +
+noise``, whose noise is a function of the sequence's seed, the output index and the token alone. Must never depend on
+the batch, on time or on earlier draws; and as rounding moves logits by little, it changes a draw only where two tokens
+tie (a draw by position in a running sum shifts with every weight before it).
 """
 
 from __future__ import annotations

@@ -34,6 +34,14 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+
 
 def _llama(**more: Any) -> Any:
     from transformers import LlamaConfig
@@ -77,6 +85,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
     "llama-linear-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     "llama-yarn": lambda: _llama(rope_parameters=YARN),
+    "llama-longrope": lambda: _llama(rope_parameters=LONGROPE),
     "mistral-sliding": lambda: _mistral(sliding_window=8),
     "mistral": lambda: _mistral(sliding_window=None),
     "qwen2": _qwen2,
@@ -120,7 +129,9 @@ def dense_attention(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tenso
 
 
 def load(directory: Path, dtype: str = "float32") -> Decoder:
-    return load_decoder(directory, ModelConfig.from_directory(directory), dtype)
+    config = ModelConfig.from_directory(directory)
+    length = config.max_model_len
+    return load_decoder(directory, config.for_length(length), dtype, max_positions=length)
 
 
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
