@@ -122,7 +122,7 @@ def _id(get: _Fields, name: str, tokens: list[str]) -> int | None:
 def _byte_level(get: _Fields, tokens: list[str]) -> Tokenizer:
     """Byte-level BPE with the merges of the file."""
     pre = get("pre", "")
-    if not pre or pre == "default":
+    if not pre:
         pre = "gpt-2"
         log.warning(
             "the GGUF file names no pre-tokenizer; GPT-2's is used, and prompts may be split otherwise than the model "
