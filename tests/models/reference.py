@@ -46,7 +46,7 @@ LONGROPE = {
 def _llama(**more: Any) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(**SIZES, **more)
+    return LlamaConfig(**{**SIZES, **more})
 
 
 def _mistral(**more: Any) -> Any:
@@ -85,7 +85,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
     "llama-linear-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     "llama-yarn": lambda: _llama(rope_parameters=YARN),
-    "llama-longrope": lambda: _llama(rope_parameters=LONGROPE),
+    "llama-longrope": lambda: _llama(rope_parameters={**LONGROPE, "attention_factor": 1.0}),
+    "llama-dynamic": lambda: _llama(
+        max_position_embeddings=50, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    ),
     "mistral-sliding": lambda: _mistral(sliding_window=8),
     "mistral": lambda: _mistral(sliding_window=None),
     "qwen2": _qwen2,
