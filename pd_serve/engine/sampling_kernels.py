@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from pd_serve.jit import bits_of, exp, float_of, kernel, larger
 
@@ -41,7 +40,7 @@ def relative_weights(row: Any, temperature: float, min_p: float, weights: Any) -
     return total
 
 
-@njit
+@kernel
 def arrival(key: Any, token: Any) -> Any:
     """A number of the exponential distribution for a token: -log(1 - v) for v in (0, 1) of 52 bits, never 0 or 1.
 
@@ -51,7 +50,7 @@ def arrival(key: Any, token: Any) -> Any:
     return -math.log1p(-v)
 
 
-@njit
+@kernel
 def _noise_bits(key: Any, token: Any) -> Any:
     """Element ``token`` of the SplitMix64 sequence (Steele et al., 2014) that starts at ``key``."""
     x = key + (np.uint64(token) + np.uint64(1)) * _GOLDEN

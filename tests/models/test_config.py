@@ -228,7 +228,9 @@ def test_fingerprint_sees_weights_config_and_dtype_but_not_place_or_writer(tmp_p
     same = fingerprint(first, "float32")
     assert fingerprint(second, "float32") == same
     assert len(same) == 16
-    assert len({same, fingerprint(first, "bfloat16"), fingerprint(first, "float32", "dummy")}) == 3
+    others = [fingerprint(first, "bfloat16"), fingerprint(first, "float32", "dummy")]
+    others.append(fingerprint(first, "float32", long_rope=True))
+    assert len({same, *others}) == 4
 
     (second / "config.json").write_text(json.dumps({**raw, "rope_theta": 1.0}))
     assert fingerprint(second, "float32") != same
