@@ -120,6 +120,20 @@ class EngineSettings(Common):
     max_model_len: int = setting(
         0, integer(0), "Model", "Longest prompt plus output.", unit="tokens", reason="0: the model's own limit."
     )
+    chat_template: str = setting(
+        "",
+        values.TEXT,
+        "Model",
+        "File with a Jinja chat template, used in place of the model's own.",
+        reason="Empty: the model's own.",
+    )
+    generation_config: str = setting(
+        "auto",
+        choice("auto", "none"),
+        "Model",
+        "auto: requests that do not set temperature, top_p and so on get what the model's generation_config.json says.",
+        reason="What its makers tried it with.",
+    )
     block_size: int = setting(
         16,
         choice(8, 16, 32, 64, 128),
@@ -270,6 +284,21 @@ class EngineSettings(Common):
         if self.secret and self.secret != found:
             raise ConfigError(f"secret and secret_file are both given and differ; drop one (file: {self.secret_file})")
         return found
+
+    def chat_template_text(self) -> str:
+        """What the file ``chat_template`` holds; empty without one. Raises ConfigError."""
+        if not self.chat_template:
+            return ""
+        from pd_serve.api.chat_template import check_template
+
+        try:
+            text = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            check_template(text)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template: {self.chat_template} is no chat template: {error}") from error
+        if not text.strip():
+            raise ConfigError(f"chat_template: {self.chat_template} is empty; leave it out to use the model's own")
+        return text
 
     def nixl_backend_options(self) -> dict[str, str]:
         """``nixl_options`` by key. Raises ConfigError."""

@@ -40,6 +40,7 @@ def run(config: UpConfig) -> int:
     """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
     logs.configure(config.log_level, "up")
     started_s = time.monotonic()
+    config.chat_template_text()  # a broken file is said before anything starts
     model = resolve(config.model, config.dtype, config.load_format)
     config = replace(
         config,

@@ -191,10 +191,11 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
 
     watch.lap("import")
     directory = Path(config.model)
-    model = ModelConfig.from_directory(directory)
+    model = ModelConfig.from_directory(directory, config.chat_template)
     layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
     num_blocks = _num_blocks(layout, config.kv_cache_bytes)
     max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
+    model = model.for_length(max_model_len)
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
     check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=config.enable_cumem_allocator)
@@ -210,7 +211,9 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     scheduler = Scheduler(kv, limits)
     info = ModelInfo(
         name=config.served_name,
-        fingerprint=fingerprint(directory, config.dtype, config.load_format),
+        fingerprint=fingerprint(
+            directory, config.dtype, config.load_format, long_rope=any(rope.long for rope in model.ropes)
+        ),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
@@ -257,8 +260,13 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, capacity: int) -> int:
-    """The longest sequence: the model's limit, the user's, and what the KV cache has room for."""
-    limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    """The longest sequence: what the user asks for, or the model's limit as far as the KV cache has room for it."""
+    if config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model takes, {model.max_model_len} tokens "
+            "(max_position_embeddings and rope scaling of its config.json): lower --max-model-len"
+        )
+    limit = config.max_model_len or model.default_model_len
     if capacity >= limit:
         return limit
     if config.max_model_len:

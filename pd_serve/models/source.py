@@ -28,9 +28,10 @@ from pd_serve.paths import cache_directory
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-CONVERSION_VERSION = 1  # raise when the conversion writes something else from the same file
+CONVERSION_VERSION = 2  # raise when the conversion writes something else from the same file
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _HUB_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json"]
+_HUB_SMALL_FILES += ["additional_chat_templates/*"]
 _SAMPLED_RANGES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -111,7 +112,7 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
     directory = cache / "models" / name / f"{dtype}-v{CONVERSION_VERSION}"
     if directory.is_dir():
         return directory
-    from pd_serve.models.alias import obtain_gguf
+    from pd_serve.models.alias import ALIASES, obtain_gguf
     from pd_serve.models.progress import bar
 
     try:
@@ -120,7 +121,9 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
             if directory.is_dir():  # another process was faster
                 return directory
             with _scratch(directory.with_name(f"{directory.name}.partial")) as partial:
+                generation: dict[str, float] = {}
                 if gguf is None:
+                    generation = ALIASES[name].generation
                     gguf = cache / "downloads" / f"{name}.gguf"
                     if not gguf.exists():
                         gguf.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,7 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
                 from pd_serve.models.gguf import convert
 
                 with bar(f"converting {name} to {dtype}") as update:
-                    convert(gguf, partial, dtype, update)
+                    convert(gguf, partial, dtype, update, generation)
                 partial.rename(directory)
     except OSError as error:
         raise ModelError(f"{name} cannot be written to the cache {cache}: {error}. Set PD_SERVE_CACHE.") from error

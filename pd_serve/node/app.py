@@ -7,6 +7,7 @@ tenth of a second of a start counts.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -17,10 +18,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from pd_serve.errors import ModelError
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import TRY_AGAIN, Links
 from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep
 from pd_serve.wire.link import Hello
+
+log = logging.getLogger(__name__)
 
 
 class NodeState(Protocol):
@@ -74,7 +78,11 @@ def build(node: NodeState) -> Starlette:
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def model(_: Request) -> Response:
-        body = await asyncio.to_thread(node.bundle)
+        try:
+            body = await asyncio.to_thread(node.bundle)
+        except ModelError as error:
+            log.error("routers cannot use this node: %s", error)
+            return JSONResponse({"error": str(error)}, status_code=500)
         if body is None:
             return JSONResponse({"error": "starting"}, status_code=503, headers={"Retry-After": "1"})
         return Response(body, media_type="application/msgpack")

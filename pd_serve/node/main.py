@@ -83,4 +83,6 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
         enable_sleep_mode=memory.enable_sleep_mode,
         pin_memory=config.pin_memory,
         log_level=config.log_level,
+        chat_template=config.chat_template_text(),
+        generation_config=config.generation_config,
     )

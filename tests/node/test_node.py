@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -118,6 +119,29 @@ def test_a_router_that_does_not_read_is_dropped(start_node: StartNode) -> None:
     assert "does not read" in node.log
     good.send(submit("good", [4, 5]))
     assert receive_outputs(good, "good") == [4, 5]
+
+
+def test_a_chat_template_and_the_sampling_defaults_travel_with_the_model(
+    start_node: StartNode, model_directory: Path, tmp_path: Path
+) -> None:
+    model, template = tmp_path / "model", tmp_path / "chat.jinja"
+    shutil.copytree(model_directory, model)
+    (model / "generation_config.json").write_text('{"temperature": 0.3}')
+    template.write_text("{{ messages }}")
+    node = start_node("echoes", "--model", str(model), "--chat-template", str(template))
+    bundle = decode_bundle(node.get("/model").content)
+    assert bundle.chat_templates == {"default": "{{ messages }}"}
+    assert bundle.generation_defaults == {"temperature": 0.3}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_and_nothing_more(
+    start_node: StartNode, model_directory: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    (model / "tokenizer_config.json").write_text("{")
+    answer = start_node("echoes", "--model", str(model)).get("/model")
+    assert (answer.status_code, "tokenizer_config.json" in answer.json()["error"]) == (500, True)
 
 
 def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: StartNode) -> None:
