@@ -97,9 +97,7 @@ def busyness() -> float:
     return min(_MOST_BUSY, max(1.0, 1.0 + os.getloadavg()[0] / len(os.sched_getaffinity(0))))
 
 
-async def _section(
-    name: str, config: DoctorConfig, facts: dict[str, Any], timeout_s: float = SECTION_TIMEOUT_S
-) -> Section:
+async def _section(name: str, config: DoctorConfig, facts: dict[str, Any], timeout_s: float) -> Section:
     findings: list[Finding] = []
     start_s = time.monotonic()
 
