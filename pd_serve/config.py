@@ -399,6 +399,9 @@ class RouterSettings(Common):
         "Silence of a node's link, answers to pings included, after which the node counts as stopped, cut off or dead.",
         unit="seconds",
     )
+    access_log: bool = setting(
+        True, values.FLAG, "Processes", "Log a line for every answered request: its id, status, tokens and times."
+    )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def api_keys(self) -> frozenset[str]:
@@ -436,13 +439,22 @@ class UpConfig(EngineSettings, RouterSettings):
         1, integer(0), "Nodes", "How many prefill nodes to start.", reason="0: decode nodes compute prompts too."
     )
     decode: int = setting(1, integer(1), "Nodes", "How many decode nodes to start.")
+    access_log: bool = setting(
+        False,
+        values.FLAG,
+        "Processes",
+        "Log a line for every answered request: its id, status, tokens and times.",
+        reason="Off here, where the log is a terminal; on in `pd-serve router`.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Settings of ``pd-serve bench serve``."""
 
-    base_url: str = setting("http://127.0.0.1:8000", values.URL, "Endpoint", "The OpenAI endpoint, without /v1.")
+    base_url: str = setting(
+        "http://127.0.0.1:8000", values.ENDPOINT, "Endpoint", "The OpenAI endpoint, with or without /v1."
+    )
     model: str = setting(
         "", values.TEXT, "Endpoint", "The model to ask for.", reason="Empty: the first that the endpoint offers."
     )
@@ -547,6 +559,15 @@ class BenchTransferConfig:
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Settings of ``pd-serve doctor``."""
+
+    timeout_s: float = setting(
+        0.0,
+        decimal(0.0),
+        "Report",
+        "The longest that all may take; what is missing then is said to be missing.",
+        unit="seconds",
+        reason="0: 15, and more where the machine is busy.",
+    )
 
     json: bool = setting(False, values.FLAG, "Report", "Print the findings as JSON.")
     self_test: bool = setting(

@@ -237,3 +237,9 @@ def test_options_of_nixl() -> None:
     assert load(nixl_options="a=1,b=c=d").nixl_backend_options() == {"a": "1", "b": "c=d"}
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         load(nixl_options="a").nixl_backend_options()
+
+
+@pytest.mark.parametrize(("size", "text"), [(1 << 30, "1GiB"), (1_500_000, "1.5MiB"), (25_362_300_000, "23.7GiB")])
+def test_sizes_are_said_as_people_do_and_can_be_typed_back(size: int, text: str) -> None:
+    assert values.readable_size(size) == text
+    assert values.SIZE.parse(text) >= size  # type: ignore[operator]

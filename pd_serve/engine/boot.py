@@ -27,6 +27,7 @@ from pd_serve import logs
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.pulse import Pulse
 from pd_serve.errors import ConfigError, PDServeError, TransferError
+from pd_serve.values import readable_size
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
@@ -285,7 +286,7 @@ def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
     count = kv_cache_bytes // each
     if count < 3:
         raise ConfigError(
-            f"a KV cache of {kv_cache_bytes} bytes has room for {count} blocks of {each} bytes; "
-            f"raise --kv-cache-memory to at least {64 * each}"
+            f"a KV cache of {readable_size(kv_cache_bytes)} has room for {count} blocks of {readable_size(each)}; "
+            f"raise --kv-cache-memory to at least {readable_size(64 * each)}"
         )
     return count

@@ -13,6 +13,7 @@ leave or accept a half-written directory, whatever kills the process.
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import re
@@ -86,9 +87,11 @@ def _find(model: str, dtype: str, load_format: str) -> tuple[str, Path]:
         raise ModelError(f"{model} is neither a model directory nor a .gguf file.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")) and path.suffix != ".gguf":
         return model, _from_hub(model, load_format)
+    close = difflib.get_close_matches(model, [*ALIASES], n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
     raise ModelError(
-        f"There is no model {model!r}: give one of {', '.join(ALIASES)}, a HuggingFace directory, a .gguf file that "
-        "exists, or a hub id such as organisation/name."
+        f"There is no model {model!r}{hint}: give one of {', '.join(ALIASES)}, a HuggingFace directory, a .gguf file "
+        "that exists, or a hub id such as organisation/name."
     )
 
 
