@@ -375,7 +375,12 @@ class RouterSettings(Common):
         reason="16,000 tokens: a whole answer may wait.",
     )
     request_timeout_s: float = setting(
-        600.0, decimal(1.0), "Requests", "A request that makes no progress for so long is given up.", unit="seconds"
+        600.0,
+        decimal(1.0),
+        "Requests",
+        "A request that makes no progress for so long is given up, whatever it waits for: its body, a node, room, a "
+        "token, a client that does not read.",
+        unit="seconds",
     )
     max_attempts: int = setting(
         4,
@@ -388,7 +393,7 @@ class RouterSettings(Common):
         5.0,
         decimal(0.0),
         "Requests",
-        "How long a request waits for a node to come back when the last one is lost.",
+        "How long a request waits for a node: after the router's start, and when the last one is lost.",
         unit="seconds",
         reason="A supervisor starts a dead node again within seconds.",
     )

@@ -267,7 +267,7 @@ class Group:
 
     def announce(self) -> None:
         """Tells decode nodes which prefill nodes may be named as a source, so that they connect ahead of use."""
-        for node in self.decode.values():
+        for node in list(self.decode.values()):
             sources = [p.source for p in self.prefill.values() if p.hello.layout == node.hello.layout]
             node.tell(link.Peers(sources))
 
