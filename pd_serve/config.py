@@ -170,6 +170,21 @@ class EngineSettings(Common):
         unit="seconds",
         reason="What is accepted keeps its place, however long that takes; streams that have begun are never refused.",
     )
+    router_timeout_s: float = setting(
+        20.0,
+        decimal(1.0),
+        "Processes",
+        "Silence of a router, answers to pings included, after which a node ends its link and its requests.",
+        unit="seconds",
+        reason="Until then its requests take memory here; a router that was only paused links again and goes on.",
+    )
+    transport_timeout_s: float = setting(
+        60.0,
+        decimal(1.0),
+        "KV transfer",
+        "How long the transport may take to start before the node ends with an error.",
+        unit="seconds",
+    )
     step_timeout_s: float = setting(
         60.0,
         decimal(0.1),

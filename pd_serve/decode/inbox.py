@@ -37,7 +37,7 @@ from pd_serve.wire.peer import FailureKind
 log = logging.getLogger(__name__)
 
 # A pull may take so long for its bytes beside ``pull_timeout_s``; at a lower rate computing anew is sooner done.
-SLOWEST_BYTES_PER_S = 10e6
+SLOWEST_BYTES_PER_S = 20e6
 
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
 

@@ -31,8 +31,8 @@ class DecodeRole:
         self._offered: list[Sequence] = []  # their KV is ready; no blocks here yet. The oldest first
         self._placed = 0  # sequences with blocks whose KV is under way
 
-    def wait_ready(self) -> str:
-        self._inbox.wait_ready()
+    def wait_ready(self, timeout_s: float) -> str:
+        self._inbox.wait_ready(timeout_s)
         return ""  # nobody dials a decode node
 
     def fileno(self) -> int:

@@ -11,7 +11,7 @@ from pd_serve.wire.link import Output, Peers
 
 
 class Role(Protocol):
-    def wait_ready(self) -> str:
+    def wait_ready(self, timeout_s: float) -> str:
         """Waits until the transfer thread serves; returns the address peers dial. Raises TransferError."""
 
     def fileno(self) -> int:
@@ -72,7 +72,7 @@ class NoRole:
         self.queued = self.leases = self.pulling = 0
         self.transport = ""
 
-    def wait_ready(self) -> str:
+    def wait_ready(self, timeout_s: float) -> str:
         raise AssertionError("nobody reaches a sleeping engine")
 
     def fileno(self) -> int:

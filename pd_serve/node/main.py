@@ -71,6 +71,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
         peer_host=config.peer_host or reachable_host(config.host),
         lease_s=config.lease_s,
         pull_timeout_s=config.pull_timeout_s,
+        transport_timeout_s=config.transport_timeout_s,
         engine_timeout_s=config.engine_timeout_s,
         step_timeout_s=config.step_timeout_s,
         prefix_caching=config.prefix_caching,
