@@ -193,6 +193,22 @@ class EngineSettings(Common):
         unit="seconds",
     )
 
+    peer_handshake_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "KV transfer",
+        "How long a connection between two nodes may take from dialling to the end of its self-test.",
+        unit="seconds",
+        reason="Answers to who knows the secret take milliseconds; a busy machine's take longer.",
+    )
+    allow_insecure_nodes: bool = setting(
+        False,
+        values.FLAG,
+        "Network",
+        "Work with nodes on other machines without a secret.",
+        reason="Whoever reaches the ports of such nodes can read and change what they serve.",
+    )
+
     def peer_secret(self) -> str:
         """The secret, from wherever it was given; empty: none. Raises ConfigError."""
         if not self.secret_file:

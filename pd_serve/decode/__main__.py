@@ -11,7 +11,13 @@ from pd_serve.engine.boot import Parts, main
 
 def make_role(parts: Parts) -> DecodeRole:
     config = parts.config
-    inbox = Inbox(parts.identity, parts.lanes(reads_only=True), pull_timeout_s=config.pull_timeout_s)
+    inbox = Inbox(
+        parts.identity,
+        parts.lanes(reads_only=True),
+        pull_timeout_s=config.pull_timeout_s,
+        handshake_s=config.peer_handshake_s,
+        allow_insecure=config.allow_insecure_nodes,
+    )
     inbox.begin()
     return DecodeRole(parts.kv, parts.scheduler, inbox, config.local_prefill_tokens)
 

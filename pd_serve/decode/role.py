@@ -128,6 +128,9 @@ class DecodeRole:
         for source in peers.sources:
             self._inbox.connect(source)
 
+    def misfits(self) -> dict[str, str]:
+        return self._inbox.misfits()
+
     @property
     def transport(self) -> str:
         return ",".join(self._inbox.lanes)

@@ -41,6 +41,12 @@ class Role(Protocol):
     def peers(self, peers: Peers) -> None:
         """The prefill nodes that a router knows."""
 
+    def misfits(self) -> dict[str, str]:
+        """Node ids of peers that this engine cannot work with, and why; replaced when it changes, never altered.
+
+        ``fileno`` is readable when it has changed.
+        """
+
     @property
     def transport(self) -> str:
         """Names of the transports that run, separated by commas; after ``wait_ready``."""
@@ -95,6 +101,9 @@ class NoRole:
 
     def peers(self, peers: Peers) -> None:
         """Routers name them again when the engine is awake."""
+
+    def misfits(self) -> dict[str, str]:
+        return {}
 
     def counters(self) -> dict[str, float]:
         return {}

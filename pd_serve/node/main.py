@@ -68,6 +68,8 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         peer_host=config.peer_host or reachable_host(config.host),
         lease_s=config.lease_s,
         pull_timeout_s=config.pull_timeout_s,
+        peer_handshake_s=config.peer_handshake_s,
+        allow_insecure_nodes=config.allow_insecure_nodes,
         prefix_caching=config.prefix_caching,
         transport=config.transport,
         nixl_backend=config.nixl_backend,

@@ -11,7 +11,13 @@ from pd_serve.prefill.role import PrefillRole
 
 def make_role(parts: Parts) -> PrefillRole:
     config = parts.config
-    outbox = Outbox(parts.identity, parts.lanes(reads_only=False), host=config.peer_host, lease_s=config.lease_s)
+    outbox = Outbox(
+        parts.identity,
+        parts.lanes(reads_only=False),
+        host=config.peer_host,
+        lease_s=config.lease_s,
+        handshake_s=config.peer_handshake_s,
+    )
     outbox.begin()
     return PrefillRole(parts.kv, parts.scheduler, outbox)
 

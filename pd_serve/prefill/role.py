@@ -89,6 +89,9 @@ class PrefillRole:
     def peers(self, peers: Peers) -> None:
         """Prefill nodes are dialled, they dial nobody."""
 
+    def misfits(self) -> dict[str, str]:
+        return {}
+
     def abandoned(self, key: str) -> None:
         blocks = self._leased.pop(key, None)
         if blocks is not None:

@@ -2,7 +2,8 @@
 
 A message that another thread carries in between costs two more wake-ups a hop, which on an idle machine is longer than
 NVLink takes for a whole chunk; so the transfer thread owns its sockets, and its poller is all that a message wakes.
-Nothing here waits. A frame is its length (4 bytes, little-endian), then its bytes.
+Nothing here waits. A frame is its length (4 bytes, little-endian), then its bytes; once the connection is sealed
+the last bytes of a frame are its MAC.
 
 A process that dies closes its connections; a machine that vanishes is noticed by TCP after ``SILENCE_S``. The kernel
 answers TCP for a process that is stopped: that is for the heartbeats among the messages to find out.
@@ -17,10 +18,11 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from pd_serve.net import netloc
+from pd_serve.transfer.auth import TAG_BYTES, Seal
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +39,20 @@ _LENGTH_BYTES = 4
 class Connection:
     """One connection. ``ended``: why it is over; empty while it lives. ``refused``: it never came about.
 
-    ``nonsense``: it ended because the other end does not speak this protocol.
+    ``nonsense``: it ended because the other end does not speak this protocol. ``forged``: because a MAC did not hold.
     """
 
     def __init__(self, connected: socket.socket, *, connecting: bool = False) -> None:
         self.ended = ""
         self.refused = False
         self.nonsense = False
+        self.forged = False
         self.max_frame_bytes = MAX_FRAME_BYTES
         self.changed: Callable[[], None] = lambda: None  # called when ``interest`` has changed
         self._socket = connected
         self._connecting = connecting
+        self._sent_seal: Seal | None = None
+        self._received_seal: Seal | None = None
         self._unsent = bytearray()
         self._received = bytearray()
         connected.setblocking(False)
@@ -69,13 +74,19 @@ class Connection:
         except OSError:
             return "unknown"
 
+    def seal(self, sent: Seal, received: Seal) -> None:
+        """From the next frame on, in both directions, frames carry MACs. May be called between frames of a turn."""
+        self._sent_seal, self._received_seal = sent, received
+
     def send(self, frame: bytes) -> None:
         """Sends, now or later, as long as the connection lives. A peer that does not read ends it."""
         if self.ended:
             return
         idle = not self._unsent and not self._connecting
-        self._unsent += len(frame).to_bytes(_LENGTH_BYTES, "little")
+        tag = b"" if self._sent_seal is None else self._sent_seal.tag(frame)
+        self._unsent += (len(frame) + len(tag)).to_bytes(_LENGTH_BYTES, "little")
         self._unsent += frame
+        self._unsent += tag
         if idle:
             self._flush()
         if len(self._unsent) > MAX_UNSENT_BYTES:
@@ -83,10 +94,13 @@ class Connection:
         if idle and self._unsent:
             self.changed()
 
-    def advance(self) -> list[bytes]:
-        """Does what the poller has found possible; returns the frames that came, the last ones of an ended one too."""
+    def advance(self) -> Iterator[bytes]:
+        """Does what the poller has found possible; then the frames that came, the last ones of an ended one too.
+
+        Each is cut and checked when it is asked for: what one of them changes (bounds, seals) holds for the next.
+        """
         if self._connecting and not self._connected():
-            return []
+            return iter(())
         if self._unsent:
             self._flush()
             if not self._unsent:
@@ -135,22 +149,32 @@ class Connection:
         except OSError:
             self.ended = "its connection ended"
 
-    def _frames(self) -> list[bytes]:
-        frames = []
+    def _frames(self) -> Iterator[bytes]:
         at = 0
-        while len(self._received) >= at + _LENGTH_BYTES:
-            size = int.from_bytes(self._received[at : at + _LENGTH_BYTES], "little")
-            if size > self.max_frame_bytes:
-                self.nonsense = True
-                self.ended = f"it announces a message of {size} bytes, which cannot be"
-                break
-            end = at + _LENGTH_BYTES + size
-            if len(self._received) < end:
-                break
-            frames.append(bytes(self._received[at + _LENGTH_BYTES : end]))
-            at = end
-        del self._received[:at]
-        return frames
+        try:
+            while len(self._received) >= at + _LENGTH_BYTES:
+                size = int.from_bytes(self._received[at : at + _LENGTH_BYTES], "little")
+                if size > self.max_frame_bytes:
+                    self.nonsense = True
+                    self.ended = f"it announces a message of {size} bytes, which cannot be"
+                    return
+                begin, end = at + _LENGTH_BYTES, at + _LENGTH_BYTES + size
+                if len(self._received) < end:
+                    return
+                at = end
+                frame = bytes(self._received[begin:end])
+                if self._received_seal is not None:
+                    frame, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
+                    if not self._received_seal.holds(tag, frame):
+                        self.forged = True
+                        self.ended = (
+                            "a message was changed, repeated or put in on its way: its MAC does not hold; look for who "
+                            "else is on this network"
+                        )
+                        return
+                yield frame
+        finally:
+            del self._received[:at]
 
     def close(self) -> None:
         """Ends it; what was sent last is still delivered where the network takes it at once."""
@@ -223,9 +247,14 @@ def resolve(address: str) -> Resolved:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise OSError(str(error)) from error
-    if parts.scheme != "tcp" or not host or not port:
+    if not host or not port or address.lower() != f"tcp://{netloc(host, port)}":
         raise OSError(f"{address!r} is not of the form tcp://host:port")
     return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_loopback(resolved: Resolved) -> bool:
+    """Whether what would be dialled is on this machine, whatever its name says."""
+    return ipaddress.ip_address(str(resolved[0][1][0]).partition("%")[0]).is_loopback
 
 
 def is_numeric(address: str) -> bool:

@@ -38,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     peer_host: str  # address the peer channel binds and announces
     lease_s: float
     pull_timeout_s: float
+    peer_handshake_s: float
+    allow_insecure_nodes: bool  # without a secret, dial prefill nodes on other machines too
     prefix_caching: bool
     transport: str  # "auto": whichever the machine offers; or a name
     nixl_backend: str
