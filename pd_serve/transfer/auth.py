@@ -47,9 +47,9 @@ class Said:
     hello: bytes
     protocol: int
 
-    def text(self, purpose: Prover | Speaker) -> bytes:
+    def text(self, purpose: bytes) -> bytes:
         nonces = self.reader_nonce + self.source_nonce
-        return purpose.value + nonces + hashlib.sha256(self.hello).digest() + self.protocol.to_bytes(8, "little")
+        return purpose + nonces + hashlib.sha256(self.hello).digest() + self.protocol.to_bytes(8, "little")
 
 
 def nonce() -> bytes:
@@ -57,7 +57,7 @@ def nonce() -> bytes:
 
 
 def proof(secret: bytes, prover: Prover, said: Said) -> bytes:
-    return hmac.digest(secret, said.text(prover), "sha256")
+    return hmac.digest(secret, said.text(prover.value), "sha256")
 
 
 def holds(mac: bytes, secret: bytes, prover: Prover, said: Said) -> bool:
@@ -78,7 +78,7 @@ class Seal:
     """MACs of one direction's frames, in their order. Both ends make the same ones."""
 
     def __init__(self, secret: bytes, speaker: Speaker, said: Said) -> None:
-        key = hmac.digest(secret, said.text(speaker), "sha256")
+        key = hmac.digest(secret, said.text(speaker.value), "sha256")
         self._keyed = hashlib.blake2b(key=key, digest_size=TAG_BYTES)
         self._number = 0
 
