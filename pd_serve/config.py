@@ -209,6 +209,18 @@ class EngineSettings(Common):
         reason="Whoever reaches the ports of such nodes can read and change what they serve.",
     )
 
+    ssl_certfile: str = setting("", values.TEXT, "Network", "File with this node's certificate, PEM.")
+    ssl_keyfile: str = setting(
+        "", values.TEXT, "Network", "File with the certificate's key, PEM.", reason="Empty: in the certificate's file."
+    )
+    ssl_ca: str = setting(
+        "",
+        values.TEXT,
+        "Network",
+        "File with the authority of all nodes' certificates, PEM; nodes then speak TLS to each other and take nobody "
+        "without such a certificate.",
+    )
+
     def peer_secret(self) -> str:
         """The secret, from wherever it was given; empty: none. Raises ConfigError."""
         if not self.secret_file:

@@ -7,6 +7,7 @@ import sys
 from pd_serve.decode.inbox import Inbox
 from pd_serve.decode.role import DecodeRole
 from pd_serve.engine.boot import Parts, main
+from pd_serve.transfer.tls import Tls
 
 
 def make_role(parts: Parts) -> DecodeRole:
@@ -16,6 +17,7 @@ def make_role(parts: Parts) -> DecodeRole:
         parts.lanes(reads_only=True),
         pull_timeout_s=config.pull_timeout_s,
         handshake_s=config.peer_handshake_s,
+        tls=Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca),
         allow_insecure=config.allow_insecure_nodes,
     )
     inbox.begin()

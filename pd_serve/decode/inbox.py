@@ -29,6 +29,7 @@ from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.mover import Work
 from pd_serve.transfer.poller import look_s
 from pd_serve.transfer.probe import FLOOR_BYTES_PER_S, Prober
+from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -107,6 +108,7 @@ class Inbox:
         pull_timeout_s: float,
         handshake_s: float = HANDSHAKE_S,
         allow_insecure: bool = False,
+        tls: Tls | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -118,6 +120,7 @@ class Inbox:
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._handshake_s = handshake_s
+        self._tls = tls
         self._anywhere = bool(identity.secret) or allow_insecure
         self._peers: dict[str, PrefillPeer] = {}  # by address
         self._misfits: dict[str, str] = {}  # replaced, never changed: the main thread reads it
@@ -268,6 +271,7 @@ class Inbox:
                 self._counters,
                 anywhere=self._anywhere,
                 handshake_s=self._handshake_s,
+                tls=self._tls,
             )
         peer.name(source)
         return peer

@@ -18,9 +18,10 @@ import msgspec
 from pd_serve.decode.lane import PeerLanes
 from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.transfer.base import Pair
-from pd_serve.transfer.connection import MAX_FRAME_BYTES, Connection, Resolved, dial, is_loopback
+from pd_serve.transfer.connection import MAX_FRAME_BYTES, TLS_ADVICE, Connection, Resolved, dial, is_loopback
 from pd_serve.transfer.handshake import HANDSHAKE_S, SECRET_ADVICE, Greeting, Identity, shortened
 from pd_serve.transfer.probe import Lane, Prober
+from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -74,6 +75,7 @@ class PrefillPeer:
         *,
         anywhere: bool = True,
         handshake_s: float = HANDSHAKE_S,
+        tls: Tls | None = None,
     ) -> None:
         self.address = source.address
         self.named = source.node_id  # what routers call it
@@ -87,6 +89,7 @@ class PrefillPeer:
         self._named_epoch = source.epoch
         self._anywhere = anywhere
         self._handshake_s = handshake_s
+        self._tls = tls
         self._identity = identity
         self._worker = worker
         self._prober = prober
@@ -241,7 +244,7 @@ class PrefillPeer:
             )
             return
         try:
-            connection = dial(resolved)
+            connection = dial(resolved, self._tls)
         except OSError as error:
             self.lose(FailureKind.CONNECT, f"cannot be dialled ({error})")
             return
@@ -291,7 +294,18 @@ class PrefillPeer:
                 return
         if connection.ended:
             self._counters["forged_frames"] += connection.forged
-            self.lose(FailureKind.CONNECT if connection.refused else FailureKind.PEER_LOST, connection.ended)
+            self._ended(connection)
+
+    def _ended(self, connection: Connection) -> None:
+        greeting, why = self._greeting, connection.ended
+        unheard = greeting is not None and not greeting.challenged and not connection.refused
+        if unheard and not connection.untrusted:
+            why = f"{why} instead of an answer; {TLS_ADVICE}"
+        if connection.untrusted or (unheard and connection.nonsense):
+            self._counters["handshakes_refused"] += 1
+            self._lose_misfit(FailureKind.HANDSHAKE, why)
+        else:
+            self.lose(FailureKind.CONNECT if connection.refused else FailureKind.PEER_LOST, why)
 
     def _talks_too_much(self) -> bool:
         if self._greeting is not None and not self._greeting.challenged:

@@ -7,6 +7,7 @@ import sys
 from pd_serve.engine.boot import Parts, main
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.prefill.role import PrefillRole
+from pd_serve.transfer.tls import Tls
 
 
 def make_role(parts: Parts) -> PrefillRole:
@@ -17,6 +18,7 @@ def make_role(parts: Parts) -> PrefillRole:
         host=config.peer_host,
         lease_s=config.lease_s,
         handshake_s=config.peer_handshake_s,
+        tls=Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca),
     )
     outbox.begin()
     return PrefillRole(parts.kv, parts.scheduler, outbox)

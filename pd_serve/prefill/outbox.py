@@ -27,6 +27,7 @@ from pd_serve.transfer.handshake import HANDSHAKE_S, Identity, Reception, check_
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import look_s
+from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import FailureKind
@@ -61,11 +62,13 @@ class Outbox:
         host: str,
         lease_s: float,
         handshake_s: float = HANDSHAKE_S,
+        tls: Tls | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
         self._lanes = lanes
         self._host = host
+        self._tls = tls
         self._handshake_s = handshake_s  # how long a connection may be without a session
         self._clock = clock
         self._book = LeaseBook(lease_s)
@@ -162,7 +165,7 @@ class Outbox:
     def start(self, worker: TransferWorker) -> None:
         probe.fill(self._lanes.memory, self._lanes.mover, self._identity.epoch)
         try:
-            self._listener = Listener(self._host)
+            self._listener = Listener(self._host, self._tls)
         except OSError as error:
             raise TransferError(
                 FailureKind.CONNECT, f"cannot listen on {self._host} for decode nodes ({error}); set --peer-host"
@@ -306,6 +309,9 @@ class Outbox:
                 return
         if connection.ended:
             self._counters["garbage_frames"] += connection.nonsense
+            if connection.untrusted:
+                self._counters["handshakes_unproved"] += 1
+                self._log_once(holder, f"turned away: {connection.ended}")
             if connection.forged:
                 self._counters["forged_frames"] += 1
                 session = self._sessions.get(holder)

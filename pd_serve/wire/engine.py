@@ -40,6 +40,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     pull_timeout_s: float
     peer_handshake_s: float
     allow_insecure_nodes: bool  # without a secret, dial prefill nodes on other machines too
+    ssl_certfile: str
+    ssl_keyfile: str
+    ssl_ca: str  # empty: no TLS between engines
     prefix_caching: bool
     transport: str  # "auto": whichever the machine offers; or a name
     nixl_backend: str
