@@ -30,6 +30,45 @@ CACHE_VARIABLE = PREFIX + "CACHE"
 @dataclass(frozen=True, kw_only=True)
 class Common:
     host: str = setting("127.0.0.1", values.TEXT, "Network", "Address to listen on.")
+    keep_alive_s: float = setting(
+        75.0,
+        decimal(1.0),
+        "Network",
+        "How long a connection may stay open between two requests.",
+        unit="seconds",
+        reason="Longer than the pools of usual clients keep one, so that theirs end first.",
+    )
+    max_connections: int = setting(
+        0,
+        integer(0),
+        "Network",
+        "Open HTTP connections; beyond it those that never sent a request or are idle are closed, and new ones get 503 "
+        "where there are none.",
+        reason="0: as many as the process may open files, less a tenth.",
+    )
+    max_head_bytes: int = setting(
+        64 << 10,
+        values.SIZE,
+        "Network",
+        "Longest head of a request, URL and headers; 431 or 414 beyond it.",
+        reason="Long enough for any proxy's cookies; parsing one of megabytes would stop all streams.",
+    )
+    max_headers: int = setting(128, integer(1), "Network", "Headers of a request; 431 beyond it.")
+    head_timeout_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "Network",
+        "How long the head of a request may take from its first byte, and a new connection to send one; 408 then.",
+        unit="seconds",
+    )
+    body_timeout_s: float = setting(
+        30.0,
+        decimal(0.1),
+        "Network",
+        "How long a request's body may pause while we read it; 408 then.",
+        unit="seconds",
+        reason="Longer than a phone's network is away.",
+    )
     log_level: str = setting(
         "info", choice("debug", "info", "warning", "error"), "Processes", "Least severe messages to log."
     )
@@ -39,6 +78,15 @@ class Common:
         "Processes",
         "After SIGTERM, the longest wait for running streams and, on nodes, for leased blocks.",
         unit="seconds",
+    )
+    engine_timeout_s: float = setting(
+        5.0,
+        decimal(0.5),
+        "Processes",
+        "Silence of an engine after which it counts as stopped: its node's /health fails, routers go on elsewhere. A "
+        "thread of its own says every second that it is there, however long a step takes.",
+        unit="seconds",
+        reason="Longer than a busy machine keeps a thread from running.",
     )
 
 
@@ -99,6 +147,22 @@ class EngineSettings(Common):
         "Scheduling",
         "Requests a node lets wait for memory; it refuses more.",
         reason="429 with Retry-After serves a client better than minutes in a queue.",
+    )
+    max_queue_wait_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "Scheduling",
+        "A node refuses a request that would wait longer for memory, by how fast others got theirs lately.",
+        unit="seconds",
+        reason="What is accepted keeps its place, however long that takes; streams that have begun are never refused.",
+    )
+    step_timeout_s: float = setting(
+        60.0,
+        decimal(0.1),
+        "Scheduling",
+        "A step that takes longer hangs, and its node counts as lost: at least so long, and ten times what its tokens "
+        "take by the steps before it (the first: ten times this).",
+        unit="seconds",
     )
     local_prefill_tokens: int = setting(
         0,
@@ -280,6 +344,35 @@ class RouterSettings(Common):
         reason="Empty: no key is needed.",
     )
     api_key_file: str = setting("", values.TEXT, "API", "File with further keys, one a line.")
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        values.ORIGINS,
+        "API",
+        "Web pages, by origin, whose scripts may use the API from a browser; * for all.",
+        reason="Empty: none.",
+    )
+    strict_fields: bool = setting(
+        False,
+        values.FLAG,
+        "API",
+        "Refuse requests with fields that this server does not know, instead of ignoring them with a line in the log.",
+    )
+    sse_keep_alive_s: float = setting(
+        10.0,
+        decimal(0.0),
+        "API",
+        "A stream without a new token for so long gets a comment, so that proxies keep it. The first one takes the 200 "
+        "with it: later errors are events.",
+        unit="seconds",
+        reason="Proxies give up after 30 s and more; no node is waited for so long. 0: never.",
+    )
+    max_stream_backlog: int = setting(
+        4 << 20,
+        values.SIZE,
+        "Requests",
+        "Events that wait for a client which does not read its stream; beyond it the client is cut off.",
+        reason="16,000 tokens: a whole answer may wait.",
+    )
     request_timeout_s: float = setting(
         600.0, decimal(1.0), "Requests", "A request that makes no progress for so long is given up.", unit="seconds"
     )
@@ -303,13 +396,6 @@ class RouterSettings(Common):
         decimal(0.5),
         "Nodes",
         "Silence of a node's link, answers to pings included, after which the node counts as stopped, cut off or dead.",
-        unit="seconds",
-    )
-    engine_timeout_s: float = setting(
-        15.0,
-        decimal(0.5),
-        "Nodes",
-        "Silence of the engine behind a node that still answers, after which the node counts as lost.",
         unit="seconds",
     )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")

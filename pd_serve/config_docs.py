@@ -26,8 +26,20 @@ other commands may be set as well; a file holds settings of one command only.
 Sizes are bytes, or numbers with `KiB`, `MiB`, `GiB`, `TiB` (powers of 1024) or `KB` ... `TB` (powers of 1000).
 Lists are separated by commas; YAML lists work too.
 
-Downloaded and converted models and compiled kernels are kept in `~/.cache/pd-serve`; the variable `PD_SERVE_CACHE`
-names another directory.
+Downloaded and converted models and compiled kernels are kept in `~/.cache/pd-serve` (`$XDG_CACHE_HOME/pd-serve` where
+that is set); the variable `PD_SERVE_CACHE` names another directory.
+
+A file for `pd-serve decode --config node.yaml`:
+
+```yaml
+model: /models/Llama-3.2-1B-Instruct
+host: 10.0.0.3
+port: 8200
+router: [http://10.0.0.1:8000]
+kv_cache_memory: 8GiB
+secret_file: /etc/pd-serve/secret
+transport: auto
+```
 """
 
 _SECTIONS = (

@@ -25,6 +25,15 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def end_unread(listener: socket.socket, after_s: float) -> None:
+    """Connections of ``listener`` end when the other side has read nothing for so long of what waits for it.
+
+    The kernel sees to it (Linux): a client that stops reading its stream must not hold a request for ever.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(round(1000 * after_s), 2**31 - 1))
+
+
 def reachable_host(host: str) -> str:
     """The address that others reach this machine at when it listens on ``host``."""
     if host not in ("0.0.0.0", "::", ""):

@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import platformdirs
+
 
 def cache_directory() -> Path:
-    """Of what can be made again: ``$PD_SERVE_CACHE``, by default ``~/.cache/pd-serve``. It may not be there yet."""
-    return Path(os.environ.get("PD_SERVE_CACHE") or Path.home() / ".cache" / "pd-serve")
+    """Of what can be made again: ``$PD_SERVE_CACHE``, else ``pd-serve`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    It may not be there yet.
+    """
+    return Path(os.environ.get("PD_SERVE_CACHE") or platformdirs.user_cache_path("pd-serve", appauthor=False))

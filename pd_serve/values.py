@@ -59,6 +59,17 @@ def _items(value: object) -> list[object]:
 
 
 TEXTS = Kind("TEXT,...", lambda value: tuple(_text(item) for item in _items(value)))
+
+
+def _origin(value: object) -> str:
+    raw = _text(value)
+    try:
+        return raw if raw in ("*", "null") else _url(raw)
+    except ValueError:
+        raise ValueError(f"must be * or origins like https://chat.example.org, not {raw!r}") from None
+
+
+ORIGINS = Kind("ORIGIN,...", lambda value: tuple(_origin(item) for item in _items(value)))
 URLS = Kind("URL,...", lambda value: tuple(_url(item) for item in _items(value)))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from pd_serve.api.conversation import Traits, joined
 from pd_serve.api.errors import bad_request
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class ChatTemplates:
         self._sources = dict(templates)
         self._special = dict(special_tokens)
         self._compiled: dict[str, Template] = {}
+        self._traits: dict[str, Traits] = {}
+
+    def source(self, name: str) -> str | None:
+        return self._sources.get(name)
+
+    def ignores_tools(self) -> bool:
+        """Whether the template that is used with tools shows nothing of them."""
+        name = self._name(with_tools=True)
+        return name in self._sources and self._traits_of(name).ignores_tools()
 
     def render(
         self,
@@ -37,8 +47,11 @@ class ChatTemplates:
         continue_final_message: bool = False,
         extra: Mapping[str, Any] | None = None,
     ) -> str:
-        """Raises APIError(400) when the model has no template or the template rejects the messages."""
-        name = "tool_use" if tools and "tool_use" in self._sources else "default"
+        """Messages are brought into the template's form first (see :mod:`pd_serve.api.conversation`).
+
+        Raises APIError(400) when the model has no template or the template rejects the messages.
+        """
+        name = self._name(with_tools=bool(tools))
         if name not in self._sources:
             raise bad_request(
                 "this model has no chat template (it is a base model): use /v1/completions with a 'prompt'",
@@ -49,19 +62,20 @@ class ChatTemplates:
         taken = sorted(_RESERVED & variables.keys())
         if taken:
             raise bad_request(f"'{taken[0]}' cannot be set here: use the request's own field", "chat_template_kwargs")
+        traits = self._traits_of(name)
         marker = ""
-        if continue_final_message:
-            # A mark at the end of the last message tells where to cut, whatever the template puts around it.
-            marker = f"<cut-{secrets.token_hex(8)}>"
-            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + marker + " "}]
         try:
+            if continue_final_message:
+                # A mark at the end of the last message tells where to cut, whatever the template puts around it.
+                marker = f"<cut-{secrets.token_hex(8)}>"
+                messages = [*messages[:-1], {**messages[-1], "content": joined(messages[-1]["content"]) + marker + " "}]
             text = self._template(name).render(
                 {
                     **self._special,
                     "documents": None,
                     **variables,
-                    "messages": messages,
-                    "tools": tools,
+                    "messages": traits.repaired(messages),
+                    "tools": tools or traits.no_tools(),
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                 }
             )
@@ -77,6 +91,19 @@ class ChatTemplates:
         # A template that trims the content takes the mark's space away, and would have trimmed the text's own.
         kept = text.startswith(marker + " ", place)
         return text[:place] if kept else text[:place].rstrip()
+
+    def _name(self, *, with_tools: bool) -> str:
+        return "tool_use" if with_tools and "tool_use" in self._sources else "default"
+
+    def _traits_of(self, name: str) -> Traits:
+        if name not in self._traits:
+
+            def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+                variables = {**self._special, "documents": None, "add_generation_prompt": False}
+                return str(self._template(name).render({**variables, "messages": messages, "tools": tools}))
+
+            self._traits[name] = Traits(render, self._sources[name])
+        return self._traits[name]
 
     def _template(self, name: str) -> Template:
         if name not in self._compiled:

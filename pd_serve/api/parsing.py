@@ -8,13 +8,16 @@ import pydantic_core
 from pydantic import ValidationError
 
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.leniency import Leniency
 from pd_serve.api.schemas import Body
 
 _B = TypeVar("_B", bound=Body)
 
 
-def parse(kind: type[_B], body: bytes) -> _B:
-    """Raises APIError(400) whose message names the field, what is wrong and what to change."""
+def parse(kind: type[_B], body: bytes, leniency: Leniency | None = None) -> _B:
+    """Without ``leniency`` unknown fields are errors.
+
+    Raises APIError(400) whose message names the field, what is wrong and what to change."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -25,7 +28,7 @@ def parse(kind: type[_B], body: bytes) -> _B:
     except ValueError as error:
         raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
     try:
-        return kind.model_validate(document)
+        return kind.model_validate(document, context=leniency)
     except ValidationError as error:
         raise _explain(error) from None
     except RecursionError:

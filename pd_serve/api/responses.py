@@ -55,11 +55,11 @@ class Format:
             + b"}\n\n"
         )
 
-    def first(self, index: int, prompt_token_ids: Sequence[int] | None = None) -> bytes:
+    def first(self, index: int, prompt_token_ids: Sequence[int] | None = None, *, usage: Usage | None = None) -> bytes:
         """Chat only: the event that names the role, before a choice's first text."""
         extra = b"" if prompt_token_ids is None else b',"prompt_token_ids":' + _json(prompt_token_ids)
         choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
-        return self._open + b',"choices":[' + choice + b"]" + self._null_usage + extra + b"}\n\n"
+        return self._open + b',"choices":[' + choice + b"]" + self._usage(usage) + extra + b"}\n\n"
 
     def text(self, index: int, text: str) -> bytes:
         """One step's text and nothing else."""
@@ -77,14 +77,18 @@ class Format:
         finish: Finish | None = None,
         token_ids: Sequence[int] | None = None,
         prompt_token_ids: Sequence[int] | None = None,
+        usage: Usage | None = None,
     ) -> bytes:
-        """The general form; ``prompt_token_ids`` only with a completion's first event."""
+        """The general form; ``prompt_token_ids`` only with a completion's first event; ``usage``: so far."""
         choice = self._make_choice(index, text, logprobs, finish, "delta")
         if token_ids is not None:
             choice["token_ids"] = token_ids
         if prompt_token_ids is not None:
             choice["prompt_token_ids"] = prompt_token_ids
-        return self._open + b',"choices":[' + _json(choice) + b"]" + self._null_usage + b"}\n\n"
+        return self._open + b',"choices":[' + _json(choice) + b"]" + self._usage(usage) + b"}\n\n"
+
+    def _usage(self, usage: Usage | None) -> bytes:
+        return self._null_usage if usage is None else b',"usage":' + _json(usage.document())
 
     def usage(self, usage: Usage) -> bytes:
         return self._open + b',"choices":[],"usage":' + _json(usage.document()) + b"}\n\n"
@@ -98,6 +102,7 @@ class Format:
         finish: Finish,
         token_ids: Sequence[int] | None,
         prompt_token_ids: Sequence[int] | None,
+        prompt_logprobs: Any = None,
     ) -> dict[str, Any]:
         """One choice of the whole document."""
         choice = self._make_choice(index, text, logprobs, finish, "message")
@@ -105,13 +110,13 @@ class Format:
             choice["token_ids"] = token_ids
         if prompt_token_ids is not None:
             choice["prompt_token_ids"] = prompt_token_ids
+        if prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs
         return choice
 
-    def document(
-        self, choices: list[dict[str, Any]], usage: Usage, *, prompt_token_ids: Sequence[int] | None = None
-    ) -> bytes:
-        """``prompt_token_ids`` only for chats, where all choices have the same prompt."""
-        extra = {} if prompt_token_ids is None else {"prompt_token_ids": prompt_token_ids}
+    def document(self, choices: list[dict[str, Any]], usage: Usage, **of_prompt: Any) -> bytes:
+        """``of_prompt``: fields about the prompt, of chats, where all choices have the same; None: not given."""
+        extra = {name: value for name, value in of_prompt.items() if value is not None}
         return _json({**self._head, "choices": choices, "usage": usage.document(), **extra})
 
     def _make_choice(self, index: int, text: str, logprobs: Any, finish: Finish | None, field: str) -> dict[str, Any]:
@@ -126,6 +131,9 @@ class Format:
         choice["finish_reason"] = finish.reason if finish else None
         choice["stop_reason"] = finish.stop if finish else None
         return choice
+
+
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients ignore it, proxies see that the stream lives
 
 
 def error_event(body: bytes) -> bytes:

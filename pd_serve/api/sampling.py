@@ -28,6 +28,8 @@ def sampling_params(
     if isinstance(request, CompletionRequest):
         wanted = request.max_tokens
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if wanted is None else max(1, wanted)
+        if wanted == -1:
+            max_tokens = room
         if request.logprobs is not None:
             logprobs = request.logprobs
             prompt_logprobs = request.logprobs if request.echo else -1
@@ -35,6 +37,8 @@ def sampling_params(
         max_tokens = request.max_completion_tokens or request.max_tokens or room
         if request.logprobs:
             logprobs = request.top_logprobs or 0
+    if request.prompt_logprobs is not None:
+        prompt_logprobs = max(prompt_logprobs, request.prompt_logprobs)
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(f"'min_tokens' ({min_tokens}) is more than 'max_tokens' ({max_tokens})", "min_tokens")

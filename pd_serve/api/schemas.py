@@ -1,18 +1,20 @@
 """Request bodies: what is accepted, and a message that says what to change for everything else.
 
-Bytes become one of these models in :mod:`pd_serve.api.parsing`. Fields that OpenAI's API has and that
-cannot change the text are accepted and ignored; fields that would change the answer and are not
-supported are errors, because an answer that silently ignores them would be wrong. Checks that need the
-model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and :mod:`pd_serve.api.prompts`.
+Bytes become one of these models in :mod:`pd_serve.api.parsing`. Fields that cannot change the text, and those that
+nobody here knows, are accepted without effect and logged once each (:mod:`pd_serve.api.leniency`); fields that would
+change the answer and are not supported are errors, because an answer that silently ignores them would be
+wrong. Checks that need the model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and
+:mod:`pd_serve.api.text_model`.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from pd_serve.api.leniency import Leniency, nearest
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -21,6 +23,21 @@ MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 
+
+def _whole(value: Any) -> Any:
+    """JavaScript's and spreadsheets' 8.0 is 8."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _wholes(values: Any) -> Any:
+    if isinstance(values, list) and any(type(value) is float for value in values):
+        return [_whole(value) for value in values]
+    return values
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Ints = Annotated[list[int], BeforeValidator(_wholes)]
+Name = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 _Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 _Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 _INT64 = 2**63
@@ -36,64 +53,93 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, body: Any) -> Any:
+    def _known_fields(cls, body: Any, info: ValidationInfo) -> Any:
         if not isinstance(body, dict):
             raise pydantic_core.PydanticCustomError("body", "the request body must be a JSON object")
+        leniency = info.context if isinstance(info.context, Leniency) else _STRICT
         kept = {}
         for name, value in body.items():
-            if name in cls.ignored:
-                continue
-            if name in cls.unsupported:
-                if value is None or value in cls.unsupported[name]:
-                    continue
-                raise pydantic_core.PydanticCustomError("unsupported", _UNSUPPORTED, {"field": name})
-            if name not in cls.model_fields:
-                hint = _nearest(name, [*cls.model_fields, *cls.ignored])
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in cls.unsupported:
+                if value is not None and value not in cls.unsupported[name]:
+                    advice = _ADVICE.get(name, "remove it from the request")
+                    raise pydantic_core.PydanticCustomError(
+                        "unsupported", _UNSUPPORTED, {"field": name, "advice": advice}
+                    )
+            elif name in cls.ignored:
+                leniency.without_effect(name)
+            elif leniency.strict:
+                hint = nearest(name, [*cls.model_fields, *cls.ignored])
                 raise pydantic_core.PydanticCustomError("unknown", _UNKNOWN, {"field": name[:80], "hint": hint})
-            kept[name] = value
+            else:
+                leniency.unknown(name, [*cls.model_fields, *cls.ignored])
         return kept
 
 
-_UNSUPPORTED = "'{field}' is not supported with this value: remove it from the request"
+_STRICT = Leniency(strict=True)
+_UNSUPPORTED = "'{field}' is not supported with this value: {advice}"
 _UNKNOWN = "unknown field '{field}'{hint}: remove it from the request or correct its name"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name[:80].lower(), known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+_ADVICE = {
+    "response_format": 'only {"type": "text"} can be had; ask for the format in the prompt',
+    "suffix": "this server does not fill in text; put what follows into the prompt",
+    "chat_template": "it is chosen where nodes are started; use 'chat_template_kwargs' for its variables",
+    "functions": "send them as 'tools'",
+    "function_call": "send calls as 'tool_calls', and the choice as 'tool_choice'",
+    "repeat_penalty": "use 'repetition_penalty'",
+    "n_predict": "use 'max_tokens'",
+    "num_predict": "use 'max_tokens'",
+    "max_new_tokens": "use 'max_tokens'",
+    "max_output_tokens": "use 'max_tokens'",
+    "stop_sequences": "use 'stop'",
+}
 
 
 class StreamOptions(Body):
     ignored = frozenset({"include_obfuscation"})
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class _Sampled(Body):
     """What both kinds of generation requests share. ``None`` always means the default."""
 
-    model: str = ""
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    model: Name = ""
+    n: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, lt=_INT64)] | None = None
     min_p: _Unit | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: dict[str, float] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=2 * _INT64)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[Int, Field(ge=-_INT64, lt=2 * _INT64)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     stop: list[str] | None = None  # a single string is accepted, too
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @field_validator("seed", mode="after")
+    @classmethod
+    def _seed(cls, value: int | None) -> int | None:
+        return None if value == -1 else value
+
+    @field_validator("truncate_prompt_tokens", mode="after")
+    @classmethod
+    def _truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise pydantic_core.PydanticCustomError("truncation", "must be at least 1, or -1 for what the model takes")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -148,6 +194,10 @@ class _Sampled(Body):
     def _stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise pydantic_core.PydanticCustomError("stream", "'stream_options' needs 'stream': true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise pydantic_core.PydanticCustomError(
+                "prompt_logprobs", "'prompt_logprobs' come with whole answers only: leave out 'stream'"
+            )
         return self
 
     @property
@@ -162,10 +212,16 @@ class _Sampled(Body):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def wants_running_usage(self) -> bool:
+        """Usage so far in every event of a stream."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
 
 _COMMON_IGNORED = frozenset(
     {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store", "metadata"}
-    | {"request_id", "priority", "spaces_between_special_tokens"}
+    | {"request_id", "priority", "spaces_between_special_tokens", "parallel_tool_calls", "provider", "reasoning"}
+    | {"include_reasoning"}
 )
 _TEXT_FORMAT = {"type": "text"}
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -173,7 +229,6 @@ _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "truncate_prompt_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "structured_outputs": (),
@@ -181,11 +236,23 @@ _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "prompt_logprobs": (),
     "logits_processors": ([],),
     "kv_transfer_params": (),
-    "mm_processor_kwargs": (),
+    "mm_processor_kwargs": ({},),
     "cache_salt": (),
+    # Names that other servers have for what changes the text.
+    "grammar": ("",),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "repeat_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "mirostat": (0,),
+    "n_predict": (),
+    "num_predict": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "stop_sequences": ([],),
 }
 
 
@@ -194,10 +261,10 @@ class CompletionRequest(_Sampled):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_COMMON_UNSUPPORTED, "suffix": ("",), "prompt_embeds": ()}
 
     prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array"}]})
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: Annotated[Int, Field(ge=-1)] | None = None  # -1: as much as the model takes
+    best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -205,15 +272,22 @@ class CompletionRequest(_Sampled):
         if isinstance(value, str):
             return value
         if isinstance(value, list) and value:
-            if all(isinstance(item, str) for item in value) or _token_ids(value):
+            if _token_ids(value):
                 return value
-            if all(isinstance(item, list) and item and _token_ids(item) for item in value):
-                return value
+            found = [_wholes(item) for item in _wholes(value)]
+            if _token_ids(found) or all(isinstance(item, str) or (item and _token_ids(item)) for item in found):
+                return found
         if value in ([], None) or (isinstance(value, list) and any(item == [] for item in value)):
             raise pydantic_core.PydanticCustomError("prompt", "must not be empty")
         raise pydantic_core.PydanticCustomError(
             "prompt", "must be a string, a list of strings, a list of token ids (whole numbers), or a list of those"
         )
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _logprobs(cls, value: Any) -> Any:
+        """Chats' spelling: true is the token's own log-probability and one alternative."""
+        return (1 if value else None) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -228,8 +302,8 @@ class CompletionRequest(_Sampled):
         return self
 
 
-def _token_ids(items: list[Any]) -> bool:
-    return all(type(item) is int for item in items)
+def _token_ids(items: Any) -> bool:
+    return isinstance(items, list) and all(type(item) is int for item in items)
 
 
 class Function(BaseModel):
@@ -247,47 +321,75 @@ class Tool(BaseModel):
     function: Function
 
 
+_REASONING_PARTS = ("thinking", "reasoning", "redacted_thinking")
+
+
 class Message(Body):
-    ignored = frozenset({"refusal", "annotations"})
+    """One turn. ``content`` becomes a string or a list of ``{"type": "text", "text": ...}``."""
+
+    ignored = frozenset({"id", "refusal", "annotations", "provider_specific_fields", "reasoning_details"})
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Any = None
+    content: str | list[dict[str, str]] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _content(cls, value: Any) -> Any:
-        """A string or a list of text parts; parts are joined by line breaks."""
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, list):
             raise pydantic_core.PydanticCustomError("content", "must be a string or a list of text parts")
-        texts = []
-        for part in value:
-            if isinstance(part, str):
-                texts.append(part)
-            elif isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-            else:
-                kind = str(part.get("type"))[:40] if isinstance(part, dict) else type(part).__name__
-                raise pydantic_core.PydanticCustomError(
-                    "content", "only text parts are supported, got a part of type '{kind}'", {"kind": kind}
-                )
-        return "\n".join(texts)
+        texts = [_part_text(part) for part in value]
+        return [{"type": "text", "text": text} for text in texts if text is not None]
+
+    @field_validator("reasoning", "reasoning_content", mode="before")
+    @classmethod
+    def _reasoning(cls, value: Any) -> Any:
+        return value if isinstance(value, str) else None  # some send settings under this name
+
+    @field_validator("tool_calls", mode="after")
+    @classmethod
+    def _calls(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        for call in value or ():
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise pydantic_core.PydanticCustomError("tool_calls", "a tool call needs a 'function' with a 'name'")
+        return value
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise pydantic_core.PydanticCustomError("content", "a message needs a 'content' (a string or text parts)")
         return self
 
 
+def _part_text(part: Any) -> str | None:
+    """The text of a part of a message; None for parts that are not said to the model."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict):
+        if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            return str(part["text"])
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            return str(part["refusal"])
+        if kind in _REASONING_PARTS:
+            return None
+    raise pydantic_core.PydanticCustomError(
+        "content",
+        "only text parts are supported (these models neither see nor hear), got a part of type '{kind}'",
+        {"kind": str(kind)[:40]},
+    )
+
+
 class ChatCompletionRequest(_Sampled):
-    ignored = _COMMON_IGNORED | {"parallel_tool_calls", "prediction"}
+    ignored = _COMMON_IGNORED | {"prediction"}
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_COMMON_UNSUPPORTED,
         "audio": (),
@@ -295,7 +397,6 @@ class ChatCompletionRequest(_Sampled):
         "functions": ([],),
         "function_call": ("none", "auto"),
         "web_search_options": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "moderation": (),
         "echo": (False,),
@@ -305,22 +406,38 @@ class ChatCompletionRequest(_Sampled):
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    # Variables of templates that know them (gpt-oss, Qwen3); others take no notice.
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    enable_thinking: bool | None = None
+
+    @field_validator("max_tokens", "max_completion_tokens", mode="before")
+    @classmethod
+    def _unlimited(cls, value: Any) -> Any:
+        return None if value in (-1, -1.0) else value
 
     @field_validator("tool_choice", mode="after")
     @classmethod
     def _tool_choice(cls, value: Any) -> Any:
         if value not in (None, "auto", "none"):
-            raise pydantic_core.PydanticCustomError("tool_choice", "only 'auto' and 'none' are supported")
+            raise pydantic_core.PydanticCustomError(
+                "tool_choice", "only 'auto' and 'none' are supported: the model decides, ask for the tool in the prompt"
+            )
         return value
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        found = {name: value for name, value in named.items() if value is not None}
+        return {**found, **(self.chat_template_kwargs or {})}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -341,16 +458,16 @@ def check_continuation(messages: list[Message], generation: bool | None, continu
         raise pydantic_core.PydanticCustomError(
             "continuation", "'add_generation_prompt' and 'continue_final_message' cannot both be true"
         )
-    if not isinstance(messages[-1].content, str):
+    if messages[-1].content is None:
         raise pydantic_core.PydanticCustomError(
-            "continuation", "'continue_final_message' needs a final message whose content is a string"
+            "continuation", "'continue_final_message' needs a final message that has a content"
         )
 
 
 class TokenizeRequest(Body):
     """vLLM's shape: either ``prompt`` or ``messages``."""
 
-    model: str = ""
+    model: Name = ""
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
@@ -370,8 +487,8 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    model: str = ""
-    tokens: list[int]
+    model: Name = ""
+    tokens: Ints
 
 
 class NodeRequest(Body):

@@ -6,7 +6,7 @@ Its methods may be slow for long texts and may run in a thread; they keep no sta
 
 from __future__ import annotations
 
-import json
+import logging
 from typing import Any, NamedTuple
 
 from pd_serve.api.chat_template import ChatTemplates
@@ -16,6 +16,8 @@ from pd_serve.api.tokenizer import TextTokenizer
 from pd_serve.wire.link import ModelInfo
 from pd_serve.wire.model import ModelBundle
 
+log = logging.getLogger(__name__)
+
 MAX_SEQUENCES = 1024  # prompts x n of one request
 _INT32 = 2**31
 _CHARACTERS_PER_TOKEN = 16  # more than usual text has
@@ -24,7 +26,8 @@ _TOO_LONG = "context_length_exceeded"
 
 class Prompt(NamedTuple):
     ids: list[int]
-    text: str | None  # as the client wrote it; None where it gave token ids
+    text: str | None  # as the client wrote it; None where it gave token ids, or where a part was cut off
+    warning: str | None = None  # what the client should know of how it was made
 
 
 class TextModel:
@@ -37,6 +40,8 @@ class TextModel:
         )
         self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
         self.eos_ids = frozenset(info.eos_token_ids)
+        self._special_tokens = dict(bundle.special_tokens)
+        self._warned = False
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
         """One entry a prompt, each within the vocabulary and the model's length. Raises APIError(400)."""
@@ -50,10 +55,10 @@ class TextModel:
         found = []
         for item in prompt:
             if isinstance(item, str):
-                entry = Prompt(self.encode(item, special, "prompt"), item)
+                entry = self._cut(request, Prompt(self._encode_prompt(request, item, special, "prompt"), item))
             else:
                 self.check_ids(item, "prompt")
-                entry = Prompt(item, None)
+                entry = self._cut(request, Prompt(item, None))
             self.check_length(len(entry.ids), limit, "prompt", "max_tokens")
             found.append(entry)
         return found
@@ -65,12 +70,41 @@ class TextModel:
             tools,
             request.add_generation_prompt,
             request.continue_final_message,
-            request.chat_template_kwargs,
+            request.template_variables,
         )
-        ids = self.encode(text, bool(request.add_special_tokens), "messages")
+        ids = self._encode_prompt(request, text, bool(request.add_special_tokens), "messages")
+        prompt = self._cut(request, Prompt(ids, text, self._tools_warning() if tools else None))
         limit = request.max_completion_tokens or request.max_tokens or 1
-        self.check_length(len(ids), limit, "messages", "max_tokens")
-        return Prompt(ids, text)
+        self.check_length(len(prompt.ids), limit, "messages", "max_tokens")
+        return prompt
+
+    def _tools_warning(self) -> str | None:
+        if not self.templates.ignores_tools():
+            return None
+        warning = f"the chat template of {self.name} shows the model nothing of 'tools'"
+        if not self._warned:
+            self._warned = True
+            log.warning("%s: requests that send some are answered as if they had none (said once)", warning)
+        return warning
+
+    def _encode_prompt(
+        self, request: CompletionRequest | ChatCompletionRequest, text: str, special: bool, param: str
+    ) -> list[int]:
+        if request.truncate_prompt_tokens is None:
+            return self.encode(text, special, param)
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _cut(self, request: CompletionRequest | ChatCompletionRequest, prompt: Prompt) -> Prompt:
+        """``truncate_prompt_tokens``: the last so many tokens; -1: as many as leave room for the output."""
+        wanted = request.truncate_prompt_tokens
+        if wanted is None:
+            return prompt
+        if wanted == -1:
+            output = request.max_tokens or 1
+            if isinstance(request, ChatCompletionRequest):
+                output = request.max_completion_tokens or output
+            wanted = max(1, self.info.max_model_len - max(1, output))
+        return prompt._replace(ids=prompt.ids[-wanted:], text=None) if len(prompt.ids) > wanted else prompt
 
     def render(
         self,
@@ -81,7 +115,7 @@ class TextModel:
         extra: dict[str, Any] | None,
     ) -> str:
         return self.templates.render(
-            [_plain(message) for message in messages],
+            [message.model_dump(exclude_unset=True) for message in messages],
             tools=[tool.model_dump(exclude_unset=True) for tool in tools] if tools else None,
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
@@ -100,6 +134,15 @@ class TextModel:
             return self.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
         assert request.prompt is not None  # the schema saw to it
         return self.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """What clients need to render and count for themselves, by the names of tokenizer_config.json."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.info.max_model_len,
+            "chat_template": self.templates.source("default"),
+            **self._special_tokens,
+        }
 
     def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         limit = self.info.max_model_len
@@ -138,26 +181,6 @@ class TextModel:
 
 def _too_long(tokens: str, limit: int) -> str:
     return f"the prompt has {tokens} tokens, this model takes {limit} in all (prompt and output): shorten the prompt"
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    plain = message.model_dump(exclude_unset=True)
-    calls = plain.get("tool_calls")
-    if calls:
-        # Clients send the arguments as JSON text; templates are written for objects.
-        plain["tool_calls"] = [_call(call) for call in calls]
-    return plain
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def unknown_model(name: str, known: list[str]) -> APIError:

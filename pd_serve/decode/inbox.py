@@ -37,6 +37,9 @@ from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 
+# A pull may take so long for its bytes beside ``pull_timeout_s``; at a lower rate computing anew is sooner done.
+SLOWEST_BYTES_PER_S = 10e6
+
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
 FORGET_MISFIT_S = 600.0  # one that routers keep away from because of what this node told them
 MAX_SOURCES = 256  # at once, as many as a prefill node has readers; one more ends the one not named for longest
@@ -223,12 +226,15 @@ class Inbox:
         for job in list(self._keys.values()):
             if self._on_gpu and job.awaits_answer and now_s < job.moved_s + ANSWER_S:
                 due_s = min(due_s, now_s + self._look_s)
-            elif job.stage not in (Stage.PULLING, Stage.RELEASING):
-                continue
-            elif now_s >= job.moved_s + self._pull_timeout_s:
-                self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {self._pull_timeout_s:g} s")
+            elif job.pull is None and job.stage is not Stage.RELEASING:
+                continue  # the prefill node queues or computes, which may take long; heartbeats tell whether it lives
             else:
-                due_s = min(due_s, job.moved_s + self._pull_timeout_s)
+                size_bytes = job.pull.size_bytes if job.pull is not None else 0
+                allowed_s = self._pull_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
+                if now_s >= job.moved_s + allowed_s:
+                    self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {allowed_s:.1f} s")
+                else:
+                    due_s = min(due_s, job.moved_s + allowed_s)
         for peer in list(self._peers.values()):
             if peer.state is State.PAUSED and now_s >= peer.named_s + (FORGET_MISFIT_S if peer.misfit else FORGET_S):
                 self._forget(peer)
@@ -422,6 +428,7 @@ class Inbox:
         if not job.pulled:
             return None
         job.pull_started_s = time.perf_counter()
+        job.moved_s = self._clock()
         pull = job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
         pull.poll()  # starts it
         if pull.work is not None:
@@ -434,6 +441,7 @@ class Inbox:
         """Asks whether the lease was valid until now. Raises TransferError where something was never announced."""
         job.check_complete(self._layout)
         job.stage = Stage.RELEASING
+        job.moved_s = self._clock()
         peer.send(wire.Release(job.key, done=True))
 
     def _failed(self, job: Expected, error: Exception) -> None:

@@ -38,7 +38,6 @@ FAILURES_TOLERATED = 3
 UNREACHABLE_S = 5.0
 MAX_UNPROVED_FRAMES = 16  # of who was dialled; two are due
 HEARTBEATS_PER_LEASE = 6
-MISSED_HEARTBEATS = 3
 MIN_SILENCE_S = 2.0  # a busy machine may keep a healthy peer from answering for so long
 
 
@@ -415,7 +414,7 @@ class PrefillPeer:
         if not keys:
             self._unanswered_s = None
             return float("inf")
-        silence_s = max(MISSED_HEARTBEATS * interval_s, MIN_SILENCE_S)
+        silence_s = max(self._welcomed.lease_s, MIN_SILENCE_S)  # a pause shorter than the lease harms nothing
         if self._unanswered_s is not None and now_s >= self._unanswered_s + silence_s:
             self.lose(FailureKind.PEER_LOST, f"no answer to heartbeats for {silence_s:g} s")
             return self._due_s

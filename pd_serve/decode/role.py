@@ -2,16 +2,20 @@
 
 Runs on the engine's main thread; the pull itself is the inbox's, on the transfer thread. Blocks are
 taken when the first of the prefill node's are ready, so that a queue there holds no memory here, and
-go back only when the inbox says that no transfer can write them any more.
+go back only when the inbox says that no transfer can write them any more. Until there is room a sequence
+keeps its lease and its place: the oldest request comes first, whatever the order in which prefill nodes
+are done.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import time
+from bisect import insort_right
 from collections.abc import Iterator
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Inbox, Offered
-from pd_serve.engine.scheduler import Scheduler
+from pd_serve.engine.scheduler import Scheduler, by_age
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire.link import Failure, Output, Peers
@@ -24,7 +28,7 @@ class DecodeRole:
         self._inbox = inbox
         self._local_prefill_tokens = local_prefill_tokens
         self._expected: dict[str, Sequence] = {}  # until the inbox has ended them, aborted ones included
-        self._offered: deque[Sequence] = deque()  # their KV is ready; no blocks here yet
+        self._offered: list[Sequence] = []  # their KV is ready; no blocks here yet. The oldest first
         self._placed = 0  # sequences with blocks whose KV is under way
 
     def wait_ready(self) -> str:
@@ -43,14 +47,14 @@ class DecodeRole:
         seq.state = State.PULLING
         self._expected[seq.id] = seq
         self._inbox.expect(seq.id, seq.source)
-        return None
+        return Output(id=seq.id, index=seq.output_index, tokens=[], event="accepted")
 
     def computed(self, seq: Sequence, token: int | None) -> None:
         """Nothing leaves a decode node but tokens."""
 
     def ended(self, seq: Sequence, reason: str) -> None:
         if seq.state is State.PULLING:
-            seq.state = State.FINISHED
+            self._left(seq)
             self._inbox.cancel(seq.id)
 
     def abandoned(self, key: str) -> None:
@@ -64,13 +68,13 @@ class DecodeRole:
             match event:
                 case Offered():
                     if seq.state is State.PULLING:
-                        self._offered.append(seq)
+                        insort_right(self._offered, seq, key=by_age)
                 case Arrived():
                     if (output := self._arrived(seq, event)) is not None:
                         yield seq, output
                 case Failed():
                     if seq.state is State.PULLING:
-                        seq.state = State.FINISHED
+                        self._left(seq)
                         failure = Failure("transfer", f"{event.kind}: {event.message}")
                         yield seq, Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure)
                 case Drained():
@@ -78,32 +82,42 @@ class DecodeRole:
                     self._scheduler.close_blocks(seq)
         self._place()
 
+    def _left(self, seq: Sequence) -> None:
+        """It is not wanted here any more, but the inbox has not ended it."""
+        seq.state = State.FINISHED
+        if seq in self._offered:
+            self._offered.remove(seq)
+
     def _place(self) -> None:
-        """Gives blocks to offered sequences, first come first served, preempted ones before them."""
-        while self._offered and not self._scheduler.waiting:
-            seq = self._offered[0]
-            if seq.state is not State.PULLING:
-                self._offered.popleft()
-                continue
-            if len(self._scheduler.running) + self._placed >= self._scheduler.limits.max_num_seqs:
-                return
-            match = self._kv.match(seq.tokens, seq.num_tokens)
-            blocks = self._kv.open(match)
-            reserve = len(self._scheduler.running) + self._placed
-            if not self._kv.can_extend(blocks, seq.num_tokens, reserve, live_only=True):
-                self._kv.close(blocks)
-                return
-            self._kv.extend(blocks, seq.num_tokens, live_only=True)
-            seq.blocks = blocks
-            seq.num_cached = min(match.num_tokens, seq.num_prompt)
-            self._scheduler.prefix_queries += seq.num_tokens
-            self._scheduler.prefix_hits += seq.num_cached
+        """Gives blocks to offered sequences and to nobody who is younger than the first that finds no room."""
+        while self._offered and self._place_first(self._offered[0]):
+            self._offered.pop(0)
             self._placed += 1
-            self._offered.popleft()
-            cached = match.num_tokens // self._kv.layout.block_size
-            groups = range(len(self._kv.layout.groups))
-            first = [max(cached, self._kv.layout.first_live_block(g, seq.num_tokens)) for g in groups]
-            self._inbox.accept(seq.id, [t[: blocks.num_blocks].copy() for t in blocks.tables], first)
+            self._scheduler.pace.placed(time.monotonic())
+        self._scheduler.outside_s = self._offered[0].arrival_s if self._offered else math.inf
+
+    def _place_first(self, seq: Sequence) -> bool:
+        scheduler = self._scheduler
+        if scheduler.waiting and scheduler.waiting[0].arrival_s <= seq.arrival_s:
+            return False
+        reserve = len(scheduler.running) + self._placed
+        if reserve >= scheduler.limits.max_num_seqs:
+            return False
+        match = self._kv.match(seq.tokens, seq.num_tokens)
+        blocks = self._kv.open(match)
+        if not self._kv.can_extend(blocks, seq.num_tokens, reserve, live_only=True):
+            self._kv.close(blocks)
+            return False
+        self._kv.extend(blocks, seq.num_tokens, live_only=True)
+        seq.blocks = blocks
+        seq.num_cached = min(match.num_tokens, seq.num_prompt)
+        scheduler.prefix_queries += seq.num_tokens
+        scheduler.prefix_hits += seq.num_cached
+        cached = match.num_tokens // self._kv.layout.block_size
+        groups = range(len(self._kv.layout.groups))
+        first = [max(cached, self._kv.layout.first_live_block(g, seq.num_tokens)) for g in groups]
+        self._inbox.accept(seq.id, [t[: blocks.num_blocks].copy() for t in blocks.tables], first)
+        return True
 
     def _arrived(self, seq: Sequence, event: Arrived) -> Output | None:
         """The KV is here and its lease was valid to the end: the sequence may run."""
@@ -128,9 +142,6 @@ class DecodeRole:
         for source in peers.sources:
             self._inbox.connect(source)
 
-    def misfits(self) -> dict[str, str]:
-        return self._inbox.misfits()
-
     @property
     def transport(self) -> str:
         return ",".join(self._inbox.lanes)
@@ -150,5 +161,9 @@ class DecodeRole:
     def counters(self) -> dict[str, float]:
         return self._inbox.counters()
 
+    def misfits(self) -> dict[str, str]:
+        return self._inbox.misfits()
+
     def close(self) -> bool:
+        self._scheduler.outside_s = math.inf
         return self._inbox.close()

@@ -25,6 +25,7 @@ import zmq
 
 from pd_serve import logs
 from pd_serve.engine.channel import Channel
+from pd_serve.engine.pulse import Pulse
 from pd_serve.errors import ConfigError, PDServeError, TransferError
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
@@ -130,9 +131,12 @@ def main(make_role: RoleFactory) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
         stack.callback(context.term)
+        pulse = Pulse(context, config.pulse_address, config.engine_timeout_s, config.step_timeout_s)
+        stack.callback(pulse.close)
+        pulse.start()  # before all that takes time
         channel = stack.enter_context(Channel(context, config.address))
         try:
-            engine, ready = build(config, channel, make_role)
+            engine, ready = build(config, channel, pulse, make_role)
         except PDServeError as error:
             channel.send_node(EngineFailed(str(error)))
             return 1
@@ -152,7 +156,7 @@ def main(make_role: RoleFactory) -> int:
     return 0
 
 
-def build(config: EngineConfig, channel: Channel, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
+def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
     """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
     watch = Stopwatch()
     import torch
@@ -189,6 +193,7 @@ def build(config: EngineConfig, channel: Channel, make_role: RoleFactory) -> tup
         max_num_batched_tokens=config.max_num_batched_tokens,
         saturating_tokens=SATURATING_TOKENS,
         max_queue=config.max_queue,
+        max_queue_wait_s=config.max_queue_wait_s,
         max_model_len=max_model_len,
     )
     scheduler = Scheduler(kv, limits)
@@ -233,6 +238,7 @@ def build(config: EngineConfig, channel: Channel, make_role: RoleFactory) -> tup
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
         presence=Presence(roles, role, kv, HostSleeper(pool, runner, load)),
         channel=channel,
+        pulse=pulse,
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
     )

@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -19,11 +20,13 @@ import numpy as np
 import zmq
 from torch import Tensor
 
+from pd_serve.engine import checks
 from pd_serve.engine.batch import Batch
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.plan import Work, build_batch
 from pd_serve.engine.presence import Presence
-from pd_serve.engine.sampler import Sampler
+from pd_serve.engine.pulse import Pulse
+from pd_serve.engine.sampler import Sampled, Sampler
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.engine.sleep import TAGS
@@ -44,6 +47,15 @@ class Compute(Protocol):
         """Runs the model over a batch: ``[N, vocab]`` float32 logits of ``batch.logits_rows``."""
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """What a step made of a part of its plan, before any of it is booked."""
+
+    works: list[Work]
+    sampled: Sampled | None  # of those works that sample, in their order
+    prompt_logprobs: dict[str, list[link.TokenLogprob | None]]  # by sequence
+
+
 class Engine:
     def __init__(
         self,
@@ -54,6 +66,7 @@ class Engine:
         sampler: Sampler,
         presence: Presence,
         channel: Channel,
+        pulse: Pulse,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
     ) -> None:
@@ -64,10 +77,12 @@ class Engine:
         self._presence = presence
         self._role = presence.role
         self._channel = channel
+        self._pulse = pulse
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
         self._seqs: dict[str, Sequence] = {}
         self._outbound: defaultdict[int, list[link.Output]] = defaultdict(list)
+        self._submits: dict[int, int] = {}  # by origin: the number of its last submit
         self._stopping = False
         self._draining = False
         self._drained_sent = False
@@ -90,13 +105,17 @@ class Engine:
         while not self._stopping:
             # after an empty plan only a message or a transfer event can change anything
             wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
+            self._pulse.rest()
             self._poller.poll(math.ceil(wait_s * 1000))
+            self._pulse.turn()
             self._receive()
             for seq, output in self._role.events():
                 self._emit(seq, output)
                 if output.failure is not None:
                     self._seqs.pop(seq.id, None)
-            self._report()  # before a step that may take a second: routers place by it
+            # before a step that may take long: clients wait for the answers, and routers place by the report
+            self._flush()
+            self._report()
             worked = self._step()
             self._flush()
             self._turn_in()
@@ -108,36 +127,59 @@ class Engine:
             return False
         self._checked_idle = False
         started_s = time.perf_counter()
-        try:
-            batch = build_batch(plan, self._kv.layout.block_size, len(self._kv.layout.groups))
-            logits = self._runner.execute(batch)
-            samplers = [w for w in plan if w.samples]
-            if any(w.wants_prompt_logprobs for w in plan):
-                logits = self._prompt_logprobs(plan, logits)
-            sampled = self._sampler.sample(logits, [w.seq for w in samplers]) if samplers else None
-        except Exception:
-            log.exception("a step failed; its %d sequences are given back to their routers", len(plan))
-            self._counters["step_failures"] += 1
-            for work in plan:
-                self._fail(work.seq, link.Failure("internal", "the node failed to compute this step; see its log"))
-            return True
-        at = 0
-        for work in plan:
-            samples = work.samples
-            self._scheduler.advance(work)
-            if not samples:
-                self._role.computed(work.seq, None)
-                continue
-            assert sampled is not None
-            self._token(work.seq, sampled.tokens[at], sampled.logprobs[at])
-            at += 1
+        for computed in self._compute(plan):
+            self._book(computed)
         self._counters["steps"] += 1
         self._counters["step_seconds"] += time.perf_counter() - started_s
-        self._counters["computed_tokens"] += batch.num_tokens
+        self._counters["computed_tokens"] += sum(work.num_tokens for work in plan)
         return True
 
-    def _prompt_logprobs(self, plan: list[Work], logits: Tensor) -> Tensor:
-        """Books log-probabilities of prompt tokens; returns the rows that are sampled from."""
+    def _compute(self, plan: list[Work], *, again: bool = False) -> list[_Computed]:
+        """Computes a plan. Where that fails its halves are computed apart, so that only those fail that cannot be."""
+        try:
+            with self._pulse.step(sum(work.num_tokens for work in plan)):
+                return [self._execute(plan)]
+        except Exception as error:
+            self._counters["step_failures"] += 1
+            if len(plan) > 1:
+                log.warning("a step of %d sequences failed; they are computed apart", len(plan), exc_info=not again)
+                half = len(plan) // 2
+                return [*self._compute(plan[:half], again=True), *self._compute(plan[half:], again=True)]
+            seq = plan[0].seq
+            log.error("%s cannot be computed and ends here: %r", seq.id, error, exc_info=not again)
+            self._fail(seq, link.Failure("internal", "the node failed to compute this request; see its log"))
+            return []
+
+    def _execute(self, plan: list[Work]) -> _Computed:
+        """May be done twice: nothing is booked here."""
+        batch = build_batch(plan, self._kv.layout.block_size, len(self._kv.layout.groups))
+        logits = self._runner.execute(batch)
+        samplers = [w.seq for w in plan if w.samples]
+        prompt_logprobs: dict[str, list[link.TokenLogprob | None]] = {}
+        if any(w.wants_prompt_logprobs for w in plan):
+            logits = self._prompt_logprobs(plan, logits, prompt_logprobs)
+        sampled = self._sampler.sample(logits, samplers) if samplers else None
+        return _Computed(plan, sampled, prompt_logprobs)
+
+    def _book(self, computed: _Computed) -> None:
+        """The results of a step reach their sequences, roles and routers."""
+        at = 0
+        for work in computed.works:
+            seq, samples = work.seq, work.samples
+            if (found := computed.prompt_logprobs.get(seq.id)) is not None:
+                seq.prompt_logprobs = [*(seq.prompt_logprobs or ()), *found]
+            self._scheduler.advance(work)
+            if not samples:
+                self._role.computed(seq, None)
+                continue
+            assert computed.sampled is not None
+            self._token(seq, computed.sampled.tokens[at], computed.sampled.logprobs[at])
+            at += 1
+
+    def _prompt_logprobs(
+        self, plan: list[Work], logits: Tensor, found: dict[str, list[link.TokenLogprob | None]]
+    ) -> Tensor:
+        """Puts log-probabilities of prompt tokens into ``found``; returns the rows that are sampled from."""
         keep, row = [], 0
         for work in plan:
             seq = work.seq
@@ -147,11 +189,10 @@ class Engine:
                 continue
             begin = seq.num_computed
             count = min(work.num_tokens, seq.num_prompt - 1 - begin)  # the last prompt token predicts output
-            if seq.prompt_logprobs is None:
-                seq.prompt_logprobs = [None]
+            found[seq.id] = [None] if seq.prompt_logprobs is None else []
             if count > 0:
                 targets = seq.tokens[begin + 1 : begin + 1 + count].tolist()
-                seq.prompt_logprobs += self._sampler.prompt_logprobs(
+                found[seq.id] += self._sampler.prompt_logprobs(
                     logits[row : row + count], targets, seq.sampling.prompt_logprobs
                 )
             row += work.num_tokens
@@ -210,11 +251,21 @@ class Engine:
                         self._counters["aborts"] += 1
                         self._end(seq, "aborted")
             case link.Peers():
-                self._role.peers(message)
+                self._peers(message)
+
+    def _peers(self, peers: link.Peers) -> None:
+        sources = []
+        for source in peers.sources:
+            if why := checks.source_problem(source):
+                log.warning("a router names a prefill node %.100r that cannot be: %s", source.node_id, why)
+            else:
+                sources.append(source)
+        self._role.peers(link.Peers(sources))
 
     def _from_node(self, message: wire.ToEngine) -> None:
         match message:
             case wire.Drop():
+                self._submits.pop(message.origin, None)
                 for seq in [s for s in self._seqs.values() if s.origin == message.origin]:
                     self._counters["aborts"] += 1
                     self._end(seq, "its router is gone")
@@ -228,17 +279,21 @@ class Engine:
             case wire.Wake():
                 self._answer(message.number, self._wake(message.tags))
             case link.Peers():
-                self._role.peers(message)
+                self._peers(message)
 
     def _submit(self, origin: int, submit: link.Submit) -> None:
+        self._submits[origin] = submit.number
         failure = self._refusal(submit)
         if failure is not None:
             self._counters[f"failures_{failure.kind}"] += 1
+            if failure.kind == "invalid":
+                log.warning("attempt %.100r is refused: %s", submit.id, failure.message)
             refused = link.Output(id=submit.id, index=submit.num_output, tokens=[], failure=failure)
             self._outbound[origin].append(refused)
             return
         tokens = np.frombuffer(submit.tokens, dtype="<i4")
         limit = self._scheduler.limits.max_model_len
+        now_s = time.monotonic()
         seq = Sequence(
             submit.id,
             origin,
@@ -248,7 +303,8 @@ class Engine:
             capacity=min(limit, len(tokens) - submit.num_output + submit.sampling.max_tokens) + 1,
             handoff=submit.handoff,
             source=submit.source,
-            arrival_s=time.monotonic(),
+            arrival_s=now_s - submit.age_s,
+            admitted_s=now_s,
         )
         self._seqs[seq.id] = seq
         self._counters["requests"] += 1
@@ -267,17 +323,15 @@ class Engine:
             return link.Failure("refused", "this node goes to sleep", retry_after_s=1.0)
         if submit.id in self._seqs:
             return link.Failure("invalid", f"attempt {submit.id} is running already")
-        if not submit.tokens or len(submit.tokens) % 4:
-            return link.Failure("invalid", "the prompt has no tokens")
-        tokens = np.frombuffer(submit.tokens, dtype="<i4")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size:
-            return link.Failure("invalid", f"token ids must be between 0 and {self._vocab_size - 1}")
-        limit = self._scheduler.limits.max_model_len
-        if len(tokens) >= limit:
-            return link.Failure("invalid", f"{len(tokens)} tokens leave no room to answer: {limit} is the limit here")
-        if not 0 <= submit.num_output < min(len(tokens), submit.sampling.max_tokens):
-            return link.Failure("invalid", "num_output does not fit tokens and max_tokens")
-        return self._scheduler.refuses(self._role.queued)
+        why = checks.problem(submit, self._vocab_size, self._scheduler.limits.max_model_len)
+        if why:
+            return link.Failure("invalid", why)
+        return self._scheduler.refuses(self._queued, begun=submit.num_output > 0)
+
+    @property
+    def _queued(self) -> int:
+        """Sequences without blocks, wherever they wait."""
+        return len(self._scheduler.waiting) + self._role.queued
 
     # --- ends ---------------------------------------------------------------------------------------
 
@@ -332,7 +386,8 @@ class Engine:
         self._bedtime = None
         failure = ""
         try:
-            self._presence.sleep(order.level)
+            with self._pulse.unbounded():
+                self._presence.sleep(order.level)
         except Exception as error:
             log.exception("the engine cannot fall asleep")
             failure = "; ".join(filter(None, (_sentence(error), self._wake(TAGS))))
@@ -342,7 +397,8 @@ class Engine:
     def _wake(self, tags: Collection[str]) -> str:
         """Brings tags back, and the engine with the last of them. Returns what went wrong, if anything did."""
         try:
-            ready = self._presence.wake(tags, self.load())
+            with self._pulse.unbounded():
+                ready = self._presence.wake(tags, self.load())
         except Exception as error:
             log.exception("the engine cannot wake up")
             return _sentence(error)
@@ -380,7 +436,8 @@ class Engine:
             if idle and not self._checked_idle:
                 self._check_idle()
             memory = self._presence.sleeper.report()
-            self._channel.send_node(link.Status(self.load(), self._counter_snapshot(), memory, misfits=misfits))
+            status = link.Status(self.load(), self._counter_snapshot(), memory, misfits=misfits)
+            self._channel.send_node(wire.Report(status, self._submits))
         if self._draining and idle and not self._drained_sent:
             self._drained_sent = True
             self._channel.send_node(wire.Drained())
@@ -395,14 +452,18 @@ class Engine:
             log.error("KV blocks are not where they should be while idle: %s", error)
 
     def load(self) -> link.Load:
+        queued = self._queued
         return link.Load(
-            waiting=len(self._scheduler.waiting) + self._role.queued,
+            waiting=queued,
             running=len(self._scheduler.running),
             waiting_tokens=self._scheduler.waiting_tokens,
             groups=self._kv.usage(),
             leases=self._role.leases,
             pulling=self._role.pulling,
             draining=self._draining or self._bedtime is not None or self._presence.level > 0,
+            queued=queued,
+            max_queue=self._scheduler.limits.max_queue,
+            queue_wait_s=self._scheduler.wait_s(queued),
         )
 
     def _counter_snapshot(self) -> dict[str, float]:

@@ -41,12 +41,6 @@ class Role(Protocol):
     def peers(self, peers: Peers) -> None:
         """The prefill nodes that a router knows."""
 
-    def misfits(self) -> dict[str, str]:
-        """Node ids of peers that this engine cannot work with, and why; replaced when it changes, never altered.
-
-        ``fileno`` is readable when it has changed.
-        """
-
     @property
     def transport(self) -> str:
         """Names of the transports that run, separated by commas; after ``wait_ready``."""
@@ -62,6 +56,9 @@ class Role(Protocol):
     def pulling(self) -> int: ...
 
     def counters(self) -> dict[str, float]: ...
+
+    def misfits(self) -> dict[str, str]:
+        """Decode: the ids of sources that it cannot read from, and why."""
 
     def close(self) -> bool:
         """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.
@@ -102,10 +99,10 @@ class NoRole:
     def peers(self, peers: Peers) -> None:
         """Routers name them again when the engine is awake."""
 
-    def misfits(self) -> dict[str, str]:
+    def counters(self) -> dict[str, float]:
         return {}
 
-    def counters(self) -> dict[str, float]:
+    def misfits(self) -> dict[str, str]:
         return {}
 
     def close(self) -> bool:

@@ -1,19 +1,22 @@
 """Which sequences compute what in the next step.
 
 One queue, one running list, continuous batching (Orca, OSDI'22) with chunked prefill (Sarathi-Serve,
-OSDI'24) under a token budget. Admission is by blocks: a sequence starts when its whole prompt has room.
-When a running sequence finds no block to grow into, the youngest gives its blocks back and is computed
-again later (recompute preemption, vLLM, SOSP'23); the client sees a pause.
+OSDI'24) under a token budget. Admission is by blocks: a sequence starts when its whole prompt has room. The oldest
+request comes first, by its age at the router and not in the queue, and nobody overtakes it for being small. When a
+running sequence finds no block to grow into, the youngest gives its blocks back and is computed again later (recompute
+preemption, vLLM, SOSP'23); the client sees a pause.
 
 Called by the engine's main thread only. Never touches tensors.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
+from bisect import bisect_left, insort_left, insort_right
 from dataclasses import dataclass
 
+from pd_serve.engine.pace import Pace
 from pd_serve.engine.plan import Work
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
@@ -30,14 +33,27 @@ class Limits:
     max_num_batched_tokens: int
     saturating_tokens: int  # tokens in a step from which on more of them cost in proportion
     max_queue: int
+    max_queue_wait_s: float
     max_model_len: int
+
+
+# What a refused client is told to wait at least and at most.
+RETRY_S = (1.0, 60.0)
+
+
+def by_age(seq: Sequence) -> float:
+    """Sorts queues: the oldest request first."""
+    return seq.arrival_s
 
 
 class Scheduler:
     def __init__(self, kv: KVManager, limits: Limits) -> None:
         self.kv = kv
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # the oldest first
+        # Arrival of the oldest sequence that waits for room but not in this queue: younger ones here come after it.
+        self.outside_s = math.inf
+        self.pace = Pace(time.monotonic())
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_started = 0
@@ -47,25 +63,38 @@ class Scheduler:
 
     # --- in and out ---------------------------------------------------------------------------------
 
-    def refuses(self, queued_elsewhere: int = 0) -> Failure | None:
-        """Why one more request is not admitted now. ``queued_elsewhere``: requests that wait for KV to arrive."""
-        if len(self.waiting) + queued_elsewhere < self.limits.max_queue:
+    def refuses(self, queued: int, *, begun: bool = False) -> Failure | None:
+        """Why one more request is not admitted now that ``queued`` wait for blocks.
+
+        ``begun``: its client has part of the answer; it is older than most that wait, and comes before them.
+        """
+        if begun:
             return None
-        return Failure(
-            "refused", f"the queue of this node is full ({self.limits.max_queue} requests)", retry_after_s=1.0
-        )
+        wait_s = self.wait_s(queued)
+        if queued >= self.limits.max_queue:
+            why = f"the queue of this node is full ({self.limits.max_queue} requests)"
+        elif wait_s > self.limits.max_queue_wait_s:
+            why = f"a request would wait {wait_s:.0f} s in the queue of this node ({queued} are before it)"
+        else:
+            return None
+        low, high = RETRY_S
+        return Failure("refused", why, retry_after_s=min(max(wait_s, low), high))
+
+    def wait_s(self, queued: int) -> float:
+        """How long a request that comes now waits for blocks, by what was seen lately; 0 where nothing was."""
+        return self.pace.wait_s(queued, time.monotonic())
 
     def add(self, seq: Sequence) -> None:
         """Queues a sequence that is to be computed here."""
         seq.state = State.WAITING
-        self.waiting.append(seq)
+        insort_right(self.waiting, seq, key=by_age)
 
     def join(self, seq: Sequence) -> None:
         """Lets a sequence run that has its blocks: computed from here on, or with KV that has arrived."""
-        if seq.arrival_s is not None:  # a preempted one has been counted
-            self.queue_seconds += time.monotonic() - seq.arrival_s
+        if not seq.started:
+            seq.started = True
+            self.queue_seconds += time.monotonic() - seq.admitted_s
             self.num_started += 1
-            seq.arrival_s = None
         seq.state = State.RUNNING
         self.running.append(seq)
 
@@ -101,18 +130,19 @@ class Scheduler:
             budget = self._plan_prefill(works, seq, budget)
         if self.waiting and budget > 0:
             self._admit(works, prefills, budget)
+        self.pace.blocked(bool(self.waiting) or self.outside_s < math.inf, time.monotonic())
         works.sort(key=lambda w: w.num_tokens != 1)
         return works
 
     def _plan_decodes(self) -> list[Work]:
         works = []
-        for seq in tuple(self.running):
+        for seq in sorted(self.running, key=by_age):  # a victim, the youngest, has not been planned yet
             if seq.state is not State.RUNNING or seq.num_computed == 0 or seq.num_computed + 1 != seq.num_tokens:
                 continue
             assert seq.blocks is not None  # running sequences hold blocks
             while not self.kv.can_extend(seq.blocks, seq.num_tokens):
                 # blocks that were announced to a decode node stay: it may be reading them
-                victim = next((s for s in reversed(self.running) if not s.handoff), seq)
+                victim = max((s for s in reversed(self.running) if not s.handoff), key=by_age, default=seq)
                 self._preempt(victim)
                 if victim is seq:
                     break
@@ -126,7 +156,7 @@ class Scheduler:
         self.close_blocks(seq)
         seq.num_computed = 0
         seq.state = State.WAITING
-        self.waiting.appendleft(seq)
+        insort_left(self.waiting, seq, key=by_age)
         self.num_preemptions += 1
 
     def _plan_prefill(self, works: list[Work], seq: Sequence, budget: int) -> int:
@@ -145,16 +175,16 @@ class Scheduler:
 
     def _admit(self, works: list[Work], prefills: list[Sequence], budget: int) -> None:
         computing = {key for s in prefills if (key := self._next_block(s)) is not None}
-        later: deque[Sequence] = deque()
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting.popleft()
+        end = bisect_left(self.waiting, self.outside_s, key=by_age) if self.outside_s < math.inf else len(self.waiting)
+        at = 0
+        while at < end and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            seq = self.waiting[at]
             if not self._open(seq):
-                self.waiting.appendleft(seq)
                 break
             key = self._next_block(seq)
             if key in computing:  # the same prompt is being computed: wait for the prefix cache to have it
                 self.close_blocks(seq)
-                later.append(seq)
+                at += 1
                 continue
             assert seq.blocks is not None
             self.kv.extend(seq.blocks, seq.num_tokens)
@@ -163,9 +193,11 @@ class Scheduler:
                 self.prefix_hits += seq.num_cached
             if key is not None:
                 computing.add(key)
+            del self.waiting[at]
+            end -= 1
+            self.pace.placed(time.monotonic())
             self.join(seq)
             budget = self._plan_prefill(works, seq, budget)
-        self.waiting.extendleft(reversed(later))
 
     def _open(self, seq: Sequence) -> bool:
         """Gives a waiting sequence its cached prefix, if the rest of its prompt has room too."""

@@ -27,6 +27,7 @@ class Sequence:
 
     __slots__ = (
         "_tokens",
+        "admitted_s",
         "arrival_s",
         "blocks",
         "handoff",
@@ -40,6 +41,7 @@ class Sequence:
         "sampler_state",
         "sampling",
         "source",
+        "started",
         "state",
     )
 
@@ -54,7 +56,8 @@ class Sequence:
         capacity: int,
         handoff: bool = False,
         source: Source | None = None,
-        arrival_s: float | None = None,
+        arrival_s: float = 0.0,
+        admitted_s: float = 0.0,
     ) -> None:
         self.id = id
         self.origin = origin  # which router asked
@@ -67,7 +70,9 @@ class Sequence:
         self.sampling = sampling
         self.handoff = handoff
         self.source = source
-        self.arrival_s = arrival_s
+        self.arrival_s = arrival_s  # of the request at its router, on this engine's clock: the oldest is served first
+        self.admitted_s = admitted_s  # of the attempt, here
+        self.started = False  # it has run; a preempted one waits again
         self.state = State.WAITING
         self.blocks: SequenceBlocks | None = None
         self.sampler_state: object | None = None  # the sampler's own (penalty counts), made on first use

@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket
 
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import TRY_AGAIN, Links
-from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep, State
+from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep
 from pd_serve.wire.link import Hello
 
 
@@ -32,7 +32,10 @@ class NodeState(Protocol):
     draining: bool
 
     def hello(self) -> Hello | None:
-        """How the node introduces itself to routers; None while its engine cannot serve: it starts, or sleeps."""
+        """How the node introduces itself to routers; None while it takes no requests (see ``why_not``)."""
+
+    def why_not(self) -> str:
+        """Why the node takes no requests now; empty when it does."""
 
     def describe(self) -> dict[str, object]:
         """``GET /v1/status``."""
@@ -42,26 +45,14 @@ class NodeState(Protocol):
 
 
 def build(node: NodeState) -> Starlette:
-    def rest() -> str:
-        """Why the node is alive and does not serve, because it sleeps; empty when it is awake."""
-        return "" if node.sleep is None or node.sleep.state is State.AWAKE else node.sleep.state.value
-
     async def health(_: Request) -> Response:
-        if node.engine.ready is None:
-            return JSONResponse({"status": "starting"})
-        if (resting := rest()) and node.engine.alive():  # memory moves for longer than an engine may be silent
-            return JSONResponse({"status": resting})
-        if node.engine.answering():
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the engine does not answer"}, status_code=503)
+        trouble = node.engine.trouble or ("" if node.engine.alive() else "the engine has ended")
+        if trouble:
+            return JSONResponse({"status": trouble}, status_code=503)
+        return JSONResponse({"status": node.why_not() or "ok"})
 
     async def ready(_: Request) -> Response:
-        if node.draining:
-            return JSONResponse({"ready": False, "reason": "draining"}, status_code=503)
-        if resting := rest():
-            return JSONResponse({"ready": False, "reason": resting}, status_code=503)
-        if not node.engine.answering():
-            reason = "starting" if node.engine.ready is None else "the engine does not answer"
+        if reason := node.why_not():
             return JSONResponse({"ready": False, "reason": reason}, status_code=503)
         return JSONResponse({"ready": True})
 
@@ -78,6 +69,7 @@ def build(node: NodeState) -> Starlette:
             links=len(node.links),
             draining=node.draining,
             sleeping=sleeping,
+            stuck=bool(node.engine.trouble),
         )
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -91,7 +83,7 @@ def build(node: NodeState) -> Starlette:
         hello = node.hello()
         if hello is None:
             await websocket.accept()
-            await websocket.close(TRY_AGAIN, rest() or "starting")
+            await websocket.close(TRY_AGAIN, node.why_not()[:120])  # a close frame holds at most 123 bytes
             return
         await node.links.serve(websocket, hello, node.engine)
 

@@ -1,11 +1,14 @@
-"""The node's end of its engine process: starts it, forwards frames, knows its status, sees it die.
+"""The node's end of its engine process: starts it, forwards frames, knows its status, sees it hang, stop and die.
 
-Used by the node's main loop and its links. Never decodes what routers and engine say to each other.
+Used by the node's main loop and its links. Never decodes what routers and engine say to each other. A slow engine is
+not a dead one: its pulse says how long the step may take, and only silence of the pulse, or a step beyond its limit, is
+trouble. A node that was itself stopped or starved blames nobody for what it did not hear.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import shutil
@@ -21,35 +24,44 @@ import zmq
 
 from pd_serve.processes import Child, describe_exit
 from pd_serve.wire import engine as wire
-from pd_serve.wire.link import Status
+from pd_serve.wire.link import Running, Status
 
 log = logging.getLogger(__name__)
 
 # Messages an engine may leave unread. It reads between any two steps: beyond this it hangs.
 MAX_UNREAD = 100_000
-# An engine reports at least once a second, but not during a step: a step that takes longer is a fault.
-STALE_S = 30.0
 _SHUTDOWN_S = 2.0
+# Before silence counts: what came while this process was not running is read first.
+_SECOND_LOOK_S = 0.2
 
 
 class EngineProcess:
-    """Owns the engine process and the socket to it."""
+    """Owns the engine process and the sockets to it. ``timeout_s``: the silence after which it counts as stopped."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._deliver: Callable[[int, bytes], None] = lambda _origin, _payload: None
-        self._changed: Callable[[Status], None] = lambda _status: None
+        self._changed: Callable[[], None] = lambda: None
         self._directory = Path(tempfile.mkdtemp(prefix="pd-serve-"))
         self.address = f"ipc://{self._directory}/engine"
+        self.pulse_address = f"ipc://{self._directory}/pulse"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # always read at once; the links bound what waits
         self._socket.bind(self.address)
+        self._pulse: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._pulse.bind(self.pulse_address)
         self._child: Child | None = None
         self.ready: wire.EngineReady | None = None
         self.status: Status | None = None
+        self.submits: dict[int, int] = {}  # by link: the number of the last submit that ``status`` includes
+        self.running: Running | None = None  # the step, by its pulse
+        self.trouble = ""  # why the engine counts as stopped or hanging
         self._heard_s = time.monotonic()
+        self._silent = False
+        self._beats = 0
         self._started: asyncio.Event = asyncio.Event()
         self._drained: asyncio.Event = asyncio.Event()
         self._failure: str | None = None
@@ -65,13 +77,16 @@ class EngineProcess:
         self,
         loop: asyncio.AbstractEventLoop,
         deliver: Callable[[int, bytes], None],
-        changed: Callable[[Status], None],
+        changed: Callable[[], None],
     ) -> None:
-        """Begins to read: outputs go to ``deliver(origin, payload)``, every status to ``changed``."""
+        """Begins to read: outputs go to ``deliver(origin, payload)``; ``changed()`` after every status, after a beat
+        during a step, and when ``trouble`` begins or ends."""
         self._deliver = deliver
         self._changed = changed
-        loop.add_reader(self._socket.fileno(), self._read)
+        for socket in (self._socket, self._pulse):
+            loop.add_reader(socket.fileno(), self._read)
         loop.call_soon(self._read)
+        self._watch(loop)
 
     @property
     def pid(self) -> int:
@@ -80,10 +95,6 @@ class EngineProcess:
 
     def alive(self) -> bool:
         return self._child is not None and self._child.returncode() is None
-
-    def answering(self) -> bool:
-        """Whether the engine serves and has spoken lately."""
-        return self.alive() and self.ready is not None and time.monotonic() - self._heard_s < STALE_S
 
     async def wait_ready(self) -> wire.EngineReady | None:
         """Waits for the start to end: what the engine says of itself, or None when it failed (see ``failure``)."""
@@ -175,7 +186,76 @@ class EngineProcess:
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    # --- liveness -----------------------------------------------------------------------------------
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Looks when the silence would be too long, and then once more."""
+        due_s = self._heard_s + self._timeout_s - _SECOND_LOOK_S
+        now_s = time.monotonic()
+        if now_s < due_s:
+            loop.call_later(due_s - now_s, self._watch, loop)
+        else:
+            loop.call_later(_SECOND_LOOK_S, self._look_again, loop, now_s)
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop, looked_s: float) -> None:
+        self._read()
+        now_s = time.monotonic()
+        if (
+            now_s - looked_s > 2 * _SECOND_LOOK_S
+        ):  # this process was stopped, or got no time: what it missed may come yet
+            self._heard_s = max(self._heard_s, now_s - self._timeout_s + 2 * _SECOND_LOOK_S)
+        elif now_s - self._heard_s >= self._timeout_s - _SECOND_LOOK_S and self.ready is not None:
+            self._silent = True  # before it is ready a library that loads may hold everything up
+            self._judge()
+        if self._silent or self.ready is None:
+            loop.call_later(self._timeout_s / 2, self._watch, loop)
+        else:
+            self._watch(loop)
+
+    def _judge(self) -> None:
+        """Sets ``trouble``."""
+        running = self.running
+        if self._silent:
+            trouble = f"the engine has said nothing for {self._timeout_s:g} s: it is stopped, or its machine is"
+        elif running is not None and running.seconds > running.limit_s:
+            what = f"step {running.step} ({running.tokens} tokens)" if running.tokens else "the engine's loop"
+            trouble = f"{what} takes longer than its limit of {running.limit_s:.1f} s: the engine hangs"
+        else:
+            trouble = ""
+        if trouble != self.trouble:
+            if trouble:
+                log.error("%s", trouble)
+            else:
+                log.warning("the engine is back")
+            self.trouble = trouble
+            self._changed()
+
+    def _heard(self) -> None:
+        self._heard_s = time.monotonic()
+        if self._silent:
+            self._silent = False
+            self._judge()
+
+    def _beat(self, beat: wire.Beat) -> None:
+        self._beats += 1
+        self.running = beat.running
+        self._judge()
+        if beat.running is not None:
+            self._changed()
+        self._connected()
+
+    def _connected(self) -> None:
+        """When both sockets are, for good: without their path nobody else can, and a killed node leaves nothing."""
+        if self._beats and self.ready is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    # --- reading ------------------------------------------------------------------------------------
+
     def _read(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._beat(wire.decode_beat(self._pulse.recv(zmq.NOBLOCK)))
+                self._heard()
         while True:
             try:
                 origin, payload = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -184,7 +264,7 @@ class EngineProcess:
             except (zmq.ZMQError, ValueError):
                 log.exception("the engine's socket failed")
                 return
-            self._heard_s = time.monotonic()
+            self._heard()
             number = int.from_bytes(origin, "little")
             if number:
                 self._deliver(number, payload)
@@ -193,16 +273,15 @@ class EngineProcess:
 
     def _hear(self, message: wire.FromEngine) -> None:
         match message:
-            case Status():
-                self.status = message
-                self._changed(message)
+            case wire.Report():
+                self.status, self.submits = message.status, message.submits
+                self._changed()
             case wire.EngineReady():
                 self.ready = message
                 before = self.status or Status(message.load)
                 self.status = msgspec.structs.replace(before, load=message.load)
                 self._started.set()
-                # It is connected, for good: without its path nobody else can, and a killed node leaves nothing behind.
-                shutil.rmtree(self._directory, ignore_errors=True)
+                self._connected()
             case wire.EngineFailed():
                 self._failure = message.message
                 self._started.set()

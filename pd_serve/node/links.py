@@ -150,10 +150,11 @@ class Links:
         if link is not None:
             link.offer(frame)
 
-    def broadcast(self, message: wire.Status) -> None:
-        frame = wire.encoder.encode(message)
+    def broadcast(self, status: wire.Status, submits: dict[int, int]) -> None:
+        """``submits``: by origin, the number of the last submit that the status includes."""
         for link in self._links.values():
-            link.offer(frame)
+            status.last_submit = submits.get(link.origin, 0)
+            link.offer(wire.encoder.encode(status))
 
     def close(self, code: int, reason: str) -> None:
         for link in self._links.values():

@@ -27,9 +27,9 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
     url = config.advertise_url or f"http://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
-    engine = EngineProcess()
+    engine = EngineProcess(config.engine_timeout_s)
     try:
-        engine_config = make_engine_config(config, model, url, engine.address)
+        engine_config = make_engine_config(config, model, url, engine)
         engine.start(engine_config, command=engine_command)
         from pd_serve.node.server import Node
 
@@ -39,7 +39,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
         listener.close()
 
 
-def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address: str) -> EngineConfig:
+def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: EngineProcess) -> EngineConfig:
     """The engine's settings with nothing left to decide."""
     allowed = os.sched_getaffinity(0)
     missing = set(config.cpus) - allowed
@@ -51,7 +51,8 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
     return EngineConfig(
         role=config.role,
         node_id=f"{config.role}@{urlsplit(url).netloc}",
-        address=address,
+        address=engine.address,
+        pulse_address=engine.pulse_address,
         model=str(model.directory),
         served_name=config.served_model_name or model.name,
         dtype=model.dtype,
@@ -62,6 +63,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queue=config.max_queue,
+        max_queue_wait_s=config.max_queue_wait_s,
         local_prefill_tokens=config.local_prefill_tokens,
         threads=config.threads or len(config.cpus) or len(allowed),
         cpus=list(config.cpus),
@@ -73,6 +75,8 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, address:
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         ssl_ca=config.ssl_ca,
+        engine_timeout_s=config.engine_timeout_s,
+        step_timeout_s=config.step_timeout_s,
         prefix_caching=config.prefix_caching,
         transport=config.transport,
         nixl_backend=config.nixl_backend,

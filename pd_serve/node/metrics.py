@@ -17,24 +17,29 @@ _LOAD = {
     "running": "Sequences being computed",
     "waiting_tokens": "Prompt tokens not computed yet",
     "leases": "Requests whose blocks are leased to decode nodes",
+    "queued": "Requests that wait for memory, wherever they wait",
+    "max_queue": "Requests that may wait for memory",
+    "queue_wait_seconds": "How long a request that comes now is expected to wait for memory",
     "pulling": "Requests whose blocks are being pulled from prefill nodes",
 }
 
 
 class _Collector:
     def __init__(
-        self, status: Status | None, ready: EngineReady | None, links: int, draining: bool, sleeping: bool
+        self, status: Status | None, ready: EngineReady | None, links: int, draining: bool, sleeping: bool, stuck: bool
     ) -> None:
         self._status = status
         self._ready = ready
         self._links = links
         self._draining = draining
         self._sleeping = sleeping
+        self._stuck = stuck
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(PREFIX + "links", "Routers linked", value=self._links)
         yield GaugeMetricFamily(PREFIX + "draining", "1 while the node takes nothing new", value=self._draining)
         yield GaugeMetricFamily(PREFIX + "sleeping", "1 while the node sleeps", value=self._sleeping)
+        yield GaugeMetricFamily(PREFIX + "stuck", "1 while the engine is silent, or hangs in a step", value=self._stuck)
         if self._ready is not None:
             info = {
                 "model": self._ready.model.name,
@@ -47,7 +52,7 @@ class _Collector:
             return
         load = self._status.load
         for name, text in _LOAD.items():
-            yield GaugeMetricFamily(PREFIX + name, text, value=getattr(load, name))
+            yield GaugeMetricFamily(PREFIX + name, text, value=getattr(load, name.replace("_seconds", "_s")))
         blocks = GaugeMetricFamily(
             PREFIX + "kv_blocks", "KV blocks by layer group and state", labels=["group", "state"]
         )
@@ -69,8 +74,10 @@ class _Collector:
             yield CounterMetricFamily(PREFIX + name, "Counted by the engine since it started", value=value)
 
 
-def render(status: Status | None, ready: EngineReady | None, *, links: int, draining: bool, sleeping: bool) -> bytes:
+def render(
+    status: Status | None, ready: EngineReady | None, *, links: int, draining: bool, sleeping: bool, stuck: bool
+) -> bytes:
     """The body of ``GET /metrics``."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(status, ready, links, draining, sleeping))
+    registry.register(_Collector(status, ready, links, draining, sleeping, stuck))
     return generate_latest(registry)

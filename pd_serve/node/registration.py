@@ -73,10 +73,14 @@ class Registration:
             return None
         return f"HTTP {response.status_code}: {response.text[:200]}"
 
-    async def leave(self) -> None:
-        """Stops registering and says good-bye, without waiting long for a router that does not listen."""
+    def stop(self) -> None:
+        """Registers no more; links stay. A node that drains takes nothing new."""
         for task in self._tasks:
             task.cancel()
+
+    async def leave(self) -> None:
+        """Stops registering and says good-bye, without waiting long for a router that does not listen."""
+        self.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*map(self._deregister, self._routers))
         await self._client.aclose()

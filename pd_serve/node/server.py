@@ -23,6 +23,7 @@ import uvloop
 from pd_serve import __version__
 from pd_serve.config import NodeConfig
 from pd_serve.errors import PDServeError
+from pd_serve.http import bounded
 from pd_serve.node import links as codes
 from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
@@ -30,7 +31,7 @@ from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, Hello, Load, Status
-from pd_serve.wire.model import bundle_from_directory, encode_bundle
+from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
 if TYPE_CHECKING:
     from pd_serve.node.registration import Registration
@@ -73,14 +74,14 @@ class Node:
 
     def hello(self) -> Hello | None:
         ready = self.engine.ready
-        if ready is None or not self.engine.alive() or self._resting():
+        if ready is None or self.why_not():
             return None
         return Hello(
             link_version=LINK_VERSION,
             node_id=self._engine_config.node_id,
             role=self._config.role,
             url=self._url,
-            model=ready.model,
+            model=msgspec.structs.replace(ready.model, text=text_hash(self.bundle() or b"")),
             layout=ready.layout,
             epoch=ready.epoch,
             peer_address=ready.peer_address,
@@ -92,7 +93,11 @@ class Node:
     def describe(self) -> dict[str, object]:
         ready = self.engine.ready
         status = self.engine.status
-        engine: dict[str, object] = {"pid": self.engine.pid}
+        engine: dict[str, object] = {
+            "pid": self.engine.pid,
+            "running": msgspec.to_builtins(self.engine.running),
+            "trouble": self.engine.trouble,
+        }
         if ready is not None:
             engine |= {
                 "model": msgspec.to_builtins(ready.model),
@@ -122,6 +127,17 @@ class Node:
             "counters": status.counters if status is not None else {},
         }
 
+    def why_not(self) -> str:
+        if self.draining:
+            return "draining"
+        if self.engine.ready is None:
+            return "starting"
+        if self.sleep is not None and self._resting():
+            return self.sleep.state.value
+        if not self.engine.alive():
+            return "the engine has ended"
+        return self.engine.trouble
+
     def bundle(self) -> bytes | None:
         if self._bundle is None and (ready := self.engine.ready) is not None:
             model = ready.model
@@ -131,22 +147,17 @@ class Node:
         return self._bundle
 
     def _state(self) -> str:
-        if self.draining:
-            return "draining"
-        if self.engine.ready is None:
-            return "starting"
-        if self.sleep is not None and self._resting():
-            return self.sleep.state.value
-        return "serving" if self.engine.answering() else "stuck"
+        return "stuck" if self.engine.trouble and not self.draining else self.why_not() or "serving"
 
     def _load(self) -> Load | None:
         return self._marked(self.engine.status).load if self.engine.status is not None else None
 
     def _marked(self, status: Status) -> Status:
-        """A status of the engine, with ``draining`` true from the moment the node knows it."""
-        if not self.draining and not self._resting():
-            return status
-        return msgspec.structs.replace(status, load=msgspec.structs.replace(status.load, draining=True))
+        """A status of the engine as it is now: with its step, and ``draining`` from the moment the node knows it."""
+        status = msgspec.structs.replace(status, running=self.engine.running)
+        if self.draining or self._resting():
+            status.load = msgspec.structs.replace(status.load, draining=True)
+        return status
 
     def _resting(self) -> bool:
         return self.sleep is not None and self.sleep.state is not State.AWAKE
@@ -154,8 +165,7 @@ class Node:
     # --- routers (see sleep.Routers) ------------------------------------------------------------------
 
     def drain(self) -> None:
-        if (load := self._load()) is not None:
-            self.links.broadcast(Status(load))
+        self._tell_routers()
 
     def join(self) -> None:
         if self._config.router and self._registration is None and not self.draining:
@@ -175,11 +185,11 @@ class Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        self.engine.attach(loop, self.links.deliver, self._status_changed)
+        self.engine.attach(loop, self.links.deliver, self._engine_changed)
         server = _Server(
             uvicorn.Config(
                 build(self),
-                http="httptools",
+                http=bounded(self._config),
                 ws="websockets-sansio",
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # a local network is faster than zlib
@@ -188,6 +198,7 @@ class Node:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=int(self._config.keep_alive_s),
                 timeout_graceful_shutdown=1,
             )
         )
@@ -240,6 +251,8 @@ class Node:
 
     async def _drain(self) -> None:
         self.draining = True
+        if self._registration is not None:
+            self._registration.stop()
         log.info("draining: at most %g s", self._config.drain_timeout_s)
         self.drain()
         if not await self.engine.drain(self._config.drain_timeout_s):
@@ -255,5 +268,13 @@ class Node:
         log.info("%s received", signal.Signals(number).name)
         self._stop.set()
 
-    def _status_changed(self, status: Status) -> None:
-        self.links.broadcast(self._marked(status))
+    def _engine_changed(self) -> None:
+        """Routers hear of it: also of a step that takes long, so that they know it for one. Or they lose the link."""
+        if self.engine.trouble:
+            self.links.close(codes.INTERNAL, self.engine.trouble)
+        else:
+            self._tell_routers()
+
+    def _tell_routers(self) -> None:
+        if self.engine.status is not None:
+            self.links.broadcast(self._marked(self.engine.status), self.engine.submits)

@@ -19,6 +19,7 @@ def make_role(parts: Parts) -> PrefillRole:
         lease_s=config.lease_s,
         handshake_s=config.peer_handshake_s,
         tls=Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca),
+        unclaimed_s=config.lease_s + config.step_timeout_s,
     )
     outbox.begin()
     return PrefillRole(parts.kv, parts.scheduler, outbox)

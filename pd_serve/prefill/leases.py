@@ -4,7 +4,8 @@ Pure bookkeeping on a clock that the caller passes in; the outbox does the talki
 here once: *open* until it ends, then remembered for a while so that latecomers get an answer.
 
 A lease's time starts when its key is opened. As long as nobody has claimed it, every published chunk
-starts it anew; from the claim on only the claimant's claim and heartbeats do.
+starts it anew; from the claim on only the claimant's claim and heartbeats do. Claims that come before their key is open
+(this node is in a long step) live by heartbeats, too.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ class Lease:
 
 
 class LeaseBook:
-    def __init__(self, lease_s: float, *, max_waiting: int = 4096, max_ended: int = 4096) -> None:
+    """``unclaimed_s``: how long blocks are kept for a decode node that has not claimed them yet, which may be in a long
+    step; not given: ``lease_s``."""
+
+    def __init__(
+        self, lease_s: float, *, unclaimed_s: float | None = None, max_waiting: int = 4096, max_ended: int = 4096
+    ) -> None:
         self.lease_s = lease_s
+        self._unclaimed_s = unclaimed_s or lease_s
         self._max_waiting = max_waiting
         self._max_ended = max_ended
         self._leases: dict[str, Lease] = {}
@@ -53,9 +60,10 @@ class LeaseBook:
             return True
         if key in self._ended:
             return False
-        lease = self._leases[key] = Lease(expires_s=now_s + self.lease_s)
+        lease = self._leases[key] = Lease(expires_s=now_s + self._unclaimed_s)
         if key in self._waiting:
             lease.holder = self._waiting.pop(key)[0]
+            lease.expires_s = now_s + self.lease_s
         return True
 
     def publish(self, key: str, ready: Ready, now_s: float) -> Lease | None:
@@ -65,7 +73,7 @@ class LeaseBook:
             lease.ready.append(ready)
             lease.complete |= ready.first is not None
             if lease.holder is None:
-                lease.expires_s = now_s + self.lease_s
+                lease.expires_s = now_s + self._unclaimed_s
         return lease
 
     def claim(self, key: str, holder: Holder, now_s: float) -> Claimed:
@@ -95,16 +103,18 @@ class LeaseBook:
         return self._ended.get(key, "another decode node holds it")
 
     def heartbeat(self, keys: list[str], holder: Holder, now_s: float) -> list[str]:
-        """Extends the leases of ``keys``; returns those that ``holder`` does not hold (any more).
+        """Extends the leases and claims of ``keys``; returns those that ``holder`` does not hold (any more).
 
-        A claim of a key that is not open yet is not extended: its request may never come.
+        A claim whose request never comes ends with it: the router takes the request back from the decode node.
         """
         gone = []
         for key in keys:
             lease = self._leases.get(key)
             if lease is not None and lease.holder == holder:
                 lease.expires_s = now_s + self.lease_s
-            elif self._waiting.get(key, (None,))[0] != holder:
+            elif self._waiting.get(key, (None,))[0] == holder:
+                self._waiting[key] = (holder, now_s + self.lease_s)
+            else:
                 gone.append(key)
         return gone
 

@@ -63,6 +63,7 @@ class Outbox:
         lease_s: float,
         handshake_s: float = HANDSHAKE_S,
         tls: Tls | None = None,
+        unclaimed_s: float | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -71,7 +72,7 @@ class Outbox:
         self._tls = tls
         self._handshake_s = handshake_s  # how long a connection may be without a session
         self._clock = clock
-        self._book = LeaseBook(lease_s)
+        self._book = LeaseBook(lease_s, unclaimed_s=unclaimed_s)
         self._connections: dict[Holder, Connection] = {}
         self._connections_made = 0
         self._strangers: OrderedDict[Holder, float] = OrderedDict()  # until when, the oldest first
@@ -175,7 +176,7 @@ class Outbox:
 
     def run_due(self, now_s: float) -> float:
         for key in self._book.expire(now_s):
-            log.warning("the lease of %s ran out after %g s without a sign of its decode node", key, self._book.lease_s)
+            log.warning("the lease of %s ran out without a sign of its decode node", key)
             self._ended(key, "expired")
         due_s = self._book.next_expiry_s()
         for holder, until_s in list(self._strangers.items()):

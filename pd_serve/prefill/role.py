@@ -89,9 +89,6 @@ class PrefillRole:
     def peers(self, peers: Peers) -> None:
         """Prefill nodes are dialled, they dial nobody."""
 
-    def misfits(self) -> dict[str, str]:
-        return {}
-
     def abandoned(self, key: str) -> None:
         blocks = self._leased.pop(key, None)
         if blocks is not None:
@@ -117,6 +114,9 @@ class PrefillRole:
 
     def counters(self) -> dict[str, float]:
         return self._outbox.counters()
+
+    def misfits(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> bool:
         return self._outbox.close()

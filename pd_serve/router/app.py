@@ -18,6 +18,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +26,7 @@ from starlette.routing import Route
 from pd_serve import __version__
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
 from pd_serve.config import RouterConfig
@@ -52,12 +54,15 @@ class Router:
         self.registry = Registry()
         self.links = Links(settings, self.registry)
         self.metrics = Metrics()
+        self.leniency = Leniency(strict=settings.strict_fields)
         self.shared: Shared
+        self.begun_s: float  # on the clock
         self.started_s = time.time()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.shared = Shared(self.settings, LoopClock(), self.metrics.count)
+        self.begun_s = self.shared.clock.now_s()
         self.links.start()
         sweeper = asyncio.create_task(self._sweep())
         try:
@@ -71,7 +76,10 @@ class Router:
             await asyncio.sleep(_SWEEP_S)
             now_s = self.shared.clock.now_s()
             for sequence in list(self.shared.active):
-                sequence.check_time(now_s)
+                try:
+                    sequence.check_time(now_s)
+                except Exception:
+                    log.exception("a request could not be checked")  # the others are still to be
 
     def begin_drain(self) -> None:
         """The server takes nothing new; what runs may finish for ``drain_timeout_s``."""
@@ -102,14 +110,16 @@ class Router:
         arrived_s = self.shared.clock.now_s()
         body = await self._body(request)
 
-        def prepare() -> tuple[schemas.CompletionRequest | schemas.ChatCompletionRequest, Group, list[Prompt]]:
-            parsed = parse(kind, body)
-            group = self._group(parsed.model)
-            if isinstance(parsed, schemas.ChatCompletionRequest):
-                return parsed, group, [group.text.chat_prompt(parsed)]
-            return parsed, group, group.text.completion_prompts(parsed)
+        parsed = await _off_loop(lambda: parse(kind, body, self.leniency), len(body))
+        group = await self._group(parsed.model)
+        text = group.text  # of now: a node with another one may link meanwhile
 
-        parsed, group, prompts = await _off_loop(prepare, len(body))
+        def prompts_of() -> list[Prompt]:
+            if isinstance(parsed, schemas.ChatCompletionRequest):
+                return [text.chat_prompt(parsed)]
+            return text.completion_prompts(parsed)
+
+        prompts = await _off_loop(prompts_of, len(body))
         return Generation(
             request=parsed,
             prompts=prompts,
@@ -120,28 +130,61 @@ class Router:
             arrived_s=arrived_s,
         )
 
-    def _group(self, name: str) -> Group:
-        """Raises APIError: 404 for a model that is not served, 503 while no model is known yet."""
-        names = self.registry.names()
-        if not names:
-            raise APIError(
-                503, "no node is linked to this router yet: start nodes, or try again", code="no_nodes", retry_after_s=2
-            )
-        if not name:
-            if len(names) > 1:
-                raise bad_request(f"several models are served: name one of {', '.join(names)} in 'model'", "model")
-            name = names[0]
-        group = self.registry.find(name)
-        if group is None:
+    async def _group(self, name: str) -> Group:
+        """The group to serve ``name``, one that has nodes; waits ``node_wait_s`` for it where one may be about to come.
+
+        That is so while no node was ever linked, for as long after this router's start, and where nodes of the model
+        were here before. Raises APIError: 404 for a model that is not served, 503 where no node came.
+        """
+        wait_s = self.settings.node_wait_s
+        deadline_s = self.shared.clock.now_s() + wait_s
+        while True:
+            group = self._find(name)
+            if group is not None:
+                return group
+            names, now_s = self.registry.names(), self.shared.clock.now_s()
+            until_s = deadline_s if not self.registry.seen or name in ("", *names) else self.begun_s + wait_s
+            if self.shared.draining or now_s >= until_s:
+                break
+            await self._a_node(until_s - now_s)
+        if names and name and name not in names:
             raise unknown_model(name, names)
-        return group
+        raise APIError(
+            503,
+            f"no node serves the model '{name[:200]}' now: start one, or try again later"
+            if name
+            else "no node is linked to this router: start nodes, or try again later",
+            code="no_nodes",
+            retry_after_s=wait_s,
+        )
+
+    def _find(self, name: str) -> Group | None:
+        if not name:
+            served = [known for known in self.registry.names() if self.registry.find(known) is not None]
+            if len(served) > 1:
+                raise bad_request(f"several models are served: name one of {', '.join(served)} in 'model'", "model")
+            name = served[0] if served else ""
+        return self.registry.find(name)
+
+    async def _a_node(self, timeout_s: float) -> None:
+        """Returns when a node was linked, or after that time."""
+        came = asyncio.Event()
+        self.registry.watchers.add(came.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await came.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.registry.watchers.discard(came.set)
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request)
 
+        parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, body, self.leniency), len(body))
+        text = (await self._group(parsed.model)).text
+
         def work() -> dict[str, object]:
-            parsed = parse(schemas.TokenizeRequest, body)
-            text = self._group(parsed.model).text
             ids = text.tokenize(parsed)
             strings = [text.tokenizer.token(id) for id in ids] if parsed.return_token_strs else None
             return {
@@ -156,21 +199,26 @@ class Router:
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request)
 
+        parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, body, self.leniency), len(body))
+        text = (await self._group(parsed.model)).text
+
         def work() -> dict[str, object]:
-            parsed = parse(schemas.DetokenizeRequest, body)
-            text = self._group(parsed.model).text
             if parsed.tokens:
                 text.check_ids(parsed.tokens, "tokens")
             return {"prompt": text.tokenizer.decode(parsed.tokens, skip_special_tokens=False)}
 
         return _json(await _off_loop(work, len(body)))
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        group = await self._group(request.query_params.get("model", ""))
+        return _json(group.text.tokenizer_info())
+
     # --- about the router -------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
         found = models(self.registry, int(self.started_s))
         name = request.path_params.get("name")
-        if name is None:
+        if not name:
             return _json({"object": "list", "data": found})
         for model in found:
             if model["id"] == name:
@@ -242,11 +290,16 @@ class Router:
             raise too_large
         parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limit:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise APIError(
+                408, f"the request's body was not here after {self.settings.request_timeout_s:g} s: send it faster"
+            ) from None
         except ClientDisconnect:
             raise APIError(499, "the client left while it sent the request") from None
         return b"".join(parts)
@@ -296,18 +349,34 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/v1/status", router.status),
             Route("/tokenize", router.tokenize, methods=["POST"]),
             Route("/detokenize", router.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", router.tokenizer_info),
             Route("/health", router.health),
             Route("/ready", router.ready),
             Route("/metrics", router.metrics_text),
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[Middleware(Edge, api_keys=settings.api_keys())],
+        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys())],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
     app.state.router = router
     return app
+
+
+def _cors(settings: RouterConfig) -> list[Middleware]:
+    """Outside of the keys: browsers ask first, and send no key with the question."""
+    if not settings.cors_origin:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Warning", "Retry-After"],
+        )
+    ]
 
 
 def _error(error: APIError, request: Request) -> Response:

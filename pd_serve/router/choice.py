@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pd_serve.api.detokenizer import Detokenizer, StopMatcher
 from pd_serve.api.errors import APIError
-from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge
+from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prompt_logprobs
 from pd_serve.api.responses import Finish
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt
@@ -51,10 +51,15 @@ class Choice:
         self._echo = self._prompt_text(request) if echo else None
         # Scoring: the engine has to sample one token, the client asked for none.
         self._discard = isinstance(request, CompletionRequest) and request.max_tokens == 0
-        self._logprobs = CompletionLogprobs(self._tokenizer) if not generation.chat and sampling.logprobs >= 0 else None
-        self._prompt_logprobs = sampling.prompt_logprobs >= 0
+        self._logprobs: CompletionLogprobs | None = None
+        if not generation.chat and sampling.logprobs >= 0:
+            skip = request.skip_special_tokens is not False
+            self._logprobs = CompletionLogprobs(
+                self._tokenizer, tops=sampling.logprobs, skip_special_tokens=skip, prompt_text=prompt.text
+            )
         # One step's text without anything else: the common case, made of bytes alone.
-        self._plain = generation.stream and sampling.logprobs < 0 and not self._return_ids
+        self._running_usage = generation.stream and request.wants_running_usage
+        self._plain = generation.stream and sampling.logprobs < 0 and not self._return_ids and not self._running_usage
         self._fresh = True  # nothing was emitted yet
         self._last_s = 0.0
         self._texts: list[str] = []
@@ -89,7 +94,7 @@ class Choice:
         generation = self._generation
         if self._last_s:
             generation.observe_itl(now_s - self._last_s)
-        elif not generation.started:
+        else:
             generation.first_token(now_s)
         self._last_s = now_s
         if self._discard:
@@ -138,8 +143,10 @@ class Choice:
             delta = self._echo + delta
         if self._logprobs is not None:
             parts = []
-            if fresh and self._prompt_logprobs:
+            if fresh and self._echo is not None:
                 parts.append(self._logprobs.add(self._prompt.ids, self.sequence.prompt_logprobs or []))
+            if fresh:
+                self._logprobs.after_prompt(self._prompt.ids, len(self._echo or ""))
             parts.append(self._logprobs.add(tokens, logprobs or []))
             scores = merge(parts)
         elif logprobs is not None:
@@ -152,9 +159,10 @@ class Choice:
             return
         prompt_ids = self._prompt.ids if fresh and self._return_ids else None
         event = b""
+        usage = generation.usage() if self._running_usage else None
         if generation.chat:
             if fresh:
-                event = generation.format.first(self._index, prompt_ids)
+                event = generation.format.first(self._index, prompt_ids, usage=usage)
             prompt_ids = None
             scores = {"content": scores} if scores is not None else None
         if fresh and self._plain and finish is None:
@@ -167,8 +175,16 @@ class Choice:
             finish=finish,
             token_ids=tokens if self._return_ids else None,
             prompt_token_ids=prompt_ids,
+            usage=usage,
         )
         generation.emit(event)
+
+    def prompt_scores(self) -> list[dict[str, dict[str, Any]] | None] | None:
+        """``prompt_logprobs``, where they were asked for."""
+        wanted = self._generation.request.prompt_logprobs
+        if wanted is None:
+            return None
+        return prompt_logprobs(self._tokenizer, self.sequence.prompt_logprobs or [], wanted)
 
     def document(self) -> dict[str, Any]:
         """The whole choice, of a request that is not streamed."""
@@ -184,4 +200,5 @@ class Choice:
             finish=self._finish,
             token_ids=self._ids if self._return_ids else None,
             prompt_token_ids=self._prompt.ids if self._return_ids and not chat else None,
+            prompt_logprobs=None if chat else self.prompt_scores(),
         )

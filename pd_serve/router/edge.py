@@ -13,6 +13,7 @@ from pd_serve.api.errors import APIError
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _OPEN = ("/health", "/ready", "/metrics", "/nodes")  # for probes, scrapers and nodes, which hold no client's key
+_KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
 
 def request_id(scope: Scope) -> str:
@@ -31,12 +32,17 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = authorization = b""
+        given = b""
+        keys: list[bytes] = []
         for name, value in scope["headers"]:
             if name == b"x-request-id":
                 given = value
             elif name == b"authorization":
-                authorization = value
+                scheme, _, key = value.partition(b" ")
+                if scheme.lower() == b"bearer":
+                    keys.append(key.strip())
+            elif name in _KEY_HEADERS:
+                keys.append(value)
         id = given if _ID.fullmatch(given) else secrets.token_hex(8).encode()
         scope["pd_serve.request_id"] = id.decode()
 
@@ -45,7 +51,7 @@ class Edge:
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id)]}
             await send(message)
 
-        if self._keys and scope["path"] not in _OPEN and not self._known(authorization):
+        if self._keys and scope["path"] not in _OPEN and not self._known(keys):
             error = APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
             headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
             await send_with_id({"type": "http.response.start", "status": 401, "headers": headers})
@@ -53,9 +59,7 @@ class Edge:
             return
         await self._app(scope, receive, send_with_id)
 
-    def _known(self, authorization: bytes) -> bool:
-        scheme, _, key = authorization.partition(b" ")
-        key = key.strip()
+    def _known(self, given: list[bytes]) -> bool:
         # All keys are compared, each in constant time: how long it takes tells nothing.
-        found = [hmac.compare_digest(key, known) for known in self._keys]
-        return scheme.lower() == b"bearer" and any(found)
+        found = [hmac.compare_digest(key, known) for key in given for known in self._keys]
+        return any(found)

@@ -1,7 +1,8 @@
 """One request's generation: its sequences' tokens become text, events or one document, and reach the client.
 
 Created by the HTTP handlers when a request is valid; it is the ASGI response. The status line waits for the first
-token or the final failure, so that errors keep their status codes. When the client leaves, at any
+token or the final failure, so that errors keep their status codes; a stream that waits longer than
+``sse_keep_alive_s`` begins with a comment. When the client leaves, or does not read what it asked for, at any
 moment, the sequences end on their nodes at once.
 """
 
@@ -9,25 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from pd_serve.api.errors import APIError
-from pd_serve.api.responses import DONE, Format, Usage, error_event
+from pd_serve.api.responses import DONE, KEEP_ALIVE, Format, Usage, error_event
 from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt
 from pd_serve.router.choice import Choice
+from pd_serve.router.clock import Timer
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group
 from pd_serve.router.sequence import Shared
 
+log = logging.getLogger(__name__)
 access = logging.getLogger("pd_serve.access")
 
 # Sequences of one request that run at a time: a list of 1,000 prompts neither fills the nodes' queues nor fails.
 _WINDOW = 64
+_LOOK_S = 10.0  # between looks at a stream's client, where no comments are sent
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -52,9 +57,10 @@ class Generation:
         self.group = group
         self.chat = isinstance(request, ChatCompletionRequest)
         self.stream = bool(request.stream)
-        self.started = False  # the client has a token, or will at once
+        self.started = False  # the client has a status, or will at once
         self.format = Format(
-            id=f"{'chatcmpl' if self.chat else 'cmpl'}-{request_id}",
+            # Clients may send one X-Request-Id with many requests.
+            id=f"{'chatcmpl' if self.chat else 'cmpl'}-{request_id[:48]}-{secrets.token_hex(8)}",
             created_s=int(time.time()),
             model=group.info.name,
             chat=self.chat,
@@ -77,6 +83,10 @@ class Generation:
         self._first_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._events: list[bytes] = []
+        self._backlog_bytes = 0  # of events that came while the client's connection took no more
+        self._task: asyncio.Task[None] | None = None
+        self._timer: Timer | None = None
+        self._cut = False  # the client did not read
         self._error: APIError | None = None
         self._left = False  # the client is gone
         self._open = len(self.choices)
@@ -85,14 +95,21 @@ class Generation:
     # --- called by choices ----------------------------------------------------------------------------
 
     def first_token(self, now_s: float) -> None:
+        """Called for the first token of every choice."""
         self.started = True
-        self._first_s = now_s
-        self._own.ttft.observe(now_s - self._arrived_s)
+        if self._first_s is None:
+            self._first_s = now_s
+            self._own.ttft.observe(now_s - self._arrived_s)
 
     def emit(self, event: bytes) -> None:
         self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is None:
+            self._backlog_bytes += len(event)
+            if self._backlog_bytes > self._shared.settings.max_stream_backlog:
+                self._cut_off(f"it left more than {self._backlog_bytes} bytes of its stream unread")
+        elif not waiter.done():
+            waiter.set_result(None)
 
     def choice_ended(self) -> None:
         self._open -= 1
@@ -111,6 +128,7 @@ class Generation:
     # --- ASGI -------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._task = asyncio.current_task()
         watch = asyncio.create_task(_until_disconnect(receive))
         watch.add_done_callback(self._client_left)
         self._own.in_flight += 1
@@ -119,21 +137,30 @@ class Generation:
             for _ in range(min(_WINDOW, len(self.choices))):
                 self._start_next()
             status = await (self._stream(send) if self.stream else self._document(send))
+        except asyncio.CancelledError:
+            if not self._cut:
+                raise
+            assert self._error is not None and self._task is not None
+            self._task.uncancel()
+            status = self._error.status
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self._stop("client")
             watch.cancel()
             self._own.in_flight -= 1
             self._finish(499 if self._left else status, scope)
 
     async def _stream(self, send: Send) -> int:
+        self._look_later(self._events)
         if not await self._progress():
             return 499
         if not self._events:
             return await self._send_error(send)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS + self._warnings()})
         while True:
             if self._events:
-                events, self._events = self._events, []
+                events, self._events, self._backlog_bytes = self._events, [], 0
                 body = events[0] if len(events) == 1 else b"".join(events)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 continue
@@ -144,7 +171,7 @@ class Generation:
         if self._error is not None:
             await send({"type": "http.response.body", "body": error_event(self._error.body(self._request_id))})
             return self._error.status
-        tail = self.format.usage(self._usage()) + DONE if self.request.wants_usage else DONE
+        tail = self.format.usage(self.usage()) + DONE if self.request.wants_usage else DONE
         await send({"type": "http.response.body", "body": tail})
         return 200
 
@@ -154,15 +181,58 @@ class Generation:
                 return 499
         if self._error is not None:
             return await self._send_error(send)
-        extra = self._prompts[0].ids if self.chat and self.request.return_token_ids else None
+        ids = self._prompts[0].ids if self.chat and self.request.return_token_ids else None
+        scores = self.choices[0].prompt_scores() if self.chat else None
         choices = [choice.document() for choice in self.choices]
-        await _send_json(send, 200, self.format.document(choices, self._usage(), prompt_token_ids=extra), {})
+        body = self.format.document(choices, self.usage(), prompt_token_ids=ids, prompt_logprobs=scores)
+        await _send_json(send, 200, body, self._warnings())
         return 200
 
     async def _send_error(self, send: Send) -> int:
         assert self._error is not None
-        await _send_json(send, self._error.status, self._error.body(self._request_id), self._error.headers())
+        await _send_json(send, self._error.status, self._error.body(self._request_id), _raw(self._error.headers()))
         return self._error.status
+
+    def _warnings(self) -> list[tuple[bytes, bytes]]:
+        warning = self._prompts[0].warning
+        return [] if warning is None else _raw({"X-Warning": warning})
+
+    # --- while nothing happens --------------------------------------------------------------------------
+
+    def _look_later(self, events: list[bytes], unread_s: float = 0.0) -> None:
+        """A timer a stream: it costs tokens nothing. The list of events is another one after every send."""
+        wait_s = self._shared.settings.sse_keep_alive_s or _LOOK_S
+        tokens = sum(choice.num_tokens for choice in self.choices)
+
+        def look() -> None:
+            self._look(events, tokens, unread_s + wait_s)
+
+        self._timer = self._shared.clock.call_later(wait_s, look)
+
+    def _look(self, events: list[bytes], tokens: int, unread_s: float) -> None:
+        settings = self._shared.settings
+        if self._waiter is not None:
+            if settings.sse_keep_alive_s and tokens == sum(choice.num_tokens for choice in self.choices):
+                self.started = True
+                self.emit(KEEP_ALIVE)
+            unread_s = 0.0
+        elif self._events is not events:
+            unread_s = 0.0
+        elif unread_s >= settings.request_timeout_s:
+            self._cut_off(f"it read nothing of its stream for {unread_s:g} s")
+            return
+        self._look_later(self._events, unread_s)
+
+    def _cut_off(self, why: str) -> None:
+        """Ends a stream that its client does not read; there is no way to tell it."""
+        if self._cut or self._error is not None or self._task is None:
+            return
+        log.warning("%s: the client is cut off: %s", self._request_id, why)
+        self._cut = True
+        self._error = APIError(408, f"the client is cut off: {why}", code="slow_client")
+        self._stop("slow_client")
+        self._events.clear()
+        self._task.cancel()
 
     async def _progress(self) -> bool:
         """Returns when there are events, an end, or an error; False when the client is gone."""
@@ -194,7 +264,8 @@ class Generation:
         for choice in self.choices:
             choice.sequence.stop(reason)
 
-    def _usage(self) -> Usage:
+    def usage(self) -> Usage:
+        """So far."""
         per_prompt = self.choices[:: self.request.choices]
         return Usage(
             sum(len(prompt.ids) for prompt in self._prompts),
@@ -204,7 +275,7 @@ class Generation:
 
     def _finish(self, status: int, scope: Scope) -> None:
         now_s = self._shared.clock.now_s()
-        usage = self._usage()
+        usage = self.usage()
         own = self._own
         own.e2e.observe(now_s - self._arrived_s)
         own.prompt_tokens.observe(usage.prompt_tokens)
@@ -234,8 +305,11 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-async def _send_json(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
+async def _send_json(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.start", "status": status, "headers": raw + headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode("ascii", "replace")) for name, value in headers.items()]

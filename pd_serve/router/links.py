@@ -13,6 +13,7 @@ import random
 import time
 import urllib.request
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 5.0
 _MODEL_TIMEOUT_S = 30.0
 _BACKOFF_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # the last one for ever
+_REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that answers and cannot be worked with
 _TICK_S = 0.5
 _PING_AFTER_S = 1.0
 _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict on others then
@@ -36,6 +38,12 @@ _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict 
 
 class _Unfit(PDServeError):
     """The node and this router cannot work together; trying again will not help soon."""
+
+
+class Unlinked(NamedTuple):
+    url: str
+    state: str
+    reason: str
 
 
 @dataclass
@@ -47,6 +55,8 @@ class _Link:
     node: Node | None = None
     spoke_s: float = 0.0  # when the engine was last heard: a status or outputs
     state: str = "connecting"
+    reason: str = ""  # why the last try failed
+    refused: bool = False  # the node was there, and it and this router cannot work together
 
 
 class Links:
@@ -90,9 +100,9 @@ class Links:
             entry.task.cancel()
         return True
 
-    def unlinked(self) -> list[tuple[str, str]]:
-        """URL and state of nodes that are known and not linked."""
-        return [(entry.url, entry.state) for entry in self._links.values() if entry.node is None]
+    def unlinked(self) -> list[Unlinked]:
+        """Nodes that are known and not linked."""
+        return [Unlinked(e.url, e.state, e.reason) for e in self._links.values() if e.node is None]
 
     # --- one link -------------------------------------------------------------------------------------
 
@@ -101,10 +111,11 @@ class Links:
         try:
             while True:
                 linked = await self._once(entry)
-                if not entry.static:
-                    return
+                if not entry.static and not entry.refused:
+                    return  # it comes back by registering; one that was refused would only be refused more often
                 failures = 0 if linked else failures + 1
-                delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+                backoff_s = _REFUSED_BACKOFF_S if entry.refused else _BACKOFF_S
+                delay_s = backoff_s[min(failures, len(backoff_s) - 1)]
                 await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))
         finally:
             if self._links.get(entry.url) is entry:
@@ -112,7 +123,8 @@ class Links:
 
     async def _once(self, entry: _Link) -> bool:
         """Connects and serves until the link ends; whether it was ever in use."""
-        entry.state = "connecting"
+        if not entry.refused:
+            entry.state = "connecting"  # else the reason stays readable while it is tried again
         hello: asyncio.Future[wire.Hello] = asyncio.get_running_loop().create_future()
         socket = None
         why = "the router ends"
@@ -127,22 +139,25 @@ class Links:
                 raise ConnectionError(socket.closed.result())
             entry.node = Node(greeting, lambda message: socket.send(wire.encoder.encode(message)))
             entry.spoke_s = time.monotonic()
-            entry.state = "linked"
+            entry.state, entry.reason, entry.refused = "linked", "", False
             self._complaints.pop(entry.url, None)
             self._registry.add(entry.node)
             log.info("%s node %s linked at %s", greeting.role, greeting.node_id, entry.url)
             why = await socket.closed
             return True
         except (OSError, _Unfit, PDServeError, msgspec.DecodeError) as error:
-            self._complain(entry, str(error) or type(error).__name__)
+            entry.reason = str(error) or type(error).__name__
+            entry.refused = not isinstance(error, OSError)
+            entry.state = "refused" if entry.refused else "unreachable"
+            self._complain(entry, entry.reason)
             return False
         finally:
-            if socket is not None:
-                socket.close(why)
             node, entry.node, entry.socket = entry.node, None, None
             if node is not None:
                 log.info("%s node %s unlinked: %s", node.role, node.id, why)
                 self._registry.remove(node, why)
+            if socket is not None:
+                socket.close(why)
 
     def _complain(self, entry: _Link, what: str) -> None:
         """Once for each cause: a node registers every few seconds."""
@@ -174,7 +189,7 @@ class Links:
             if old.hello.epoch == greeting.epoch:
                 raise _Unfit(f"node {greeting.node_id} is linked already, under another URL: list it once")
             self._registry.remove(old, "it linked anew")
-        if self._registry.group(greeting.model) is None:
+        if not self._registry.knows(greeting.model):
             started_s = time.monotonic()
             text = await asyncio.to_thread(_fetch_text_model, url, greeting.model)
             self._registry.add_group(text)
@@ -210,9 +225,9 @@ class Links:
             self._tick_s = now_s
             for entry in list(self._links.values()):
                 if entry.socket is not None and entry.node is not None:
-                    self._check(entry, entry.socket, now_s, forgive=stalled)
+                    self._check(entry, entry.socket, entry.node, now_s, forgive=stalled)
 
-    def _check(self, entry: _Link, socket: WebSocket, now_s: float, *, forgive: bool) -> None:
+    def _check(self, entry: _Link, socket: WebSocket, node: Node, now_s: float, *, forgive: bool) -> None:
         if forgive:
             # What the node sent while this process slept is still unread.
             socket.heard_s = entry.spoke_s = now_s
@@ -221,6 +236,8 @@ class Links:
             socket.abort(f"silent for {silent_s:.1f} s")
         elif now_s - entry.spoke_s > self._settings.engine_timeout_s:
             socket.abort(f"its engine was silent for {now_s - entry.spoke_s:.1f} s")
+        elif node.running is not None and node.running.seconds > node.running.limit_s:
+            socket.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
         elif silent_s > _PING_AFTER_S:
             socket.ping()
 

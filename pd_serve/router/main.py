@@ -16,11 +16,10 @@ from types import FrameType
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
-from pd_serve.net import listen
+from pd_serve.net import end_unread, listen
 
 log = logging.getLogger(__name__)
 
-_KEEP_ALIVE_S = 75  # longer than the pools of usual clients keep a connection, so that theirs end first
 _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
 
@@ -28,9 +27,11 @@ def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router")
     listener = listen(settings.host, settings.port)
+    end_unread(listener, settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
+    from pd_serve.http import bounded
     from pd_serve.router.app import Router, create_app
 
     app = create_app(settings)
@@ -70,14 +71,14 @@ def run(settings: RouterConfig) -> int:
     server = Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=bounded(settings),
             ws="none",
             loop="uvloop",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_keep_alive=int(settings.keep_alive_s),
             timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
         )
     )

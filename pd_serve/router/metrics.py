@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pd_serve.router.nodes import Node, Registry
+from pd_serve.router.status import state as state_of
 from pd_serve.wire.memory import FRAGMENTATION_METRIC, USAGE_METRICS
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ _COUNTERS = {
     "errors": (("kind",), "Requests that ended with an error, by its code"),
     "attempts": (("placement",), "Attempts at sequences: on a pair, or on one node alone"),
     "retries": (("reason",), "Attempts that were followed by another one, and why"),
+    "trips": (("what",), "Nodes and pairs of nodes that failed too often and get single trials only"),
     "aborts": (("reason",), "Sequences that the router ended on their nodes, and why"),
 }
 _LOAD = {
@@ -77,7 +79,11 @@ _LOAD = {
     "waiting_tokens": "Prompt tokens not computed yet",
     "leases": "Requests whose blocks are leased to decode nodes",
     "pulling": "Requests whose blocks are being pulled",
+    "queued": "Requests admitted without KV blocks, wherever they wait",
 }
+
+
+_STATES = ("ready", "draining", "misfit", "failing")
 
 
 class Metrics:
@@ -160,12 +166,20 @@ class _Collector:
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
         nodes = sorted(self._registry.nodes(), key=lambda node: (node.role, node.id))
-        states: dict[tuple[str, str], int] = {(r, s): 0 for r in ("prefill", "decode") for s in ("ready", "draining")}
+        groups = self._registry.groups.values()
+        troubles = {id: trouble for group in groups for id, trouble in group.troubles().items()}
+        states: dict[tuple[str, str], int] = {(r, s): 0 for r in ("prefill", "decode") for s in _STATES}
         for node in nodes:
-            states[node.role, "draining" if node.load.draining else "ready"] += 1
+            states[node.role, state_of(node, troubles)[0]] += 1
         gauge = GaugeMetricFamily("pd_serve_nodes", "Linked nodes", labels=["role", "state"])
         for key, count in states.items():
             gauge.add_metric(list(key), count)
+        yield gauge
+        gauge = GaugeMetricFamily(
+            "pd_serve_unfit_pair", "Pairs of nodes that cannot exchange KV now (1 each)", labels=["prefill", "decode"]
+        )
+        for pair in {pair for group in groups for pair in group.unfit()}:
+            gauge.add_metric(list(pair), 1)
         yield gauge
         for name, text in _LOAD.items():
             gauge = GaugeMetricFamily(f"pd_serve_node_{name}", text, labels=["node", "role"])

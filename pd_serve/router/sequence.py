@@ -2,13 +2,18 @@
 
 Created by a generation for each choice; driven by the links (outputs, losses), by the registry (a node
 appeared) and by timers. No I/O of its own and no real time, so that every order of events can be tested. It calls its
-``sink`` for each new token exactly once and in order, and for its end exactly once.
+``sink`` for each new token exactly once and in order, and for its end exactly once, whatever raises meanwhile.
+
+A pair of nodes works on an *attempt*. The decode node answers whether it has room ("accepted"); until it has, the
+prefill node's first token waits here, so that a refusal can still be a status.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
+import random
 import secrets
 import sys
 from array import array
@@ -21,14 +26,16 @@ import msgspec
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
 from pd_serve.router.clock import Clock, Timer
-from pd_serve.router.nodes import Group, Node
-from pd_serve.router.policy import Nowhere, Placement, place
+from pd_serve.router.nodes import Group, Node, Views
+from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
 from pd_serve.wire import link
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = (0.2, 2.0)  # bounds of the pause before a stream that has begun is offered to full nodes again
 _LOCAL_AFTER = 2  # failed transfers, after which the decode node computes the prompt itself
+_UNSENT_S = 0.1  # pause after an attempt that could not be written
+_PROVEN_TOKENS = 16  # a decode node that made so many works
+_SPREAD = 0.5  # Retry-After is up to so much longer: clients that were refused together come back apart
 
 
 class Sink(Protocol):
@@ -67,7 +74,19 @@ class Shared:
 class Attempt:
     """One try at a sequence on one pair of nodes; its id is the lease's key."""
 
-    __slots__ = ("arrived", "base", "decode", "early", "id", "local", "prefill", "sequence")
+    __slots__ = (
+        "accepted",
+        "arrived",
+        "base",
+        "decode",
+        "early",
+        "held",
+        "id",
+        "local",
+        "postponed",
+        "prefill",
+        "sequence",
+    )
 
     def __init__(self, id: str, sequence: Sequence, base: int, prefill: Node | None, decode: Node | None) -> None:
         self.id = id
@@ -75,8 +94,11 @@ class Attempt:
         self.base = base  # output index of the first token that this attempt makes
         self.prefill = prefill  # while it has a part in the attempt
         self.decode = decode
+        self.postponed = False  # the prefill node gets it when the decode node has accepted
+        self.accepted = False  # the decode node has room
         self.arrived = False  # the KV is on the decode node
         self.local = False  # the decode node computes the prompt itself
+        self.held: list[link.Output] = []  # of the prefill node, before the decode node accepted
         self.early: list[link.Output] = []  # of the decode node, before the prefill node's first token came
 
     def output(self, node: Node, output: link.Output, now_s: float) -> None:
@@ -84,11 +106,13 @@ class Attempt:
             self.sequence.on_output(self, node, output, now_s)
         except Exception:
             # One broken request must not end the link, and with it all others.
-            log.exception("%s: the router failed to handle an output", self.id)
-            self.sequence.fail(APIError(500, "internal error of the router: see its log", code="internal"))
+            self.sequence.broken("an output")
 
     def lost(self, node: Node, why: str) -> None:
-        self.sequence.on_lost(self, node, why)
+        try:
+            self.sequence.on_lost(self, node, why)
+        except Exception:
+            self.sequence.broken("a lost node")  # the other attempts of the node are still to be told
 
 
 class Sequence:
@@ -106,7 +130,8 @@ class Sequence:
         self.num_cached = 0
         self.prompt_logprobs: list[link.TokenLogprob | None] | None = None
         self.done = False
-        self.last_progress_s = shared.clock.now_s()
+        self.created_s = self.last_progress_s = shared.clock.now_s()
+        self._ended = False  # the sink has been told of the end
         self._attempt: Attempt | None = None
         self._failures = 0
         self._failed_transfers = 0
@@ -115,13 +140,16 @@ class Sequence:
         self._refusal = link.Failure("refused", "all nodes are busy")
         self._timer: Timer | None = None
         self._waits_for_node = False
+        self._lined_up = False  # it asks because it was its turn among the streams that were refused
 
     def start(self) -> None:
+        self.last_progress_s = self._shared.clock.now_s()
         self._shared.active.add(self)
         self._dispatch()
 
     def stop(self, reason: str) -> None:
         """Ends it from this side (stop string found, client gone): nodes are told, the sink is not called again."""
+        self._ended = True
         if not self.done:
             if self._attempt is not None:
                 self._shared.count("aborts", reason)
@@ -130,10 +158,16 @@ class Sequence:
     def fail(self, error: APIError) -> None:
         if not self.done:
             self._close()
-            self._sink.failed(error)
+            self._tell_end(error)
+
+    def broken(self, what: str) -> None:
+        """To be called while an exception is handled: a mistake of ours ends this sequence and nothing else."""
+        log.exception("%s: the router failed to handle %s", self._name, what)
+        self._close()
+        self._tell_end(APIError(500, "internal error of the router: see its log", code="internal"))
 
     def check_time(self, now_s: float) -> None:
-        """Called every second or so: a sequence without progress does not hang for ever."""
+        """Called every second or so: a sequence without progress does not hang for ever, whatever it waits for."""
         limit = self._shared.settings.request_timeout_s
         if not self.done and now_s - self.last_progress_s > limit:
             self._shared.count("aborts", "timeout")
@@ -151,17 +185,21 @@ class Sequence:
     def _dispatch(self) -> None:
         if self.done or self._attempt is not None:
             return
-        group = self._group
+        try:
+            self._place()
+        except Exception:
+            self.broken("its placement")  # timers, links and other sequences call this
+
+    def _place(self) -> None:
         made = len(self.outputs)
+        prefill, decode, _ = views = self._group.views()
         placement = place(
-            [node.view() for node in group.prefill.values()],
-            [node.view() for node in group.decode.values()],
+            prefill,
+            decode,
+            self._terms(views, begun=self._sink.started),
             prompt_tokens=len(self._prompt) + made,
             last_token=self._sampling.max_tokens - made == 1,
             local=self._failed_transfers >= _LOCAL_AFTER,
-            avoid=self._avoid,
-            refused=self._refused,
-            turn=group.turn(),
         )
         match placement:
             case Nowhere.NO_NODES:
@@ -172,31 +210,71 @@ class Sequence:
                 self._stop_waiting()
                 self._submit(placement)
 
+    def _terms(self, views: Views, *, begun: bool) -> Terms:
+        return Terms(
+            total_tokens=len(self._prompt) + self._sampling.max_tokens,
+            avoid=self._avoid,
+            refused=self._refused,
+            unfit=views[2],
+            begun=begun,
+            turn=self._group.turn(),
+        )
+
     def _submit(self, placement: Placement) -> None:
         shared, made = self._shared, len(self.outputs)
         prefill = self._group.prefill[placement.prefill] if placement.prefill is not None else None
         decode = self._group.decode[placement.decode] if placement.decode is not None else None
         attempt_id = f"{self._name[:48]}~{shared.prefix}{next(shared.numbers):x}"
         attempt = self._attempt = Attempt(attempt_id, self, made, prefill, decode)
-        sampling = self._sampling
-        if sampling.prompt_logprobs >= 0 and made:
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)  # they came with the first token
         both = prefill is not None and decode is not None
-        tokens = _int32(self._prompt + self.outputs)
         shared.count("attempts", "pair" if both else "decode" if decode is not None else "prefill")
         # The decode node first: it has claimed the key by the time the first chunk is ready.
         if decode is not None:
-            source = prefill.source if prefill is not None else None
-            decode.submit(attempt, link.Submit(attempt.id, tokens, made, sampling, source=source))
-        if prefill is not None:
-            prefill.submit(attempt, link.Submit(attempt.id, tokens, made, sampling, handoff=both))
+            if prefill is not None:
+                prefill.expect(attempt)
+                attempt.postponed = placement.ask
+            self._submit_decode(attempt, decode)
+        if attempt is self._attempt and prefill is not None and not attempt.postponed:
+            self._submit_prefill(attempt, prefill)
+
+    def _submit_decode(self, attempt: Attempt, node: Node) -> None:
+        attempt.decode = node
+        source = attempt.prefill.source if attempt.prefill is not None else None
+        if attempt.prefill is not None:
+            self._group.breakers.tried((attempt.prefill.id, node.id))
+        self._hand(attempt, node, source=source)
+
+    def _submit_prefill(self, attempt: Attempt, node: Node) -> None:
+        attempt.postponed = False
+        self._hand(attempt, node, handoff=attempt.decode is not None)
+
+    def _hand(self, attempt: Attempt, node: Node, *, handoff: bool = False, source: link.Source | None = None) -> None:
+        sampling = self._sampling
+        if sampling.prompt_logprobs >= 0 and attempt.base:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=-1)  # they came with the first token
+        submit = link.Submit(
+            attempt.id,
+            _int32(self._prompt + self.outputs[: attempt.base]),
+            attempt.base,
+            sampling,
+            handoff=handoff,
+            source=source,
+            age_s=self._shared.clock.now_s() - self.created_s,
+        )
+        self._group.breakers.tried(node.id)
+        if not node.submit(attempt, submit) and attempt is self._attempt:
+            # A link that is closing takes everything, and tells us when it ends. This is another matter.
+            self._end_attempt()
+            self._avoid[node.id] = self._avoid.get(node.id, 0) + 1
+            self._again("unsent", f"{node.role} node {node.id} could not be written to", pause_s=_UNSENT_S)
 
     def _wait_for_node(self) -> None:
         if self._waits_for_node:
             return
+        self._stop_waiting()
         self._waits_for_node = True
         wait_s = 0.0 if self._shared.draining else self._shared.settings.node_wait_s
-        self._group.waiting[self] = self._dispatch
+        self._group.waiting[self] = self.created_s, self._dispatch
         self._timer = self._shared.clock.call_later(wait_s, self._no_node_came)
 
     def _stop_waiting(self) -> None:
@@ -205,13 +283,19 @@ class Sequence:
             self._timer = None
         self._waits_for_node = False
         self._group.waiting.pop(self, None)
+        self._group.line.leave(self)
 
     def _no_node_came(self) -> None:
         self._timer = None
+        name, total = self._group.info.name, len(self._prompt) + self._sampling.max_tokens
+        if any(not node.load.draining for node in self._group.decode.values()):
+            what = f"no node that serves the model '{name}' now has room for {total} tokens: ask for less"
+        else:
+            what = f"no decode node serves the model '{name}' now: start one"
         self.fail(
             APIError(
                 503,
-                f"no decode node serves the model '{self._group.info.name}' now: start one, or try again later",
+                f"{what}, or try again later",
                 code="no_nodes",
                 retry_after_s=self._shared.settings.node_wait_s,
             )
@@ -219,39 +303,104 @@ class Sequence:
 
     def _all_refused(self) -> None:
         self._stop_waiting()
-        retry_after_s = self._refusal.retry_after_s or 1.0
         self._refused.clear()
         if self._sink.started:
             # The client has a status and a part of the text: waiting is all that is left.
-            low, high = _RETRY_S
-            self._timer = self._shared.clock.call_later(min(max(retry_after_s, low), high), self._dispatch)
+            self._lined_up = False
+            pause_s = self._refusal.retry_after_s or 1.0
+            self._group.line.join(self, self.created_s, self._my_turn, self._shared.clock, pause_s)
             return
-        message = f"all nodes are busy ({self._refusal.message}): try again in {max(1, round(retry_after_s))} s"
+        retry_after_s = self._retry_after_s()
+        message = f"all nodes are busy ({self._refusal.message}): try again in {retry_after_s} s"
         self.fail(APIError(429, message, code="overloaded", retry_after_s=retry_after_s))
+
+    def _retry_after_s(self) -> int:
+        """When the nodes expect to have room, or what the last one said."""
+        waits = [node.load.queue_wait_s for node in self._group.decode.values() if not node.load.draining]
+        soonest_s = min((wait_s for wait_s in waits if wait_s > 0), default=self._refusal.retry_after_s or 1.0)
+        return max(1, math.ceil(soonest_s * random.uniform(1.0, 1.0 + _SPREAD)))
+
+    def _my_turn(self) -> None:
+        self._lined_up = True
+        self._dispatch()
 
     # --- what nodes say -----------------------------------------------------------------------------
 
     def on_output(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
-        if attempt is not self._attempt:
+        if attempt is not self._attempt or (node is not attempt.prefill and node is not attempt.decode):
             return
         if output.failure is not None:
             self._on_failure(attempt, node, output.failure)
             return
-        if output.event is not None:
-            if output.event == "local" and node is attempt.decode:
-                attempt.local = True
-                self._detach_prefill(attempt, abort=True)
-            elif output.event == "arrived":
-                attempt.arrived = True
+        absurd = self._absurd(attempt, output)
+        if absurd is not None:
+            self._on_fault(attempt, node, link.Failure("internal", f"it sent {absurd}"))
+            return
+        self.last_progress_s = now_s
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        if output.tokens or output.finish is not None:
-            self._take(attempt, node, output, now_s)
-        if attempt.prefill is not None and attempt.arrived and len(self.outputs) > attempt.base:
+        if node is attempt.decode:
+            self._on_event(attempt, node, output, now_s)
+        if attempt is self._attempt and (output.tokens or output.finish is not None):
+            self._join(attempt, node, output, now_s)
+        if attempt is self._attempt and attempt.arrived and len(self.outputs) > attempt.base:
             self._detach_prefill(attempt, abort=False)
 
+    def _absurd(self, attempt: Attempt, output: link.Output) -> str | None:
+        """What no sound node says: it would break the join, or the client's text."""
+        tokens = output.tokens
+        last = self._sampling.max_tokens
+        if not (tokens or output.finish is not None):
+            return None
+        if not attempt.base <= output.index <= last or output.index + len(tokens) > last:
+            return f"{len(tokens)} tokens at index {output.index}, of {attempt.base} to {last} that were asked for"
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._group.info.vocab_size:
+            return "token ids beyond the vocabulary"
+        if output.logprobs is not None and len(output.logprobs) != len(tokens):
+            return f"{len(output.logprobs)} log-probabilities for {len(tokens)} tokens"
+        if output.finish not in (None, "stop", "length"):
+            return f"the end '{output.finish[:40]}'"
+        if len(attempt.early) + len(attempt.held) > last:
+            return "the same tokens again and again"
+        return None
+
+    def _on_event(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
+        """A decode node's word that is no refusal: it has accepted, whatever else it says."""
+        if output.event == "local":
+            attempt.local = True
+        elif output.event == "arrived":
+            attempt.arrived = True
+            if attempt.prefill is not None and self._group.breakers:
+                self._group.breakers.succeeded((attempt.prefill.id, node.id))
+        if not attempt.accepted:
+            attempt.accepted = True
+            self._refused.clear()
+            if self._lined_up:
+                self._lined_up = False
+                self._group.line.advance()
+            if attempt.postponed and attempt.prefill is not None and not attempt.local:
+                self._submit_prefill(attempt, attempt.prefill)
+            held, attempt.held = attempt.held, []
+            for waiting in held:
+                if attempt is self._attempt and attempt.prefill is not None:
+                    self._join(attempt, attempt.prefill, waiting, now_s)
+        if attempt.local and attempt is self._attempt:
+            self._detach_prefill(attempt, abort=True)
+
+    def _join(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
+        """Takes an output, and those of the decode node that waited for it."""
+        self._take(attempt, node, output, now_s)
+        while attempt is self._attempt and attempt.decode is not None:
+            place = next((p for p, early in enumerate(attempt.early) if early.index <= len(self.outputs)), None)
+            if place is None:
+                return
+            self._take(attempt, attempt.decode, attempt.early.pop(place), now_s)
+
     def _take(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
-        """Joins by output index: what is known already is compared, what is too early waits."""
+        """By output index: what is known already is compared, what is too early waits."""
+        if node is attempt.prefill and attempt.decode is not None and not attempt.accepted and output.finish is None:
+            attempt.held.append(output)
+            return
         tokens, logprobs = output.tokens, output.logprobs
         known = len(self.outputs) - output.index
         if known < 0:
@@ -270,20 +419,14 @@ class Sequence:
         if not self.outputs:
             self.num_cached = output.num_cached
         self.outputs.extend(tokens)
-        self.last_progress_s = now_s
+        if self._group.breakers:
+            made = len(self.outputs) - attempt.base
+            if node is attempt.prefill or output.finish is not None or made >= _PROVEN_TOKENS:
+                self._group.breakers.succeeded(node.id)
         if output.finish is not None:
-            node.attempts.pop(attempt.id, None)  # it has ended there; the other node is told
+            node.release(attempt, abort=False)  # it has ended there; the other node is told
             self._close()
-        self._sink.received(tokens, logprobs, output.finish, output.stop_token, now_s)
-        while attempt.early and attempt is self._attempt:
-            early = attempt.early
-            attempt.early = []
-            before = len(self.outputs)
-            for waiting in early:
-                if attempt is self._attempt:
-                    self._take(attempt, node if attempt.decode is None else attempt.decode, waiting, now_s)
-            if len(self.outputs) == before:
-                return
+        self._deliver(tokens, logprobs, output.finish, output.stop_token, now_s)
 
     def _disagreement(self, attempt: Attempt) -> None:
         """Both nodes made the same token and it is not the same (kernels differ): the client's copy counts."""
@@ -293,24 +436,44 @@ class Sequence:
         self._dispatch()
 
     def _on_failure(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
-        # The node has ended its part; an abort to it would name an id that it no longer knows.
-        node.attempts.pop(attempt.id, None)
+        node.release(attempt, abort=False)  # it has ended its part; an abort would name an id that it no longer knows
         if node is attempt.prefill and (attempt.local or (attempt.arrived and len(self.outputs) > attempt.base)):
             attempt.prefill = None
-            return
+        elif failure.kind == "refused":
+            self._on_refusal(attempt, node, failure)
+        else:
+            self._on_fault(attempt, node, failure)
+
+    def _on_refusal(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
+        self._shared.count("retries", "refused")
+        self._refused.add(node.id)
+        self._refusal = failure
+        if node is attempt.decode and attempt.prefill is not None:
+            views = self._group.views()
+            source = next((view for view in views[0] if view.id == attempt.prefill.id), None)
+            # What is being computed is worth asking every node for.
+            terms = self._terms(views, begun=self._sink.started or not attempt.postponed)
+            other = reader(source, views[1], terms) if source is not None else None
+            if other is not None:
+                attempt.accepted = False
+                self._submit_decode(attempt, self._group.decode[other])
+                return
         self._end_attempt()
-        if failure.kind == "refused":
-            self._shared.count("retries", "refused")
-            self._refused.add(node.id)
-            self._refusal = failure
-            self._dispatch()
-            return
+        self._dispatch()
+
+    def _on_fault(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
+        self._end_attempt()
         log.warning("%s: %s node %s failed (%s): %s", attempt.id, node.role, node.id, failure.kind, failure.message)
         if failure.kind == "invalid":
             self.fail(APIError(400, failure.message, code="invalid_value"))
             return
-        self._failed_transfers += failure.kind == "transfer"
-        for other in (attempt.prefill, attempt.decode) if failure.kind == "transfer" else (node,):
+        transfer = failure.kind == "transfer"
+        self._failed_transfers += transfer
+        prefill, decode = attempt.prefill, attempt.decode
+        both = (prefill.id, decode.id) if prefill is not None and decode is not None else None
+        if self._group.breakers.failed(both if transfer and both else node.id, failure.message):
+            self._shared.count("trips", "pair" if transfer and both else "node")
+        for other in (prefill, decode) if transfer else (node,):
             if other is not None:
                 self._avoid[other.id] = self._avoid.get(other.id, 0) + 1
         self._again(failure.kind, f"{node.role} node: {failure.message}")
@@ -325,21 +488,50 @@ class Sequence:
         self._end_attempt()
         self._again("lost", f"{node.role} node lost: {why}")
 
-    def _again(self, reason: str, what: str) -> None:
+    def _again(self, reason: str, what: str, pause_s: float = 0.0) -> None:
         self._failures += 1
         self._shared.count("retries", reason)
         if self._failures >= self._shared.settings.max_attempts:
             self.fail(APIError(502, f"gave up after {self._failures} attempts; the last: {what}", code="nodes_failed"))
             return
         log.info("%s: %s; resuming after %d tokens", self._name, what, len(self.outputs))
-        self._dispatch()
+        if pause_s:
+            self._timer = self._shared.clock.call_later(pause_s, self._dispatch)
+        else:
+            self._dispatch()
 
     # --- ends ---------------------------------------------------------------------------------------
 
+    def _deliver(
+        self,
+        tokens: list[int],
+        logprobs: list[link.TokenLogprob] | None,
+        finish: str | None,
+        stop_token: int | None,
+        now_s: float,
+    ) -> None:
+        try:
+            self._sink.received(tokens, logprobs, finish, stop_token, now_s)
+        except Exception:
+            self._ended = False  # a sink that raises has not told its client
+            self.broken("tokens")
+        else:
+            self._ended = self._ended or finish is not None
+
+    def _tell_end(self, error: APIError) -> None:
+        """Once, even where the sink raises."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            self._sink.failed(error)
+        except Exception:
+            log.exception("%s: the client could not be told of the end (%s)", self._name, error)
+
     def _detach_prefill(self, attempt: Attempt, *, abort: bool) -> None:
         node, attempt.prefill = attempt.prefill, None
-        if node is not None and node.attempts.pop(attempt.id, None) is not None and abort:
-            node.abort(attempt.id)
+        if node is not None:
+            node.release(attempt, abort=abort)
 
     def _end_attempt(self) -> None:
         """Late frames of it find nobody, and both nodes give back what it holds. Unknown ids are ignored there."""
@@ -347,8 +539,8 @@ class Sequence:
         if attempt is None:
             return
         for node in (attempt.prefill, attempt.decode):
-            if node is not None and node.attempts.pop(attempt.id, None) is not None:
-                node.abort(attempt.id)
+            if node is not None:
+                node.release(attempt, abort=True)
 
     def _close(self) -> None:
         self.done = True

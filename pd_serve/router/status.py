@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from pd_serve.router.links import Unlinked
 from pd_serve.router.nodes import Group, Node, Registry
 
 
@@ -28,11 +29,17 @@ def models(registry: Registry, created_s: int) -> list[dict[str, Any]]:
     return found
 
 
-def describe(registry: Registry, unlinked: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """``unlinked``: URL and state of nodes that are known but not linked."""
-    nodes = [_node(node) for node in sorted(registry.nodes(), key=lambda n: (n.role, n.id))]
-    nodes += [{"url": url, "state": state} for url, state in unlinked]
+def describe(registry: Registry, unlinked: Sequence[Unlinked]) -> dict[str, Any]:
+    """``unlinked``: nodes that are known but not linked."""
+    troubles = {id: trouble for group in registry.groups.values() for id, trouble in group.troubles().items()}
+    nodes = [_node(node, *state(node, troubles)) for node in sorted(registry.nodes(), key=lambda n: (n.role, n.id))]
+    nodes += [{"url": entry.url, "state": entry.state, "reason": entry.reason} for entry in unlinked]
     return {"models": [_group(group) for group in registry.groups.values()], "nodes": nodes}
+
+
+def state(node: Node, troubles: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """What a linked node is, and why if it gets no requests."""
+    return ("draining", "") if node.load.draining else troubles.get(node.id, ("ready", ""))
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -44,18 +51,25 @@ def _group(group: Group) -> dict[str, Any]:
         "prefill": prefill,
         "decode": decode,
         "waiting_for_a_node": len(group.waiting),
+        "waiting_for_room": len(group.line),
+        "unfit_pairs": [
+            {"prefill": prefill, "decode": decode, "reason": reason}
+            for (prefill, decode), reason in group.unfit().items()
+        ],
     }
 
 
-def _node(node: Node) -> dict[str, Any]:
+def _node(node: Node, state: str, reason: str) -> dict[str, Any]:
     hello = node.hello
     return {
         "id": node.id,
         "role": node.role,
         "url": node.url,
-        "state": "draining" if node.load.draining else "ready",
+        "state": state,
+        "reason": reason,
         "model": hello.model.name,
         "fingerprint": hello.model.fingerprint,
+        "max_model_len": hello.model.max_model_len,
         "layout": hello.layout,
         "epoch": hello.epoch,
         "transport": hello.transport,

@@ -16,13 +16,17 @@ from urllib.parse import urlsplit
 from websockets.client import ClientProtocol
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
+from websockets.protocol import State
 from websockets.uri import parse_uri
 
 MAX_FRAME_BYTES = 64 << 20
 
 
 class WebSocket(asyncio.Protocol):
-    """``on_message`` gets every binary message; ``closed`` is done when the connection is gone."""
+    """``on_message`` gets every binary message; ``closed`` is done when the connection is gone.
+
+    ``send``, ``ping``, ``close`` and ``abort`` never raise. On a closing link they do nothing: ``closed`` tells.
+    """
 
     def __init__(self, uri: str, on_message: Callable[[bytes], None]) -> None:
         self._protocol = ClientProtocol(parse_uri(uri), max_size=MAX_FRAME_BYTES)
@@ -36,12 +40,12 @@ class WebSocket(asyncio.Protocol):
         self._why = ""
 
     def send(self, message: bytes) -> None:
-        if self._transport is not None and not self.closed.done():
+        if self._is_open():
             self._protocol.send_binary(message)
             self._flush()
 
     def ping(self) -> None:
-        if self._transport is not None and not self.closed.done() and self.opened.done():
+        if self._is_open():
             self._protocol.send_ping(b"")
             self._flush()
 
@@ -49,8 +53,8 @@ class WebSocket(asyncio.Protocol):
         """Says good-bye; does not wait for the other end."""
         if self._transport is not None and not self.closed.done():
             self._why = self._why or why
-            if self.opened.done():
-                self._protocol.send_close(1001, why[:100])
+            if self._is_open():
+                self._protocol.send_close(1001, why.encode()[:100].decode(errors="ignore"))
                 self._flush()
             self._transport.close()
 
@@ -59,6 +63,11 @@ class WebSocket(asyncio.Protocol):
         if self._transport is not None and not self.closed.done():
             self._why = self._why or why
             self._transport.abort()
+
+    def _is_open(self) -> bool:
+        """Between a close frame, or the end of the stream, and ``connection_lost`` it no longer is."""
+        transport = self._transport
+        return transport is not None and not transport.is_closing() and self._protocol.state is State.OPEN
 
     # --- asyncio.Protocol -----------------------------------------------------------------------------
 
@@ -120,6 +129,8 @@ class WebSocket(asyncio.Protocol):
     def _flush(self) -> None:
         assert self._transport is not None
         for data in self._protocol.data_to_send():
+            if self._transport.is_closing():
+                return
             if data:
                 self._transport.write(data)
             elif self._transport.can_write_eof():

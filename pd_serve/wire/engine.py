@@ -4,14 +4,14 @@ Every message has two frames: the *origin* (4 bytes, little-endian: which router
 itself) and one MessagePack payload. With origin > 0 the payloads are those of :mod:`pd_serve.wire.link`
 (``Submit``, ``Abort`` in; ``Outputs`` out), which the node passes on without decoding them. With origin
 0 they are the unions below. The node binds, the engine connects; the engine's configuration travels
-as JSON on its standard input.
+as JSON on its standard input. A second socket carries the engine's pulse: ``Beat`` messages of one frame.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from pd_serve.wire.link import Load, ModelInfo, Peers, Status
+from pd_serve.wire.link import Load, ModelInfo, Peers, Running, Status
 
 NODE = (0).to_bytes(4, "little")
 
@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     role: str  # "prefill" | "decode"
     node_id: str
     address: str  # ZeroMQ endpoint of the node process, e.g. ipc:///tmp/.../engine.sock
+    pulse_address: str  # the same for the engine's pulse
     model: str  # directory in HuggingFace form
     served_name: str
     dtype: str  # "float32" | "bfloat16"
@@ -32,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_num_seqs: int
     max_num_batched_tokens: int  # token budget of one step
     max_queue: int  # admitted requests without blocks; beyond it requests are refused
+    max_queue_wait_s: float  # requests that would wait longer for blocks are refused
     local_prefill_tokens: int
     threads: int  # compute threads
     cpus: list[int]  # cores the engine is bound to; empty: not bound
@@ -43,6 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ssl_certfile: str
     ssl_keyfile: str
     ssl_ca: str  # empty: no TLS between engines
+    engine_timeout_s: float  # the node gives up an engine whose pulse is silent for so long
+    step_timeout_s: float  # the least time that a step may take
     prefix_caching: bool
     transport: str  # "auto": whichever the machine offers; or a name
     nixl_backend: str
@@ -125,9 +129,25 @@ class SleepState(msgspec.Struct, tag="sleep_state"):
     failure: str = ""  # why the order was not carried out (a sentence for the user); the rest says what is so now
 
 
+class Report(msgspec.Struct, tag="report"):
+    """Engine to node, at least once a second between steps. ``submits``: by origin, the number of the last submit that
+    ``status`` includes; the node puts each into the status of its link.
+    """
+
+    status: Status
+    submits: dict[int, int] = {}
+
+
+class Beat(msgspec.Struct, tag="beat"):
+    """The engine's pulse, from a thread that does not wait for the main one."""
+
+    running: Running | None = None  # what the main thread is busy with; None: it waits, or moves memory
+
+
 ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake
-FromEngine = EngineReady | EngineFailed | Status | Drained | SleepState
+FromEngine = EngineReady | EngineFailed | Report | Drained | SleepState
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_beat = msgspec.msgpack.Decoder(Beat).decode

@@ -178,6 +178,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_model_len: int  # prompt + output tokens
     vocab_size: int
     eos_token_ids: list[int]
+    text: str = ""  # of the bundle at the node's /model: a router whose copy has another one reads it anew
 
 
 class Hello(msgspec.Struct, tag="hello"):

@@ -7,6 +7,7 @@ router needs no model directory of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ _decoder = msgspec.msgpack.Decoder(ModelBundle)
 
 encode_bundle = _encoder.encode
 decode_bundle = _decoder.decode
+
+
+def text_hash(bundle: bytes) -> str:
+    """Of an encoded bundle, for ``ModelInfo.text``."""
+    return hashlib.sha256(bundle).hexdigest()[:32]
+
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _GENERATION_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

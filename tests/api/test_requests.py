@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_serve.api.errors import APIError
+from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
 from pd_serve.api.sampling import sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
@@ -51,7 +52,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [1] * 500, "max_tokens": 13}, "max_tokens", "at most 12"),
     ({"prompt": ["a"] * 1025}, "prompt", "1024"),
     ({"prompt": ["a"] * 100, "n": 100}, "prompt", "1024"),
-    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
     ({"max_tokens": 0}, None, "at least 1"),  # type: ignore[list-item]
     ({"max_tokens": 1.5}, "max_tokens", "integer"),
     ({"max_tokens": "5"}, "max_tokens", "integer"),
@@ -69,7 +70,10 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
     ({"presence_penalty": 3}, "presence_penalty", "2"),
     ({"logprobs": 21}, "logprobs", "20"),
-    ({"logprobs": True}, "logprobs", "integer"),
+    ({"logprobs": 1.5}, "logprobs", "integer"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "20"),
+    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs"),  # type: ignore[list-item]
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
     ({"min_tokens": 17}, "min_tokens", "max_tokens"),
     ({"stop": [str(i) for i in range(1000)]}, "stop", "16"),
     ({"stop": ""}, "stop", "empty"),
@@ -89,8 +93,10 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "'temperature'"),
     ({"max_token": 1}, "max_token", "'max_tokens'"),
     ({"messages": HI}, "messages", "unknown field"),
-    ({"suffix": "x"}, "suffix", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"suffix": "x"}, "suffix", "does not fill in text"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "in the prompt"),
+    ({"repeat_penalty": 1.1}, "repeat_penalty", "use 'repetition_penalty'"),
+    ({"grammar": "root ::= [a-z]"}, "grammar", "not supported"),
     ({"use_beam_search": True}, "use_beam_search", "not supported"),
     ({"model": 5}, "model", "string"),
 ]
@@ -115,6 +121,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "text parts"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
     ({"messages": [{"role": "user", "content": "x", "contnt": "y"}]}, "'content'"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": []}]}]}, "function"),
+    ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "tool_calls"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "differ"),
     ({"max_completion_tokens": 512}, "max_tokens"),
@@ -127,8 +135,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"reasoning_effort": 5}, "reasoning_effort"),
+    ({"chat_template": "{{ x }}"}, "chat_template_kwargs"),
     ({"add_generation_prompt": True, "continue_final_message": True}, "both"),
     ({"chat_template_kwargs": {"messages": []}}, "messages"),
     ({"prompt": "x"}, "prompt"),
@@ -167,6 +175,87 @@ def test_fields_without_effect_are_ignored() -> None:
     chat(**ignored, response_format=text, parallel_tool_calls=True, modalities=["text"], audio=None, tool_choice="auto")
 
 
+def lenient(kind: Any = CompletionRequest, strict: bool = False, **fields: Any) -> Any:
+    return parse(kind, json.dumps(fields).encode(), Leniency(strict=strict))
+
+
+def test_unknown_fields_are_ignored_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    leniency = Leniency(strict=False)
+    message = {"role": "user", "content": "x", "id": "m1", "provider_specific_fields": {}, "a\nb": 1}
+    body = {
+        "messages": [message],
+        "temprature": 1,
+        "user": "me",
+        "provider": {"only": ["x"]},
+        "reasoning": {"effort": "low"},
+    }
+    body |= {"stream": True, "stream_options": {"include_usage": True, "other": 1}}
+    caplog.set_level("INFO", logger="pd_serve.api.leniency")
+    for _ in range(2):
+        assert parse(ChatCompletionRequest, json.dumps(body).encode(), leniency).wants_usage
+    said = [record.getMessage() for record in caplog.records]
+    for name in ("user", "provider", "reasoning", "id", "provider_specific_fields", "other", r"a\nb"):
+        assert sum(f"field '{name}'" in line for line in said) == 1, (name, said)
+    assert any("'temprature'" in line and "did you mean 'temperature'" in line for line in said)
+    with pytest.raises(APIError, match="temprature"):
+        parse(ChatCompletionRequest, json.dumps(body).encode(), Leniency(strict=True))
+    for number in range(1000):  # names are the clients': memory does not grow with them
+        parse(CompletionRequest, json.dumps({"prompt": "x", f"x{number}": 1}).encode(), leniency)
+    assert len(leniency._seen) <= 256
+
+
+def test_whole_numbers_written_as_floats() -> None:
+    fields = {"max_tokens": 8, "n": 2, "seed": 5, "top_k": 40, "min_tokens": 1, "logprobs": 3, "best_of": 2}
+    floats = {name: float(value) for name, value in fields.items()}
+    assert (
+        completion(prompt=[1.0, 2.0], stop_token_ids=[3.0], **floats)[1]
+        == completion(prompt=[1, 2], stop_token_ids=[3], **fields)[1]
+    )
+    assert lenient(prompt=[[1.0], [2, 3.0]]).prompt == [[1], [2, 3]]
+    assert lenient(prompt=["a", [1]]).prompt == ["a", [1]]
+    with pytest.raises(APIError, match="max_tokens"):
+        lenient(prompt="x", max_tokens=8.5)
+
+
+def test_values_that_mean_the_default() -> None:
+    assert lenient(prompt="x", model=None).model == ""
+    assert completion(seed=-1)[1].seed != completion(seed=-1)[1].seed
+    assert completion(prompt=[1] * 12, max_tokens=-1)[1].max_tokens == 500
+    assert chat(max_tokens=-1)[1].max_tokens == chat()[1].max_tokens == chat(max_completion_tokens=-1.0)[1].max_tokens
+    assert completion(logprobs=False)[1].logprobs == -1 and completion(logprobs=True)[1].logprobs == 1
+
+
+def test_prompt_logprobs() -> None:
+    assert completion(prompt_logprobs=2)[1].prompt_logprobs == 2 and completion(prompt_logprobs=2)[1].logprobs == -1
+    assert completion(prompt_logprobs=1, echo=True, logprobs=4)[1].prompt_logprobs == 4
+    assert chat(prompt_logprobs=0)[1].prompt_logprobs == 0
+
+
+def test_prompts_are_cut_from_the_left() -> None:
+    def ids(kind: Any = CompletionRequest, **fields: Any) -> Any:
+        request = lenient(kind, **fields)
+        if kind is ChatCompletionRequest:
+            return MODEL.chat_prompt(request)
+        return MODEL.completion_prompts(request)[0]
+
+    long = list(range(1, 300)) * 2
+    assert ids(prompt=long, truncate_prompt_tokens=3) == (long[-3:], None, None)
+    assert ids(prompt=[1, 2], truncate_prompt_tokens=3).ids == [1, 2]
+    assert ids(prompt=long, truncate_prompt_tokens=-1, max_tokens=12).ids == long[-500:]
+    whole = ids(prompt="the fox " * 3000, truncate_prompt_tokens=5)
+    assert len(whole.ids) == 5 and whole.text is None
+    assert len(ids(ChatCompletionRequest, messages=HI, truncate_prompt_tokens=2).ids) == 2
+
+
+def test_variables_of_templates() -> None:
+    request = lenient(ChatCompletionRequest, messages=HI, reasoning_effort="low", enable_thinking=False)
+    assert request.template_variables == {"reasoning_effort": "low", "enable_thinking": False}
+    request = lenient(
+        ChatCompletionRequest, messages=HI, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "x"}
+    )
+    assert request.template_variables == {"reasoning_effort": "x"}
+
+
 def test_null_is_the_default() -> None:
     names = [name for name in CompletionRequest.model_fields if name not in ("prompt", "model")]
     plain, sampling = completion(seed=1)
@@ -190,7 +279,7 @@ def test_sampling_fields_arrive() -> None:
         top_k=-1,
         top_p=0.5,
         min_p=0.1,
-        seed=-1,
+        seed=-3,
         stop_token_ids=[5],
         logit_bias={"3": -100},
         min_tokens=2,
@@ -201,7 +290,7 @@ def test_sampling_fields_arrive() -> None:
         logprobs=0,
     )
     assert sampling.temperature == 0.0  # dividing by it would overflow
-    assert sampling.top_k == 0 and sampling.seed == 2**64 - 1 and sampling.logit_bias == {3: -100.0}
+    assert sampling.top_k == 0 and sampling.seed == 2**64 - 3 and sampling.logit_bias == {3: -100.0}
     assert (sampling.stop_token_ids, sampling.min_tokens, sampling.ignore_eos) == ((5,), 2, True)
     assert (sampling.logprobs, sampling.prompt_logprobs) == (0, -1)
     assert completion(echo=True, logprobs=3)[1].prompt_logprobs == 3

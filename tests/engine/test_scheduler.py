@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,14 +33,16 @@ def scheduler(
         max_num_batched_tokens=budget,
         saturating_tokens=saturating,
         max_queue=100,
+        max_queue_wait_s=10.0,
         max_model_len=255,
     )
     return Scheduler(kv, limits)
 
 
-def sequence(id: str, tokens: list[int], max_tokens: int = 4) -> Sequence:
+def sequence(id: str, tokens: list[int], max_tokens: int = 4, arrival_s: float = 0.0) -> Sequence:
     array = np.array(tokens, dtype=np.int32)
-    return Sequence(id, 1, array, len(tokens), SamplingParams(max_tokens=max_tokens, seed=0), capacity=256)
+    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    return Sequence(id, 1, array, len(tokens), params, capacity=256, arrival_s=arrival_s)
 
 
 def next_token(tokens: list[int]) -> int:
@@ -130,9 +133,74 @@ def test_a_full_queue_refuses_with_a_hint() -> None:
     s = scheduler()
     for i in range(100):
         s.add(sequence(str(i), [1]))
-    failure = s.refuses()
+    failure = s.refuses(len(s.waiting))
     assert failure is not None
     assert failure.kind == "refused" and failure.retry_after_s > 0
+
+
+def test_a_stream_that_has_begun_is_never_refused() -> None:
+    s = scheduler()
+    assert s.refuses(1000) is not None
+    assert s.refuses(1000, begun=True) is None
+
+
+def test_who_would_wait_too_long_is_refused_with_the_wait_as_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("pd_serve.engine.scheduler.time.monotonic", lambda: clock[0])
+    s = scheduler(blocks=9)
+    for i in range(8):
+        s.add(sequence(str(i), [i] * 20, 2))
+    assert s.refuses(8) is None  # nothing is known yet
+    while s.waiting:
+        clock[0] += 1.0  # three steps, so three seconds a sequence
+        step(s)
+    failure = s.refuses(8)
+    assert failure is not None and failure.kind == "refused"
+    assert 20 < failure.retry_after_s < 26
+    assert s.refuses(3) is None
+    assert s.refuses(0) is None
+    clock[0] += 1000.0
+    assert s.refuses(8) is None  # that was long ago
+
+
+def test_the_oldest_request_is_first_and_nobody_overtakes_it_for_being_small() -> None:
+    s = scheduler(blocks=9, budget=64)  # 8 usable
+    s.add(sequence("running", list(range(20)), 8, arrival_s=5.0))
+    step(s)
+    s.add(sequence("small", [1, 2, 3], 2, arrival_s=9.0))
+    s.add(sequence("large", list(range(50, 70)), 2, arrival_s=7.0))
+    s.add(sequence("resumed", list(range(70, 74)), 2, arrival_s=1.0))
+    assert [q.id for q in s.waiting] == ["resumed", "large", "small"]
+    assert [w.seq.id for w in step(s)] == ["running", "resumed"]
+    assert [q.id for q in s.waiting] == ["large", "small"]
+    order = []
+    while s.running or s.waiting:
+        order += [w.seq.id for w in step(s) if w.seq.id not in order]
+    assert order.index("large") < order.index("small")
+
+
+def test_who_is_younger_than_one_that_waits_elsewhere_for_room_waits_too() -> None:
+    s = scheduler()
+    s.outside_s = 5.0
+    s.add(sequence("old", [1, 2, 3], arrival_s=4.0))
+    s.add(sequence("young", [4, 5, 6], arrival_s=6.0))
+    assert [w.seq.id for w in step(s)] == ["old"]
+    s.outside_s = float("inf")
+    assert [w.seq.id for w in step(s)] == ["old", "young"]
+
+
+def test_the_youngest_request_is_preempted_and_keeps_its_age() -> None:
+    s = scheduler(blocks=10, budget=64)
+    young = sequence("young", list(range(14)), 16, arrival_s=9.0)
+    old = sequence("old", list(range(50, 64)), 16, arrival_s=2.0)
+    s.add(young)
+    step(s)
+    s.add(old)  # joins later: its first nodes were lost
+    while not s.num_preemptions:
+        step(s)
+    assert young.state is State.WAITING and old.state is State.RUNNING
+    s.add(sequence("between", [1, 2, 3], arrival_s=5.0))
+    assert [q.id for q in s.waiting] == ["between", "young"]
 
 
 def test_batch_arrays_of_a_mixed_step() -> None:

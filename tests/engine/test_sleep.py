@@ -3,215 +3,23 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
-from array import array
-from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import zmq
 
 from pd_serve.engine import core
-from pd_serve.engine.batch import Batch
-from pd_serve.engine.channel import Channel
-from pd_serve.engine.core import Engine
-from pd_serve.engine.presence import Presence
-from pd_serve.engine.role import NoRole
 from pd_serve.engine.runner import Runner
-from pd_serve.engine.sampler import Sampler
-from pd_serve.engine.scheduler import Limits, Scheduler
-from pd_serve.engine.sequence import Sequence
 from pd_serve.engine.sleep import TAGS, HostSleeper
-from pd_serve.errors import PDServeError
-from pd_serve.kv.layout import KVLayout, LayerGroup
-from pd_serve.kv.manager import KVManager
+from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import load_decoder
 from pd_serve.wire import engine as wire
-from pd_serve.wire import link
 from pd_serve.wire.memory import MemoryReport, TagUsage
+from tests.engine.harness import Node
 from tests.engine.test_runner import batch
-
-VOCAB = 64
-MODEL = link.ModelInfo("m", "f00d", 100, VOCAB, [1])
-
-
-class ScriptedRole(NoRole):
-    """A role without peers. ``leases`` and ``pulling`` are the test's to set."""
-
-    def __init__(self, epoch: int, said: list[str], lets_go: bool) -> None:
-        super().__init__()
-        self._epoch = epoch
-        self._said = said
-        self._lets_go = lets_go
-
-    def submitted(self, seq: Sequence) -> link.Output | None:
-        return None
-
-    def computed(self, seq: Sequence, token: int | None) -> None:
-        pass
-
-    def counters(self) -> dict[str, float]:
-        return {"handshakes": 1.0}
-
-    def close(self) -> bool:
-        self._said.append(f"close {self._epoch}")
-        return super().close() and self._lets_go
-
-
-class ScriptedSleeper:
-    def __init__(self, said: list[str]) -> None:
-        self._said = said
-        self.asleep: list[str] = []
-        self.broken = ""  # what fails
-
-    def sleep(self, level: int) -> None:
-        self._said.append(f"sleep {level}")
-        self.asleep = list(TAGS)
-        if self.broken == "sleep":
-            self.broken = ""
-            raise RuntimeError("no pinned memory")
-
-    def wake(self, tags: Collection[str]) -> None:
-        if self.broken in tags:
-            raise PDServeError("the model's files are gone")
-        self._said += [f"wake {tag}" for tag in tags]
-        self.asleep = [tag for tag in self.asleep if tag not in tags]
-
-    def report(self) -> MemoryReport:
-        return MemoryReport("test", {WEIGHTS: TagUsage(1, 2, 3)}, asleep=self.asleep)
-
-
-class Compute:
-    """One token for each sequence and step, as soon as ``go`` is set."""
-
-    def __init__(self) -> None:
-        self.step_s = 0.0
-        self.go = threading.Event()
-        self.go.set()
-
-    def execute(self, batch: Batch) -> torch.Tensor:
-        assert self.go.wait(10)
-        time.sleep(self.step_s)
-        logits = torch.zeros(len(batch.logits_rows), VOCAB)
-        logits[:, 7] = 1.0
-        return logits
-
-
-class Node:
-    """An engine on a thread, and the node's end of its socket. Makes its roles, too."""
-
-    def __init__(self, address: str) -> None:
-        self.said: list[str] = []
-        self.heard: list[wire.FromEngine] = []
-        self.outputs: list[link.Output] = []
-        self.role: ScriptedRole
-        self.lets_go = True
-        self.sleeper = ScriptedSleeper(self.said)
-        self.compute = Compute()
-        layout = KVLayout(4, "float32", (LayerGroup((0,), 1, 8),))
-        self.kv = KVManager(layout, (64,), 128)
-        self._opened = 0
-        self._numbers = 0  # of orders; tests that number their own begin at 101
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.bind(address)
-        self._channel = Channel(self._context, address)
-        self.presence = Presence(self, self.open(), self.kv, self.sleeper)
-        self._engine = Engine(
-            kv=self.kv,
-            scheduler=Scheduler(self.kv, Limits(8, 64, 1000, 100, 100)),
-            runner=self.compute,
-            sampler=Sampler(VOCAB, (1,)),
-            presence=self.presence,
-            channel=self._channel,
-            eos_token_ids=(1,),
-            vocab_size=VOCAB,
-        )
-        self._thread = threading.Thread(target=self._engine.run)
-        self._thread.start()
-
-    def open(self) -> ScriptedRole:
-        self._opened += 1
-        self.said.append(f"open {self._opened}")
-        self.role = ScriptedRole(self._opened, self.said, self.lets_go)
-        return self.role
-
-    def introduce(self, role: object, load: link.Load, start_s: dict[str, float]) -> wire.EngineReady:
-        epoch = f"epoch-{self._opened}"
-        return wire.EngineReady(MODEL, "l", "layout", epoch, f"tcp://{epoch}", "nixl", load, start_s)
-
-    def tell(self, message: wire.ToEngine) -> None:
-        self._socket.send_multipart([wire.NODE, wire.encoder.encode(message)])
-
-    def submit(self, name: str, tokens: int, prompt: int = 20) -> None:
-        data = array("i", range(2, 2 + prompt)).tobytes()
-        message = link.Submit(name, data, 0, link.SamplingParams(max_tokens=tokens, seed=0, temperature=0))
-        self._socket.send_multipart([(1).to_bytes(4, "little"), link.encoder.encode(message)])
-
-    def listen(self, enough: Callable[[], object], what: str) -> None:
-        deadline_s = time.monotonic() + 10
-        while not enough():
-            assert time.monotonic() < deadline_s, f"not seen: {what}; heard {self.heard[-5:]} {self.outputs[-5:]}"
-            if self._socket.poll(20):
-                origin, payload = self._socket.recv_multipart()
-                if origin == wire.NODE:
-                    self.heard.append(wire.decode_from_engine(payload))
-                else:
-                    outputs = link.decode_from_node(payload)
-                    assert isinstance(outputs, link.Outputs)
-                    self.outputs += outputs.items
-
-    def order(self, message: wire.Sleep | wire.Wake) -> wire.SleepState:
-        """Sends it and waits for its answer."""
-        self.tell(message)
-        return self.answer(message.number)
-
-    def sleep(self, level: int = 1) -> wire.SleepState:
-        self._numbers += 1
-        return self.order(wire.Sleep(self._numbers, level))
-
-    def wake(self, *tags: str) -> wire.SleepState:
-        self._numbers += 1
-        return self.order(wire.Wake(self._numbers, list(tags or TAGS)))
-
-    def answers(self, number: int) -> list[wire.SleepState]:
-        return [m for m in self.heard if isinstance(m, wire.SleepState) and m.number == number]
-
-    def answer(self, number: int) -> wire.SleepState:
-        self.listen(lambda: self.answers(number), f"the answer to order {number}")
-        return self.answers(number)[0]
-
-    def epochs(self) -> list[str]:
-        return [m.epoch for m in self.heard if isinstance(m, wire.EngineReady)]
-
-    def status(self) -> link.Status:
-        return [m for m in self.heard if isinstance(m, link.Status)][-1]
-
-    def finished(self, name: str) -> None:
-        self.listen(lambda: any(o.id == name and o.finish for o in self.outputs), f"the end of {name}")
-
-    def close(self) -> None:
-        self.compute.go.set()
-        self.tell(wire.Shutdown())
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-        self._engine.close()
-        self._channel.close()
-        self._socket.close(0)
-        self._context.term()
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    node = Node(f"ipc://{tmp_path}/engine")
-    yield node
-    node.close()
 
 
 def test_peers_lose_the_pool_before_its_memory_goes_and_find_another_epoch(node: Node) -> None:

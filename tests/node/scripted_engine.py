@@ -23,6 +23,8 @@ def main() -> int:
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=engine.EngineConfig)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.connect(config.address)
+    pulse = socket.context.socket(zmq.PUSH)
+    pulse.connect(config.pulse_address)
 
     def say(message: engine.FromEngine, origin: int = 0) -> None:
         socket.send_multipart([origin.to_bytes(4, "little"), engine.encoder.encode(message)])
@@ -36,6 +38,8 @@ def main() -> int:
     if BEHAVIOUR == "crashes":
         return 3
     heard: Counter[str] = Counter()
+    submits: dict[int, int] = {}
+    running_step: link.Running | None = None
     running: list[tuple[int, str, list[int], int]] = []  # origin, id, tokens, next index
     draining = drained = False
     bedtime: engine.Sleep | None = None
@@ -49,10 +53,11 @@ def main() -> int:
         address = f"tcp://127.0.0.1:{epoch}"
         return engine.EngineReady(model, "1a40", "a layout", f"epoch-{epoch}", address, "nixl", load(), {"import": 0.1})
 
-    def status() -> link.Status:
+    def status() -> engine.Report:
         tags = {"weights": TagUsage(20, 30, 20), "kv_cache": TagUsage(8, 8, 0 if "kv_cache" in asleep else 8)}
         counters = {name: float(count) for name, count in heard.items()} | {"leaks": 0.0}
-        return link.Status(load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep)))
+        report = link.Status(load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep)))
+        return engine.Report(report, dict(submits))
 
     model = link.ModelInfo(config.served_name, "f00d", 128, 1000, [2])
     say(ready())
@@ -63,6 +68,8 @@ def main() -> int:
             origin = int.from_bytes(origin_frame, "little")
             message = (engine.decode_to_engine if origin == 0 else link.decode_to_node)(payload)
             heard[f"heard_{type(message).__name__.lower()}"] += 1
+            if isinstance(message, link.Submit):
+                submits[origin] = message.number
             match message:
                 case engine.Shutdown():
                     return 0
@@ -90,6 +97,10 @@ def main() -> int:
                         socket.send_multipart([origin_frame, frame])
                 case link.Submit(id="die"):
                     return 7
+                case link.Submit(id="slow" | "hang" as name):  # a step that is within its limit, or beyond it
+                    running_step = link.Running(3, 1024, 45.0, 600.0 if name == "slow" else 40.0)
+                case link.Submit(id="go on" | "before"):
+                    running_step = None
                 case link.Submit(id=name, tokens=tokens):
                     running.append((origin, name, list(memoryview(tokens).cast("i")), 0))
         still: list[tuple[int, str, list[int], int]] = []
@@ -112,7 +123,9 @@ def main() -> int:
             say(engine.Drained())
         if time.monotonic() >= status_due_s:
             status_due_s = time.monotonic() + 0.1
-            say(status())
+            pulse.send(engine.encoder.encode(engine.Beat(running_step)))
+            if running_step is None:
+                say(status())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -56,6 +58,20 @@ def test_answers(start_node: StartNode) -> None:
     assert isinstance(hello, link.Hello)
     assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
     assert hello.model.name == "tiny-model"
+
+
+def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
+    node = start_node("echoes", "--head-timeout-s", "0.5")
+    port = int(node.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port)) as silent, socket.create_connection(("127.0.0.1", port)) as loud:
+        connection = node.link()  # upgraded while both are there
+        loud.sendall(b"GET / HTTP/1.1\r\nx: " + b"a" * 65_500)
+        loud.sendall(b"a" * 100)
+        loud.settimeout(5)
+        assert loud.recv(100).startswith(b"HTTP/1.1 431")
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
+        assert isinstance(receive(connection), link.Hello)  # the link outlives the time for a head
 
 
 def test_links_do_not_see_each_other(start_node: StartNode) -> None:
@@ -208,6 +224,91 @@ def test_a_taken_port_is_a_clear_error(start_node: StartNode) -> None:
     assert second.wait() == 2
     assert f"cannot listen on 127.0.0.1:{port}" in second.log
     assert "Traceback" not in second.log
+
+
+# --- slow, stopped, hanging ---------------------------------------------------------------------------
+
+
+def bare(name: str, number: int = 0) -> bytes:
+    return link.encoder.encode(link.Submit(name, b"", 0, link.SamplingParams(max_tokens=1, seed=0), number=number))
+
+
+def test_a_long_step_within_its_limit_is_no_trouble_and_routers_hear_of_it(start_node: StartNode) -> None:
+    node = start_node("echoes", "--engine-timeout-s", "0.5")
+    connection = node.link()
+    connection.send(bare("before", number=4))
+    node.until(lambda: node.counters().get("heard_submit") == 1, "the submit")
+    connection.send(bare("slow", number=5))  # the engine says nothing from here on but its pulse
+    deadline_s = time.monotonic() + 1.0
+    statuses = []
+    while time.monotonic() < deadline_s:
+        if isinstance(message := receive(connection), link.Status):
+            statuses.append(message)
+    running = statuses[-1].running
+    assert running is not None and (running.step, running.tokens, running.limit_s) == (3, 1024, 600.0)
+    assert statuses[-1].last_submit == 4  # the load is from before
+    assert len([s for s in statuses if s.running]) > 3
+    assert node.get("/health").status_code == 200
+    assert node.status()["state"] == "serving"
+    connection.send(bare("go on", number=6))
+    while not (isinstance(message := receive(connection), link.Status) and message.running is None):
+        pass
+    while not (isinstance(message := receive(connection), link.Status) and message.last_submit == 6):
+        pass
+
+
+def test_an_engine_that_hangs_in_a_step_is_found_and_forgiven_when_it_goes_on(start_node: StartNode) -> None:
+    node = start_node("echoes", "--engine-timeout-s", "0.6")
+    connection = node.link()
+    connection.send(bare("hang"))
+    assert close_code(connection, node) == 1011
+    health = node.get("/health")
+    assert health.status_code == 503
+    assert "step 3 (1024 tokens) takes longer than its limit of 40.0 s" in health.json()["status"]
+    assert node.status()["state"] == "stuck"
+    assert "pd_serve_node_stuck 1.0" in node.get("/metrics").text
+    assert close_code(node.link(), node) == 1013
+    os.kill(engine_pid(node), signal.SIGSTOP)  # a stopped process is stuck for another reason
+    node.until(lambda: "has said nothing" in node.get("/health").text, "silence")
+    os.kill(engine_pid(node), signal.SIGCONT)
+    node.until(lambda: "limit" in node.get("/health").text, "the step still hangs")
+
+
+def test_a_stopped_engine_is_noticed_within_the_setting(start_node: StartNode) -> None:
+    node = start_node("echoes", "--engine-timeout-s", "0.6")
+    connection = node.link()
+    pid = engine_pid(node)
+    os.kill(pid, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    assert close_code(connection, node) == 1011
+    assert time.monotonic() - stopped_s < 1.5
+    assert node.get("/ready").status_code == 503
+    os.kill(pid, signal.SIGCONT)
+    node.until(lambda: node.get("/ready").status_code == 200, "the engine is back", 2)
+    assert isinstance(receive(node.link()), link.Hello)
+
+
+def test_a_node_that_was_stopped_itself_does_not_blame_its_engine(start_node: StartNode) -> None:
+    node = start_node("echoes", "--engine-timeout-s", "0.6")
+    connection = node.link()
+    connection.send(submit("a", list(range(300))))
+    for _ in range(2):
+        node.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.3)
+        node.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert receive_outputs(connection, "a") == list(range(300))
+    assert "has said nothing" not in node.log
+
+
+def test_a_node_that_drains_takes_no_link(start_node: StartNode) -> None:
+    node = start_node("never-drains")
+    connection = node.link()
+    node.process.send_signal(signal.SIGTERM)
+    node.until(lambda: node.status()["state"] == "draining", "draining")
+    assert close_code(node.link(), node) == 1013
+    connection.send(submit("a", [1, 2]))
+    assert receive_outputs(connection, "a") == [1, 2]  # links that there are go on
 
 
 def test_cores_that_are_not_there(start_node: StartNode) -> None:

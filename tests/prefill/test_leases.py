@@ -99,12 +99,24 @@ def test_declined_before_it_was_admitted() -> None:
     assert not leases.open("k", 1.0)
 
 
-def test_a_claim_of_a_request_that_never_comes() -> None:
+def test_a_claim_of_a_request_that_comes_late_lives_by_heartbeats() -> None:
     leases = book()
     leases.claim("k", A, 0.0)
-    assert leases.heartbeat(["k"], A, 5.0) == []
-    leases.expire(10.0)  # heartbeats do not keep it
-    assert leases.heartbeat(["k"], A, 10.0) == ["k"]
+    for now_s in (5.0, 12.0, 20.0):  # the prefill node's engine is in a long step
+        assert leases.heartbeat(["k"], A, now_s) == []
+        leases.expire(now_s + 5.0)
+    leases.expire(40.0)
+    assert leases.heartbeat(["k"], A, 40.0) == ["k"]
+
+
+def test_blocks_that_nobody_has_claimed_outlast_a_long_step_of_the_decode_node() -> None:
+    leases = book(unclaimed_s=70.0)
+    leases.open("k", 0.0)
+    assert leases.expire(69.0) == []
+    assert leases.claim("k", A, 69.0) is Claimed.OPEN
+    assert leases.expire(79.0) == ["k"]  # from the claim on it must be heard of
+    leases.open("other", 0.0)
+    assert leases.expire(70.0) == ["other"]
 
 
 def test_cancel_tells_whoever_asked_or_will_ask() -> None:

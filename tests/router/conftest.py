@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from pd_serve.config import RouterConfig
+from pd_serve.http import bounded
 from pd_serve.router.app import Router, create_app
 from tests.router.scripted_node import Fabric, ScriptedNode
 
@@ -37,7 +38,7 @@ class Running:
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.http = httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False)
         config = uvicorn.Config(
-            self.app, http="httptools", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
+            self.app, http=bounded(settings), ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
         )
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))

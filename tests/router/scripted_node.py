@@ -86,6 +86,11 @@ class ScriptedNode:
         self.draining = False
         self.counters: dict[str, float] = {"steps": 1.0}
         self.silent_engine = False
+        self.accept = asyncio.Event()  # decode, cleared: it neither accepts nor refuses what has a source
+        self.accept.set()
+        self.misfits: dict[str, str] = {}
+        self.queued = self.max_queue = 0
+        self.queue_wait_s = 0.0
         # What was seen.
         self.submits: list[link.Submit] = []
         self.aborted: list[str] = []
@@ -93,6 +98,7 @@ class ScriptedNode:
         self.running: dict[str, asyncio.Task[None]] = {}
         self._connections: set[ServerConnection] = set()
         self._statuses: set[asyncio.Task[None]] = set()
+        self._last_submits: dict[ServerConnection, int] = {}
 
     @property
     def url(self) -> str:
@@ -128,7 +134,7 @@ class ScriptedNode:
     async def drain(self) -> None:
         self.draining = True
         for connection in list(self._connections):
-            await self._send(connection, link.Status(self.load()))
+            await self._send(connection, self.status(connection))
 
     def load(self) -> link.Load:
         return link.Load(
@@ -137,6 +143,14 @@ class ScriptedNode:
             waiting_tokens=0,
             groups=[link.GroupUsage(100, len(self.running), 0, 100 - len(self.running))],
             draining=self.draining,
+            queued=self.queued,
+            max_queue=self.max_queue,
+            queue_wait_s=self.queue_wait_s,
+        )
+
+    def status(self, connection: ServerConnection) -> link.Status:
+        return link.Status(
+            self.load(), self.counters, last_submit=self._last_submits.get(connection, 0), misfits=self.misfits
         )
 
     # --- HTTP and the link ------------------------------------------------------------------------------
@@ -162,6 +176,7 @@ class ScriptedNode:
                 match link.decode_to_node(frame):
                     case link.Submit() as submit:
                         self.submits.append(submit)
+                        self._last_submits[connection] = submit.number
                         mine.append(submit.id)
                         self.running[submit.id] = asyncio.create_task(self._run(connection, submit))
                     case link.Abort(ids=ids):
@@ -185,7 +200,7 @@ class ScriptedNode:
         while True:
             await asyncio.sleep(0.2)
             if not self.silent_engine:
-                await self._send(connection, link.Status(self.load(), self.counters))
+                await self._send(connection, self.status(connection))
 
     async def _send(self, connection: ServerConnection, message: link.FromNode) -> None:
         try:
@@ -200,6 +215,8 @@ class ScriptedNode:
             await self._send(connection, link.Outputs([link.Output(submit.id, **fields)]))  # type: ignore[arg-type]
 
         try:
+            if submit.source is not None:
+                await self.accept.wait()
             failure = self.refuse or (self.fail.pop(0) if self.fail else None)
             if failure is not None:
                 await say(index=submit.num_output, tokens=[], failure=failure)
@@ -211,6 +228,8 @@ class ScriptedNode:
     async def _compute(self, submit: link.Submit, say) -> None:  # type: ignore[no-untyped-def]
         tokens = list(array("i", submit.tokens))
         index, params = submit.num_output, submit.sampling
+        if submit.source is not None:
+            await say(index=index, tokens=[], event="accepted")
         await self.hold.wait()
         if submit.source is not None:
             if self.local:

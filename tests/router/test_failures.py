@@ -244,7 +244,7 @@ async def test_when_all_refuse_it_is_429(start_node: StartNode, start_router: St
     running = await start_router(*nodes)
     answer = await running.post(prompt=[PROMPT, PROMPT], n=2, stream=stream)
     assert answer.status_code == 429
-    assert answer.headers["retry-after"] == "3"
+    assert answer.headers["retry-after"] in ("3", "4", "5")
     assert answer.json()["error"]["type"] == "rate_limit_error"
     await until(idle(*nodes), "idle")
 

@@ -7,7 +7,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_serve.router.policy import NodeView, Nowhere, Placement, place
+from pd_serve.router.policy import NodeView, Nowhere, Placement, Terms
+from pd_serve.router.policy import place as place_on
 
 
 def view(id: str, **fields: Any) -> NodeView:
@@ -15,6 +16,18 @@ def view(id: str, **fields: Any) -> NodeView:
         "layout": "a", "sequences": 0, "waiting_tokens": 0, "kv_used": 0.0, "draining": False, "local_prefill_tokens": 0
     }  # fmt: skip
     return NodeView(id, **{**defaults, **fields})
+
+
+def place(
+    prefill: list[NodeView],
+    decode: list[NodeView],
+    *,
+    prompt_tokens: int,
+    last_token: bool = False,
+    local: bool = False,
+    **terms: Any,
+) -> Placement | Nowhere:
+    return place_on(prefill, decode, Terms(**terms), prompt_tokens=prompt_tokens, last_token=last_token, local=local)
 
 
 P, D = [view("p0"), view("p1")], [view("d0"), view("d1")]
@@ -88,7 +101,7 @@ def test_always_a_legal_answer(p: list[Any], d: list[Any], tokens: int, last: bo
         assert not any(v.draining is False and v.id not in refused and last for v in prefill)
         assert found is Nowhere.REFUSED or not [v for v in decode if not v.draining]
         return
-    chosen = [by_id[id] for id in found if id is not None]
+    chosen = [by_id[id] for id in found[:2] if id is not None]
     assert chosen and not any(v.draining or v.id in refused for v in chosen)
     assert len({v.layout for v in chosen}) == 1
     assert found.decode is None or by_id[found.decode] in open_decode

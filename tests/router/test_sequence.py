@@ -64,6 +64,7 @@ class Job:
     index: int
     arrived: bool = False
     local: bool = False
+    accepted: bool = False
 
 
 class SimNode:
@@ -101,6 +102,10 @@ class SimNode:
 
     def step(self, job: Job, local: bool, count: int) -> None:
         id = job.submit.id
+        if job.submit.source is not None and not job.accepted and not local:
+            job.accepted = True
+            self.say(id, index=job.index, event="accepted")
+            return
         if job.submit.source is not None and not job.arrived and not job.local:
             if local:
                 job.local = True
@@ -158,7 +163,7 @@ class RecordingSink:
 class World:
     def __init__(self, max_tokens: int, **options: float) -> None:
         self.clock = ManualClock()
-        self.registry = Registry()
+        self.registry = Registry(self.clock.now_s)
         self.group = self.registry.add_group(TEXT)
         self.ready: dict[str, int] = {}
         self.sink = RecordingSink()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 
+from pd_serve.api.chat_template import ChatTemplates
 from pd_serve.api.tokenizer import TextTokenizer
+from pd_serve.wire.link import Failure
 from tests.api import tiny
+from tests.api.families import ANY_ROLE
 from tests.router.conftest import Running, StartNode, StartRouter, idle, until
 from tests.router.scripted_node import expected
 
@@ -185,6 +190,132 @@ async def test_echo_and_logprobs(pair: Running) -> None:
     assert [t for e in parts for t in e["choices"][0]["logprobs"]["tokens"]] == scores["tokens"]
 
 
+async def test_text_offsets_count_characters_of_the_text(pair: Running) -> None:
+    """Whatever tokens are called: halves of characters, tokens that are no text."""
+    prompt = "<|end|>é🦊 " + tiny.EMOJI
+    for body in ({"prompt": prompt}, {"prompt": TOKENIZER.encode(prompt, add_special_tokens=False)}):
+        (choice,) = (await pair.complete(**body, max_tokens=3, echo=True, logprobs=0))["choices"]
+        scores, shown = choice["logprobs"], choice["text"]
+        offsets = scores["text_offset"]
+        assert offsets == sorted(offsets) and offsets[0] == 0
+        for token, offset in zip(scores["tokens"], offsets, strict=True):
+            if not token.startswith("bytes:") and token not in tiny.SPECIALS:
+                assert shown.startswith(token, offset)
+        assert offsets[-3:] == [len(shown) - len("".join(scores["tokens"][-n:])) for n in (3, 2, 1)]
+    assert choice["text"].startswith("é") and offsets[1] == 0  # skipped specials take no place
+
+
+async def test_prompt_logprobs_in_vllms_shape(pair: Running) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 2, "n": 2, "prompt_logprobs": 0}
+    for choice in (await pair.complete(**body))["choices"]:  # type: ignore[arg-type]
+        first, *rest = choice["prompt_logprobs"]
+        assert first is None and choice["logprobs"] is None
+        assert rest == [
+            {str(id): {"logprob": -2.0, "rank": 3, "decoded_token": TOKENIZER.token_text(id)}} for id in PROMPT[1:]
+        ]
+    messages = [{"role": "user", "content": "x"}]
+    answer = (await pair.post("/v1/chat/completions", messages=messages, max_tokens=1, prompt_logprobs=1)).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+
+
+async def test_usage_in_every_event(pair: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, body in (
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        *found, last = (await events(pair, path, **body, max_tokens=4, stream_options=options))[:-1]
+        counts = [event["usage"]["completion_tokens"] for event in found if event["choices"]]
+        assert counts == [1, 2, 3, 4] if path == "/v1/completions" else [1, 1, 2, 3, 4]
+        assert len({event["usage"]["prompt_tokens"] for event in found}) == 1
+        assert last["choices"] == [] and last["usage"] == found[-1]["usage"]
+
+
+async def test_comments_keep_a_stream_that_waits(start_node: StartNode, start_router: StartRouter) -> None:
+    prefill, decode = await start_node("prefill"), await start_node("decode")
+    running = await start_router(prefill, decode, sse_keep_alive_s=0.05)
+    prefill.hold.clear()
+    body = {"model": "tiny", "prompt": "the fox", "stream": True, "max_tokens": 4}
+    async with running.http.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        lines = (line async for line in answer.aiter_lines() if line)
+        assert [await anext(lines) for _ in range(2)] == [": keep-alive"] * 2  # before the first token
+        decode.hold_after = 2
+        prefill.hold.set()
+        assert (await anext(lines)).startswith("data: ")
+        rest = [line async for line in until_comment(lines)]  # in the middle
+        decode.hold.set()
+        rest += [line async for line in lines if line.startswith("data: ")]
+    assert len(rest) == 4 and rest[-1] == "data: [DONE]"
+
+    # An error after the comment is an event.
+    prefill.fail = [Failure("invalid", "not this one")]
+    prefill.hold.set()
+    assert (await running.post(**{**body, "stream": True})).status_code == 400  # at once: a status
+    prefill.hold.clear()
+    async with running.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = (line async for line in answer.aiter_lines() if line)
+        assert await anext(lines) == ": keep-alive"
+        running.router.end_all()
+        found = [line async for line in lines if line.startswith("data: ")]
+    assert len(found) == 1 and json.loads(found[0][6:])["error"]["code"] == "shutting_down"
+    assert (await running.http.get("/health")).status_code == 200
+
+
+async def until_comment(lines: AsyncIterator[str]) -> AsyncIterator[str]:
+    async for line in lines:
+        if line.startswith(":"):
+            return
+        yield line
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"max_stream_backlog": 64 << 10}, "bytes of its stream unread"),
+        ({"request_timeout_s": 0.3, "sse_keep_alive_s": 0.1}, "read nothing"),
+    ],
+)
+async def test_a_client_that_does_not_read_is_cut_off(
+    start_node: StartNode,
+    start_router: StartRouter,
+    caplog: pytest.LogCaptureFixture,
+    limits: dict[str, float],
+    why: str,
+) -> None:
+    node = await start_node("decode", info=tiny.info(max_model_len=100_000), token_s=0)
+    running = await start_router(node, **limits)
+    body = {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": 90_000, "n": 20, "logprobs": 2}
+    encoded = json.dumps(body).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", int(running.url.rsplit(":", 1)[1])))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    writer.write(head.encode() + encoded)
+    try:
+        await until(lambda: any(why in record.getMessage() for record in caplog.records), "cut off")
+        await until(idle(node), "idle")
+        await until(lambda: running.router.metrics.models["tiny"].in_flight == 0, "ended")
+        assert not running.router.shared.active
+        assert not (await asyncio.wait_for(reader.read(), 5)).endswith(b"[DONE]\n\n")  # closed
+    finally:
+        writer.close()
+
+
+async def test_a_template_without_tools_is_said(pair: Running, caplog: pytest.LogCaptureFixture) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [{"role": "user", "content": "x"}]
+    text_model = pair.router.registry.find("tiny").text  # type: ignore[union-attr]
+    shown = await pair.post("/v1/chat/completions", messages=messages, tools=tools, max_tokens=1)
+    assert "x-warning" not in shown.headers
+    text_model.templates = ChatTemplates({"default": ANY_ROLE}, {})
+    for stream in (False, True):
+        answer = await pair.post("/v1/chat/completions", messages=messages, tools=tools, max_tokens=1, stream=stream)
+        assert answer.headers["x-warning"] == "the chat template of tiny shows the model nothing of 'tools'"
+    assert len([r for r in caplog.records if "'tools'" in r.getMessage()]) == 1
+
+
 async def test_short_prompts_and_single_tokens_take_one_node(start_node: StartNode, start_router: StartRouter) -> None:
     prefill, decode = await start_node("prefill"), await start_node("decode", local_prefill_tokens=3)
     running = await start_router(prefill, decode)
@@ -311,7 +442,9 @@ async def test_request_ids(pair: Running, caplog: pytest.LogCaptureFixture) -> N
     given = await pair.http.post(
         "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 2}, headers={"X-Request-Id": "abc-1"}
     )
-    assert given.headers["x-request-id"] == "abc-1" and given.json()["id"] == "cmpl-abc-1"
+    assert given.headers["x-request-id"] == "abc-1" and given.json()["id"].startswith("cmpl-abc-1-")
+    again = await pair.http.post("/v1/completions", json={"prompt": "x"}, headers={"X-Request-Id": "abc-1"})
+    assert again.json()["id"] != given.json()["id"]
     assert any(r.getMessage().startswith("abc-1 /v1/completions 200 model=tiny") for r in caplog.records)
     bad = await pair.http.post("/v1/completions", json={"prompt": ""}, headers={"X-Request-Id": "abc-2"})
     assert bad.json()["error"]["request_id"] == "abc-2"
@@ -326,11 +459,49 @@ async def test_api_keys(start_node: StartNode, start_router: StartRouter) -> Non
         headers = {"Authorization": header} if header else {}
         answer = await running.http.post("/v1/completions", json=body, headers=headers)
         assert answer.status_code == status
+    for name in ("x-api-key", "api-key"):
+        for key, status in (("sk-1", 200), ("sk-3", 401)):
+            answer = await running.http.post("/v1/completions", json=body, headers={name: key})
+            assert answer.status_code == status
     assert (await running.http.get("/v1/status")).status_code == 401
     error = (await running.http.post("/tokenize", json={"prompt": "x"})).json()["error"]
     assert error["type"] == "authentication_error" and error["request_id"]
     for path in ("/health", "/ready", "/metrics"):
         assert (await running.http.get(path)).status_code == 200
+
+
+async def test_pages_of_other_origins(start_node: StartNode, start_router: StartRouter) -> None:
+    page = "http://localhost:3000"
+    running = await start_router(await start_node("decode"), api_key=("sk-1",), cors_origin=(page,))
+    asking = {"Origin": page, "Access-Control-Request-Method": "POST"}
+    asking["Access-Control-Request-Headers"] = "authorization,content-type"
+    asked = await running.http.options("/v1/chat/completions", headers=asking)
+    assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == page
+    assert "authorization" in asked.headers["access-control-allow-headers"]
+    refused = await running.http.options("/v1/chat/completions", headers={**asking, "Origin": "http://evil.example"})
+    assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+    body = {"prompt": "x", "max_tokens": 1}
+    for key, status in (("sk-1", 200), ("sk-2", 401)):  # the page can read errors, too
+        headers = {"Origin": page, "Authorization": f"Bearer {key}"}
+        answer = await running.http.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == status and answer.headers["access-control-allow-origin"] == page
+    plain = await start_router(await start_node("decode"))
+    assert (await plain.http.options("/v1/chat/completions", headers=asking)).status_code == 405
+
+
+async def test_fields_that_nobody_knows(start_node: StartNode, start_router: StartRouter) -> None:
+    node = await start_node("decode")
+    body = {"prompt": "x", "max_tokens": 1, "provider": {"order": ["x"]}, "no_such_field": 1, "model": None}
+    for strict, status in ((False, 200), (True, 400)):
+        running = await start_router(node, strict_fields=strict)
+        assert (await running.http.post("/v1/completions", json=body)).status_code == status
+
+
+async def test_models_with_a_slash_and_the_tokenizer(pair: Running) -> None:
+    assert (await pair.http.get("/v1/models/")).json() == (await pair.http.get("/v1/models")).json()
+    found = (await pair.http.get("/tokenizer_info")).json()
+    assert found["eos_token"] == tiny.SPECIALS[tiny.EOS] and found["chat_template"] == tiny.CHAT_TEMPLATE
+    assert (await pair.http.get("/tokenizer_info?model=x")).status_code == 404
 
 
 async def test_a_slow_reader_gets_everything(pair: Running) -> None:
