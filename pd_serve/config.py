@@ -286,6 +286,34 @@ class EngineSettings(Common):
         unit="seconds",
     )
 
+    peer_handshake_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "KV transfer",
+        "How long a connection between two nodes may take from dialling to the end of its self-test.",
+        unit="seconds",
+        reason="Answers to who knows the secret take milliseconds; a busy machine's take longer.",
+    )
+    allow_insecure_nodes: bool = setting(
+        False,
+        values.FLAG,
+        "Network",
+        "Work with nodes on other machines without a secret.",
+        reason="Whoever reaches the ports of such nodes can read and change what they serve.",
+    )
+
+    ssl_certfile: str = setting("", values.TEXT, "Network", "File with this node's certificate, PEM.")
+    ssl_keyfile: str = setting(
+        "", values.TEXT, "Network", "File with the certificate's key, PEM.", reason="Empty: in the certificate's file."
+    )
+    ssl_ca: str = setting(
+        "",
+        values.TEXT,
+        "Network",
+        "File with the authority of all nodes' certificates, PEM; nodes then speak TLS to each other and take nobody "
+        "without such a certificate.",
+    )
+
     def peer_secret(self) -> str:
         """The secret, from wherever it was given; empty: none. Raises ConfigError."""
         if not self.secret_file:
