@@ -51,13 +51,19 @@ def test_answers(start_node: StartNode) -> None:
     assert 'pd_serve_node_kv_blocks{group="0",state="cached"} 2.0' in metrics
     assert "pd_serve_node_leaks_total 0.0" in metrics
     assert 'model="tiny-model"' in metrics
-    bundle = decode_bundle(node.get("/model").content)
-    assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
-    assert b"WordLevel" in bundle.tokenizer_json
-    hello = receive(node.link())
+    connection = node.link()
+    hello = receive(connection)
     assert isinstance(hello, link.Hello)
     assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
     assert hello.model.name == "tiny-model"
+    connection.send(link.encoder.encode(link.GetModel()))
+    while not isinstance(model := receive(connection), link.Model):
+        pass
+    bundle = decode_bundle(model.bundle)
+    assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
+    assert b"WordLevel" in bundle.tokenizer_json
+    connection.send(link.encoder.encode(link.GetModel()))
+    assert close_code(connection, node) == 1008  # once a link
 
 
 def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
@@ -124,7 +130,6 @@ def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: Sta
     node = start_node("never-ready", ready=False)
     node.until(lambda: node.get("/health").status_code == 200, "alive")
     assert node.get("/ready").status_code == 503
-    assert node.get("/model").status_code == 503
     assert close_code(node.link(), node) == 1013
     node.process.terminate()
     assert node.wait() == 0
