@@ -12,6 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN := $(VENV)/.installed
 RUN_DEV := $(VENV)/.installed-dev
 
+# Of pip's output what says how far it is.
+SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
+
 .PHONY: help up test lint format docs clean
 
 help:  ## this list
@@ -48,10 +51,10 @@ $(BIN)/python:
 # pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e . | $(SHORT)
 	@touch $@
 
 $(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve and its test tools into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[test,dev]' | $(SHORT)
 	@touch $@ $(RUN)

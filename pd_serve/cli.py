@@ -22,12 +22,29 @@ app = typer.Typer(
     help="Serve large language models with prefill and decode on separate nodes.",
     epilog="Start here: [bold]pd-serve up[/bold], then point any OpenAI client at http://127.0.0.1:8000/v1.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+_OFF = "no_"  # in front of a flag's name: that it was turned off
+
 _bench = typer.Typer(help="Measure an endpoint, or how fast KV moves on this machine.", no_args_is_help=True)
 app.add_typer(_bench, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pd-serve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of ``pd-serve`` itself."""
 
 
 def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
@@ -35,6 +52,9 @@ def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], 
 
     def register(run: Callable[[Any], int]) -> Callable[[Any], int]:
         def command(config_file: str | None, **flags: object) -> None:
+            for setting in config.settings(name):
+                if setting.kind.is_flag and flags.pop(_OFF + setting.name):
+                    flags[setting.name] = False
             raise typer.Exit(run(config.load(name, flags, config_file=config_file)))
 
         group, _, own_name = name.rpartition(" ")
@@ -43,10 +63,11 @@ def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], 
             f"Every option is also a variable ({first.flag}: {first.variable}) and a key of the YAML file given with "
             f"--config ({first.name}). Flags win over variables, variables over the file."
         )
-        parameters = [_config_parameter()] + [_parameter(setting) for setting in config.settings(name)]
+        parameters = [_config_parameter()]
+        parameters += [parameter for setting in config.settings(name) for parameter in _parameters(setting)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__doc__ = f"{about}\n\n[bold]Examples[/bold]\n\n{examples}\n\n{precedence}"
+        command.__doc__ = f"{about}\n\n[bold]Examples[/bold]\n\n{_paragraphs(examples)}\n\n{precedence}"
         (_bench if group else app).command(own_name, help=command.__doc__)(command)
         return run
 
@@ -58,20 +79,33 @@ def _config_parameter() -> inspect.Parameter:
     return _keyword("config_file", Annotated[str | None, option])
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def _parameters(setting: Setting) -> list[inspect.Parameter]:
+    """One option; a flag has a second, hidden one that turns it off, named in the help of the first."""
     note = f" {setting.reason}" if setting.reason else ""
-    unit = f" {setting.unit}" if setting.unit else ""
-    default = f" [dim]\\[default: {setting.default_text}{unit}][/dim]" if setting.default_text else ""
-    options: dict[str, Any] = {
-        "help": f"{setting.help}{note}{default}",
-        "show_default": False,
-        "rich_help_panel": setting.group,
-    }
-    if setting.kind.is_flag:
-        names = f"{setting.flag}/--no-{setting.flag[2:]}"
-        return _keyword(setting.name, Annotated[bool | None, typer.Option(names, **options)])
-    option = typer.Option(setting.flag, metavar=setting.kind.shape, **options)
-    return _keyword(setting.name, Annotated[str | None, option])
+    options: dict[str, Any] = {"show_default": False, "rich_help_panel": setting.group}
+    if not setting.kind.is_flag:
+        unit = f" {setting.unit}" if setting.unit else ""
+        default = f" [dim]\\[default: {setting.default_text}{unit}][/dim]" if setting.default_text else ""
+        option = typer.Option(
+            setting.flag, metavar=setting.kind.shape, help=f"{setting.help}{note}{default}", **options
+        )
+        return [_keyword(setting.name, Annotated[str | None, option])]
+    off = f"--no-{setting.flag[2:]}"
+    if setting.default is None:
+        default = f"{off}: never"
+    else:
+        default = f"default: on; {off} turns it off" if setting.default else "default: off"
+    shown = typer.Option(setting.flag, metavar="", help=f"{setting.help}{note} [dim]\\[{default}][/dim]", **options)
+    hidden = typer.Option(off, hidden=True)
+    return [
+        _keyword(setting.name, Annotated[bool | None, shown]),
+        _keyword(_OFF + setting.name, Annotated[bool | None, hidden]),
+    ]
+
+
+def _paragraphs(text: str) -> str:
+    """The lines of each paragraph as one: terminals break them, at their own width."""
+    return "\n\n".join(part if part.startswith(" ") else part.replace("\n", " ") for part in text.split("\n\n"))
 
 
 def _keyword(name: str, annotation: object) -> inspect.Parameter:

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pd_serve import trust, values
@@ -185,6 +186,20 @@ class EngineSettings(Guarded):
     max_model_len: int = setting(
         0, integer(0), "Model", "Longest prompt plus output.", unit="tokens", reason="0: the model's own limit."
     )
+    chat_template: str = setting(
+        "",
+        values.TEXT,
+        "Model",
+        "File with a Jinja chat template, used in place of the model's own.",
+        reason="Empty: the model's own.",
+    )
+    generation_config: str = setting(
+        "auto",
+        choice("auto", "none"),
+        "Model",
+        "auto: requests that do not set temperature, top_p and so on get what the model's generation_config.json says.",
+        reason="What its makers tried it with.",
+    )
     block_size: int = setting(
         16,
         choice(8, 16, 32, 64, 128),
@@ -313,6 +328,21 @@ class EngineSettings(Guarded):
         unit="seconds",
     )
 
+    def chat_template_text(self) -> str:
+        """What the file ``chat_template`` holds; empty without one. Raises ConfigError."""
+        if not self.chat_template:
+            return ""
+        from pd_serve.api.chat_template import check_template
+
+        try:
+            text = Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+            check_template(text)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template: {self.chat_template} is no chat template: {error}") from error
+        if not text.strip():
+            raise ConfigError(f"chat_template: {self.chat_template} is empty; leave it out to use the model's own")
+        return text
+
     def nixl_backend_options(self) -> dict[str, str]:
         """``nixl_options`` by key. Raises ConfigError."""
         found = {}
@@ -428,6 +458,9 @@ class RouterSettings(Guarded):
         unit="seconds",
         reason="Up to 64 MiB, over any network.",
     )
+    access_log: bool = setting(
+        True, values.FLAG, "Processes", "Log a line for every answered request: its id, status, tokens and times."
+    )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def api_keys(self) -> frozenset[str]:
@@ -455,13 +488,22 @@ class UpConfig(EngineSettings, RouterSettings):
         1, integer(0), "Nodes", "How many prefill nodes to start.", reason="0: decode nodes compute prompts too."
     )
     decode: int = setting(1, integer(1), "Nodes", "How many decode nodes to start.")
+    access_log: bool = setting(
+        False,
+        values.FLAG,
+        "Processes",
+        "Log a line for every answered request: its id, status, tokens and times.",
+        reason="Off here, where the log is a terminal; on in `pd-serve router`.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Settings of ``pd-serve bench serve``."""
 
-    base_url: str = setting("http://127.0.0.1:8000", values.URL, "Endpoint", "The OpenAI endpoint, without /v1.")
+    base_url: str = setting(
+        "http://127.0.0.1:8000", values.ENDPOINT, "Endpoint", "The OpenAI endpoint, with or without /v1."
+    )
     model: str = setting(
         "", values.TEXT, "Endpoint", "The model to ask for.", reason="Empty: the first that the endpoint offers."
     )
@@ -571,6 +613,15 @@ class TokenConfig(Secret):
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Settings of ``pd-serve doctor``."""
+
+    timeout_s: float = setting(
+        0.0,
+        decimal(0.0),
+        "Report",
+        "The longest that all may take; what is missing then is said to be missing.",
+        unit="seconds",
+        reason="0: 15, and more where the machine is busy.",
+    )
 
     json: bool = setting(False, values.FLAG, "Report", "Print the findings as JSON.")
     self_test: bool = setting(

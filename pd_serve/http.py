@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pd_serve.config import Common
 
@@ -83,6 +83,7 @@ class BoundedHttp(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._proven = False  # a whole request came over it
+        self.cycle: RequestResponseCycle | None  # type: ignore[assignment]  # uvicorn's annotation leaves None out
         self._closed = False  # refused or ended: what comes is dropped
         self._in_head = self._in_body = False
         self._begun = 0  # the look since which the head, or the next byte of a body, is owed
@@ -119,7 +120,7 @@ class BoundedHttp(HttpToolsProtocol):
             at += size
             after_body, self._began, self._carried = self._in_body, False, False
             super().data_received(part)
-            if self._closed:
+            if self._ended():
                 return
             if self._in_head or self in self.idle:
                 # of a part that began with a body's end, what is head is not known: it counts from the next one
@@ -128,6 +129,9 @@ class BoundedHttp(HttpToolsProtocol):
                 self._took_body(len(part))
             else:
                 self._head_bytes = 0
+
+    def _ended(self) -> bool:
+        return self._closed
 
     def _took_head(self, size: int) -> None:
         if self in self.idle:  # bytes that begin no message, such as an empty line
@@ -191,9 +195,9 @@ class BoundedHttp(HttpToolsProtocol):
         if self._closed or self.transport.is_closing():
             return
         self._begun = self.looks
-        if self._in_body and self.cycle.response_complete:
+        if self._in_body and self._answered():
             self._linger()  # it was answered before it was all sent; the rest is of no use
-        elif not self.pipeline and not self._in_head and self.cycle.response_complete:
+        elif not self.pipeline and not self._in_head and self._answered():
             self.idle[self] = None
 
     # --- bounds ---------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ class BoundedHttp(HttpToolsProtocol):
             # Not while we are what it waits for: our reading pauses, or an earlier request is still being answered.
             if waited_s >= self.bounds.body_timeout_s and not self.flow.read_paused and not self.pipeline:
                 self._refuse(408, f"no byte of the body came for {self.bounds.body_timeout_s:g} s", "body_timeout")
-        elif waited_s >= self.bounds.head_timeout_s and (self.cycle is None or self.cycle.response_complete):
+        elif waited_s >= self.bounds.head_timeout_s and self._answered():
             if self._in_head:
                 self._refuse(408, f"the head was not there after {self.bounds.head_timeout_s:g} s", "head_timeout")
             else:
@@ -247,7 +251,7 @@ class BoundedHttp(HttpToolsProtocol):
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answers where an answer can still be told from the one that is being sent, and ends the connection."""
         log.info("refused a request of %s: %d %s", self.client[0] if self.client else "a socket", status, message)
-        if self.cycle is None or self.cycle.response_complete or self._answerable():
+        if self._answered() or self._answerable():
             self.transport.write(_answer(status, message, code))
             if self.cycle is not None:
                 self.cycle.disconnected = True
@@ -258,7 +262,11 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _answerable(self) -> bool:
         """Nothing of the answer to the request under way was sent, and no other is in front of it."""
-        return self._in_body and not self.pipeline and not self.cycle.response_started
+        return self._in_body and not self.pipeline and not self.cycle.response_started  # type: ignore[union-attr]
+
+    def _answered(self) -> bool:
+        """Every request that came whole has its answer."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _linger(self) -> None:
         """Closes our side, and drops what still comes for a while: with bytes unread the kernel resets the answer."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_serve import config as settings
-from pd_serve import logs
+from pd_serve import logs, preflight
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
 from pd_serve.models.source import resolve
 from pd_serve.net import listen, netloc
@@ -28,8 +28,9 @@ from pd_serve.supervised import Supervised
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 2.5  # nodes end in order where they can ...
-KILL_AFTER_S = 4.0  # ... and at all events: Ctrl-C ends everything within 5 s
+# Ctrl-C ends everything within 5 s. The router ends first: it tells open streams why while the nodes still serve them.
+_ROUTER_DRAIN_S, _ROUTER_KILL_S = 1.5, 2.8
+_NODE_DRAIN_S, _NODE_KILL_S = 1.0, 1.8
 _POLL_S = 0.1
 _PATIENCE_S = 20.0  # a start that takes longer is explained by what the processes print
 _LOCAL = "127.0.0.1"
@@ -40,6 +41,9 @@ def run(config: UpConfig) -> int:
     """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
     logs.configure(config.log_level, "up")
     started_s = time.monotonic()
+    preflight.check(config, nodes=config.prefill + config.decode)
+    config.api_keys()
+    config.chat_template_text()  # a broken file is said before anything starts
     model = resolve(config.model, config.dtype, config.load_format)
     config = replace(
         config,
@@ -58,7 +62,8 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
     listen(config.host, config.port).close()
     url = _router_url(config)
     routers = RouterConfig(
-        **values_of(config, settings.RouterSettings),
+        **values_of(config, settings.RouterSettings)
+        | {"drain_timeout_s": min(config.drain_timeout_s, _ROUTER_DRAIN_S)},
         min_prefill=min(1, config.prefill),
         min_decode=1,
     )
@@ -79,7 +84,7 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
                 "router": (url,),
                 "threads": config.threads or len(share),
                 "cpus": share if config.cpus else (),
-                "drain_timeout_s": DRAIN_S,
+                "drain_timeout_s": _NODE_DRAIN_S,
             }
         )
         name = f"{role}-{index}"
@@ -142,7 +147,9 @@ class Up:
             for task in (stop, introduction, *watching):
                 task.cancel()
             await asyncio.gather(stop, introduction, *watching, return_exceptions=True)
-            await asyncio.gather(*(process.stop(KILL_AFTER_S) for process in self._processes))
+            router, *nodes = self._processes
+            await router.stop(_ROUTER_KILL_S)
+            await asyncio.gather(*(process.stop(_NODE_KILL_S) for process in nodes))
         return 0
 
     def _signalled(self) -> None:
@@ -163,7 +170,11 @@ class Up:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         took_s = time.monotonic() - self._started_s
-        print(f"\n{table}\n\nReady after {took_s:.1f} s. Try:\n\n{_example(self._config)}\n")
+        url = f"{_router_url(self._config)}/v1"
+        print(f"\n{table}\n\nReady after {took_s:.1f} s: {self._config.served_model_name} at {url}\n")
+        print(f"Try:\n\n{_example(self._config)}\n")
+        key = "YOUR_KEY" if self._config.api_key or self._config.api_key_file else "unused"
+        print(f'In Python:\n\n  client = openai.OpenAI(base_url="{url}", api_key="{key}")\n')
         print("Ctrl-C ends everything.", flush=True)
         for process in self._processes:
             process.stream()

@@ -56,6 +56,14 @@ def _url(value: object) -> str:
 URL = Kind("URL", _url)
 
 
+def _endpoint(value: object) -> str:
+    """An endpoint's URL as clients are given it, with /v1, or without."""
+    return _url(_text(value).rstrip("/").removesuffix("/v1"))
+
+
+ENDPOINT = Kind("URL", _endpoint)
+
+
 def _items(value: object) -> list[object]:
     if isinstance(value, list | tuple):
         return list(value)
@@ -202,6 +210,15 @@ def render(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+def readable_size(size: int) -> str:
+    """Bytes for reading, rounded up to three digits or so: ``1.5MiB``. A size that the parser takes, too."""
+    for n, letter in reversed(list(enumerate("KMGT", 1))):
+        if size >= 1024**n:
+            tenths = -(-size * 10 // 1024**n)
+            return f"{tenths / 10:g}{letter}iB"
+    return f"{size}B"
 
 
 def render_size(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import resource
@@ -10,8 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from pd_serve import __version__, config
+from pd_serve import __version__, cli, config, preflight
+from pd_serve.errors import ConfigError, ModelError
+from pd_serve.models.source import resolve
+from pd_serve.paths import cache_directory
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +73,72 @@ def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str) -> None
     assert answer.returncode == 2
     assert message in answer.stderr
     assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_the_version_help_and_completion_are_where_people_look() -> None:
+    runner = CliRunner()
+    assert runner.invoke(cli.app, ["--version"]).output == f"pd-serve {__version__}\n"
+    assert "--install-completion" in runner.invoke(cli.app, ["-h"]).output
+    assert runner.invoke(cli.app, ["bench", "serve", "-h"]).exit_code == 0
+
+
+def test_paragraphs_of_the_help_are_broken_by_the_terminal_alone() -> None:
+    text = cli._paragraphs("    an example\n\nOne sentence that\ngoes on.\n\nAnother.")
+    assert text == "    an example\n\nOne sentence that goes on.\n\nAnother."
+    assert "a note, or a problem with what to do" in run("doctor", "-h").stdout
+
+
+def test_flags_can_be_turned_off_and_the_help_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def load(_name: str, flags: dict[str, object], **_: object) -> None:
+        seen.append(dict(flags))
+        raise SystemExit
+
+    monkeypatch.setattr(config, "load", load)
+    CliRunner().invoke(cli.app, ["decode", "--no-checksums", "--enable-sleep-mode"])
+    (flags,) = seen
+    assert (flags["checksums"], flags["enable_sleep_mode"], flags["pin_memory"]) == (False, True, None)
+    assert not any(name.startswith("no_") for name in flags)
+    assert "--no-checksums turns it off" in " ".join(run("decode", "-h").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"kv_cache_memory": "4000TiB"}, "2 nodes with 4000TiB each would need 8000TiB"),
+        ({"secret_file": "/nowhere"}, "secret_file: cannot read /nowhere"),
+        ({"transport": "ucx"}, r"--transport ucx needs ucxx, .*pd-serve\[ucx\]"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(
+    flags: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check(config.load("up", flags, environ={}), nodes=2)
+
+
+def test_a_model_that_is_not_there_names_the_nearest() -> None:
+    with pytest.raises(ModelError, match="did you mean smollm2-135m"):
+        resolve("smolm2-135m")
+
+
+def test_logs_have_a_date_and_a_zone() -> None:
+    code = "from pd_serve import logs; import logging; logs.configure('info', 'x', access_log=False); "
+    code += "logging.getLogger('pd_serve.access').info('no'); logging.info('yes')"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d INFO x root: yes\n", answer.stderr)
+
+
+def test_the_cache_follows_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PD_SERVE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_directory() == Path.home() / ".cache" / "pd-serve"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_directory() == Path("/xdg/pd-serve")
+    monkeypatch.setenv("PD_SERVE_CACHE", "/ours")
+    assert cache_directory() == Path("/ours")
 
 
 def test_an_unknown_flag_names_the_nearest() -> None:

@@ -83,6 +83,34 @@ def test_mistakes_in_a_file(tmp_path: Path, content: str, message: str) -> None:
     assert message.format(file=file) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "is empty"),
+        ("{% for m in messages %}", "line 1"),
+        ("{{ messages ", "line 1"),
+        ("{% nonsense %}", "nonsense"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_an_error_at_start(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"chat_template.*{file}.*{message}"):
+        load(chat_template=str(file)).chat_template_text()
+
+
+def test_a_chat_template_may_use_what_models_use(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    text = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    file.write_text(text)
+    assert load(chat_template=str(file)).chat_template_text() == text
+    assert load().chat_template_text() == ""
+
+
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="cannot read the configuration file /nowhere"):
         load(file=Path("/nowhere"))
@@ -267,3 +295,9 @@ def test_options_of_nixl() -> None:
     assert load(nixl_options="a=1,b=c=d").nixl_backend_options() == {"a": "1", "b": "c=d"}
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         load(nixl_options="a").nixl_backend_options()
+
+
+@pytest.mark.parametrize(("size", "text"), [(1 << 30, "1GiB"), (1_500_000, "1.5MiB"), (25_362_300_000, "23.7GiB")])
+def test_sizes_are_said_as_people_do_and_can_be_typed_back(size: int, text: str) -> None:
+    assert values.readable_size(size) == text
+    assert values.SIZE.parse(text) >= size  # type: ignore[operator]

@@ -111,6 +111,16 @@ class ChatTemplates:
         return self._compiled[name]
 
 
+def check_template(source: str) -> None:
+    """Raises ValueError that says where a template is broken."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _environment().from_string(source)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from None
+
+
 def _environment() -> Any:
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError

@@ -48,15 +48,22 @@ def sampling_params(
     bias = {int(key): value for key, value in (request.logit_bias or {}).items()}
     if bias:
         model.check_ids(list(bias), "logit_bias")
-    temperature = 1.0 if request.temperature is None else request.temperature
+    defaults = model.sampling_defaults
+
+    def chosen(name: str, neutral: float) -> float:
+        """The request's value, or the model's, or what changes nothing."""
+        value = getattr(request, name)
+        return float(defaults.get(name, neutral) if value is None else value)
+
+    temperature, top_k = chosen("temperature", 1.0), int(chosen("top_k", 0))
     return SamplingParams(
         max_tokens=max_tokens,
         seed=(draw_seed() if request.seed is None else request.seed) % _SEEDS,
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-        top_k=0 if request.top_k in (None, -1) else min(request.top_k or 0, model.info.vocab_size),
-        top_p=1.0 if request.top_p is None else request.top_p,
-        min_p=request.min_p or 0.0,
-        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+        top_k=min(max(0, top_k), model.info.vocab_size),
+        top_p=chosen("top_p", 1.0),
+        min_p=chosen("min_p", 0.0),
+        repetition_penalty=chosen("repetition_penalty", 1.0),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         logit_bias=bias,

@@ -42,6 +42,7 @@ class TextModel:
         self.eos_ids = frozenset(info.eos_token_ids)
         self._special_tokens = dict(bundle.special_tokens)
         self._warned = False
+        self.sampling_defaults = bundle.generation_defaults
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
         """One entry a prompt, each within the vocabulary and the model's length. Raises APIError(400)."""

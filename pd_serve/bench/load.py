@@ -17,6 +17,7 @@ import msgspec
 from pd_serve.bench.client import Client, HttpError
 from pd_serve.config import BenchConfig
 
+_ERROR_CHARS = 400
 _FIRST_TOKEN_ID = 100  # below it many vocabularies keep their special tokens
 _WORDS = """time year people way day man thing woman life child world school state family student group country
 problem hand part place case week company system program question work government number night point home water room
@@ -27,6 +28,7 @@ friend father power hour game line end member law car city community name presid
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, as newer servers call it
 
 
 class _Choice(msgspec.Struct):
@@ -105,6 +107,11 @@ class Bodies:
         return " ".join(self._random.choices(_WORDS, k=self._config.input_len))
 
 
+def text_of(choice: _Choice) -> str | None:
+    delta = choice.delta
+    return (delta.content or delta.reasoning_content or delta.reasoning) if delta else choice.text
+
+
 async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
     """One request, from its first byte sent to its last byte read. Never raises."""
     record = Record(time.perf_counter())
@@ -115,14 +122,14 @@ async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
             return
         event = _decode(data)
         if event.error is not None:
-            record.error = f"in the stream: {json.dumps(event.error)[:200]}"
+            record.error = f"in the stream: {json.dumps(event.error)[:_ERROR_CHARS]}"
         if event.usage is not None:
             record.prompt_tokens = event.usage.prompt_tokens
             record.output_tokens = event.usage.completion_tokens
         for choice in event.choices:
             if choice.finish_reason is not None:
                 record.finish_reason = choice.finish_reason
-            text = (choice.delta.content or choice.delta.reasoning_content) if choice.delta else choice.text
+            text = text_of(choice)
             # a completion's event without text still is a token (half a character, say), unless it only ends the stream
             if text or choice.token_ids or (not chat and choice.finish_reason is None):
                 record.token_times_s.append(now_s)
@@ -131,7 +138,9 @@ async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
     try:
         status, answer = await client.post(path, body, on_event)
         if status != 200:
-            record.error = f"HTTP {status}: {answer.decode(errors='replace')[:200]}"
+            record.error = f"HTTP {status}: {answer.decode(errors='replace')[:_ERROR_CHARS]}"
+            if status == 401:
+                record.error += " (give --api-key)"
         elif record.finish_reason is None and record.error is None:
             record.error = "the stream ended without a finish reason"
     except HttpError as error:

@@ -42,7 +42,8 @@ async def _run(config: BenchConfig) -> dict[str, Any]:
         model = config.model or await _first_model(client, config)
         bodies = load.Bodies(config, model, seed)
         if config.warmup:
-            await load.closed_loop(client, config, bodies, config.warmup, lambda _record: None)
+            with _progress(config.warmup, "warm-up") as finished:
+                await load.closed_loop(client, config, bodies, config.warmup, finished)
         with _progress(config.requests) as finished:
             if config.request_rate:
                 records = await load.open_loop(client, config, bodies, config.requests, finished, seed)
@@ -72,14 +73,15 @@ async def _first_model(client: Client, config: BenchConfig) -> str:
     try:
         status, body = await client.get("/v1/models")
         if status != 200:
-            raise HttpError(f"HTTP {status}: {body.decode(errors='replace')[:200]}")
+            hint = " (give --api-key)" if status == 401 else ""
+            raise HttpError(f"HTTP {status}: {body.decode(errors='replace')[:200]}{hint}")
         return str(json.loads(body)["data"][0]["id"])
     except (HttpError, ValueError, LookupError, TypeError) as error:
         raise PDServeError(f"{config.base_url} does not name a model ({error}); is it up? Or give --model") from error
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[load.Record], None]]:
+def _progress(total: int, what: str = "requests") -> Iterator[Callable[[load.Record], None]]:
     """A bar on a terminal, redrawn by the event loop: a thread would compete with the measurement."""
     if not sys.stderr.isatty():
         yield lambda _record: None
@@ -89,7 +91,7 @@ def _progress(total: int) -> Iterator[Callable[[load.Record], None]]:
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     progress = Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
-    bar = progress.add_task("requests", total=total)
+    bar = progress.add_task(what, total=total)
 
     async def redraw() -> None:
         while True:

@@ -113,7 +113,6 @@ class Inbox:
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
         self._peers: dict[str, PrefillPeer] = {}  # by address
-        self.misfits: dict[str, str] = {}  # by id, nodes that cannot be read from, and why; replaced as a whole
         self._keys: dict[str, Expected] = {}
         self._draining: list[Expected] = []
         self._events: Mailbox[Event] = Mailbox()
@@ -220,7 +219,6 @@ class Inbox:
         for peer in list(self._peers.values()):
             if peer.state is State.PAUSED and now_s >= peer.named_s + FORGET_S:
                 del self._peers[peer.address]
-                self._note_misfits()
                 continue
             due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
         return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
@@ -245,11 +243,8 @@ class Inbox:
         if peer is None:
             peer = PrefillPeer(source.address, self._identity, self._worker, self._prober, self, self._counters)
             self._peers[source.address] = peer
-        peer.named_id, peer.named_s = source.node_id, self._clock()
+        peer.named_s = self._clock()
         return peer
-
-    def _note_misfits(self) -> None:
-        self.misfits = {peer.named_id: peer.misfit for peer in self._peers.values() if peer.misfit}
 
     def _expect(self, key: str, source: Source) -> None:
         if key in self._keys:
@@ -281,12 +276,10 @@ class Inbox:
     # --- transfer thread: what peers say
 
     def peer_ready(self, peer: PrefillPeer) -> None:
-        self._note_misfits()
         for job in self._at(peer):
             self._claim(job, peer)
 
     def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
-        self._note_misfits()
         for job in self._at(peer):
             self._fail(job, kind, message)
 

@@ -65,8 +65,6 @@ class PrefillPeer:
         self.node_id = ""  # what it said of itself, from TESTING on
         self.epoch = ""
         self.slow_pulls = 0
-        self.misfit = ""  # why nothing can be read there, since it was dialled last without success
-        self.named_id = ""  # what a router calls it
         self.named_s = worker.clock()  # when a router or a request last named it
         self._identity = identity
         self._worker = worker
@@ -132,8 +130,6 @@ class PrefillPeer:
 
     def lose(self, kind: FailureKind, message: str) -> None:
         """Ends the connection and dials again later. What waited for the peer fails with ``kind``."""
-        if self.state is not State.READY:
-            self.misfit = message
         self._hang_up()
         self._due_s = self._worker.clock() + self._retry_s
         self._retry_s = min(RETRY_MAX_S, 2 * self._retry_s)
@@ -289,7 +285,7 @@ class PrefillPeer:
         self._heartbeat_due_s = self._worker.clock() + self._about.lease_s / HEARTBEATS_PER_LEASE
         self._unanswered_s = None
         self._retry_s = RETRY_MIN_S
-        self._logged = self.misfit = ""
+        self._logged = ""
         self.state = State.READY
         log.info("reads from prefill node %s (epoch %s) over %s", self.node_id, self.epoch, lanes.summary())
         self._listener.peer_ready(self)

@@ -161,9 +161,6 @@ class DecodeRole:
     def counters(self) -> dict[str, float]:
         return self._inbox.counters()
 
-    def misfits(self) -> dict[str, str]:
-        return self._inbox.misfits
-
     def close(self) -> bool:
         self._scheduler.outside_s = math.inf
         return self._inbox.close()

@@ -24,7 +24,7 @@ GPU_BYTES, GPU_BLOCK_BYTES = 256 << 20, 2 << 20  # of a pull between GPUs
 FLOOR_GB_PER_S = 1.0
 NVLINK_FLOOR_GB_PER_S = 100.0
 _CORES_A_LANE = 4
-_AGAIN = "run it again while the machine does nothing else"
+_AGAIN = "run it again with a longer --timeout-s, or while the machine does nothing else"
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -124,7 +124,9 @@ def _choice(rates: list[Rate], wanted: str, place: Place) -> Finding:
     usable = {rate.lane: rate.gb_per_s for rate in rates if rate.gb_per_s is not None}
     late = {rate.lane for rate in rates if rate.too_late}
     if wanted in late or (late and wanted == "auto"):
-        return note(name, "unknown: not all lanes were measured in time", _AGAIN)
+        # nixl comes with pd-serve and is chosen where it works; which is faster is not known
+        likely = wanted if wanted != "auto" else "nixl" if "nixl" in {*late, *usable} else min({*late, *usable})
+        return note(name, f"{likely} {place}, probably: not all lanes were measured in time", _AGAIN)
     if wanted != "auto":
         if wanted in usable:
             better = max(usable, key=lambda lane: usable[lane])

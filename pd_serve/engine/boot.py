@@ -27,6 +27,7 @@ from pd_serve import logs
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.pulse import Pulse
 from pd_serve.errors import ConfigError, PDServeError, TransferError
+from pd_serve.values import readable_size
 from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from pd_serve.transfer.lanes import Lanes
 
 log = logging.getLogger(__name__)
+
+# oneDNN and torch's layer over it each keep a compiled kernel, 0.4 MiB and more, for every number of rows a matrix was
+# multiplied with: 1024 of them, unless told otherwise. A step uses about five, and a new one costs a millisecond.
+KERNELS_KEPT = 128
 
 # A CPU core multiplies 256 rows of bfloat16 as fast, a row, as any number of them.
 SATURATING_TOKENS = 256
@@ -127,6 +132,7 @@ def main(make_role: RoleFactory) -> int:
     if config.cpus:
         os.sched_setaffinity(0, config.cpus)
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    bound_caches()
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
@@ -156,6 +162,12 @@ def main(make_role: RoleFactory) -> int:
     return 0
 
 
+def bound_caches() -> None:
+    """Bounds what torch's matrix kernels keep for each batch size that ever came. Before torch is imported."""
+    for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KERNELS_KEPT))
+
+
 def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
     """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
     watch = Stopwatch()
@@ -180,10 +192,11 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
 
     watch.lap("import")
     directory = Path(config.model)
-    model = ModelConfig.from_directory(directory)
+    model = ModelConfig.from_directory(directory, config.chat_template)
     layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
     num_blocks = _num_blocks(layout, config.kv_cache_bytes)
     max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
+    model = model.for_length(max_model_len)
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
     check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=config.enable_cumem_allocator)
@@ -199,7 +212,9 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     scheduler = Scheduler(kv, limits)
     info = ModelInfo(
         name=config.served_name,
-        fingerprint=fingerprint(directory, config.dtype, config.load_format),
+        fingerprint=fingerprint(
+            directory, config.dtype, config.load_format, long_rope=any(rope.long for rope in model.ropes)
+        ),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
@@ -246,8 +261,13 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, capacity: int) -> int:
-    """The longest sequence: the model's limit, the user's, and what the KV cache has room for."""
-    limit = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    """The longest sequence: what the user asks for, or the model's limit as far as the KV cache has room for it."""
+    if config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the model takes, {model.max_model_len} tokens "
+            "(max_position_embeddings and rope scaling of its config.json): lower --max-model-len"
+        )
+    limit = config.max_model_len or model.default_model_len
     if capacity >= limit:
         return limit
     if config.max_model_len:
@@ -266,7 +286,7 @@ def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
     count = kv_cache_bytes // each
     if count < 3:
         raise ConfigError(
-            f"a KV cache of {kv_cache_bytes} bytes has room for {count} blocks of {each} bytes; "
-            f"raise --kv-cache-memory to at least {64 * each}"
+            f"a KV cache of {readable_size(kv_cache_bytes)} has room for {count} blocks of {readable_size(each)}; "
+            f"raise --kv-cache-memory to at least {readable_size(64 * each)}"
         )
     return count

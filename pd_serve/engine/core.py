@@ -433,7 +433,7 @@ class Engine:
             if idle and not self._checked_idle:
                 self._check_idle()
             memory = self._presence.sleeper.report()
-            status = link.Status(self.load(), self._counter_snapshot(), memory, misfits=self._role.misfits())
+            status = link.Status(self.load(), self._counter_snapshot(), memory)
             self._channel.send_node(wire.Report(status, self._submits))
         if self._draining and idle and not self._drained_sent:
             self._drained_sent = True

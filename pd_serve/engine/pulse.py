@@ -110,16 +110,20 @@ class Pulse:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 1)  # what a node missed is of no use to it
         socket.connect(self._address)
-        doing, passed_s, now_s = None, 0.0, time.monotonic()
+        doing: _Doing | None = None
+        running: Running | None = None
+        passed_s, now_s = 0.0, time.monotonic()
         try:
             while True:
                 was, before_s = doing, now_s
                 doing, now_s = self._doing, time.monotonic()
-                if doing is not None:
+                if doing is None:
+                    running = None
+                else:
                     since_s = before_s if doing is was else doing.began_s
                     # a process that was stopped did not get its time: that is nothing that the step has used
                     passed_s = (passed_s if doing is was else 0.0) + min(now_s - since_s, 2 * self._interval_s)
-                running = doing and Running(doing.step, doing.tokens, round(passed_s, 3), round(doing.limit_s, 3))
+                    running = Running(doing.step, doing.tokens, round(passed_s, 3), round(doing.limit_s, 3))
                 try:
                     socket.send(wire.encoder.encode(wire.Beat(running)), zmq.NOBLOCK)
                 except zmq.Again:

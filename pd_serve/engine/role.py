@@ -57,9 +57,6 @@ class Role(Protocol):
 
     def counters(self) -> dict[str, float]: ...
 
-    def misfits(self) -> dict[str, str]:
-        """Decode: the ids of sources that it cannot read from, and why."""
-
     def close(self) -> bool:
         """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.
 
@@ -100,9 +97,6 @@ class NoRole:
         """Routers name them again when the engine is awake."""
 
     def counters(self) -> dict[str, float]:
-        return {}
-
-    def misfits(self) -> dict[str, str]:
         return {}
 
     def close(self) -> bool:

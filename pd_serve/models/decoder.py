@@ -39,7 +39,7 @@ class Decoder:
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self.max_positions = min(max_positions or config.max_position_embeddings, config.max_position_embeddings)
+        self.max_positions = min(max_positions or config.default_model_len, config.max_model_len)
         self._cos_sin = [cos_sin_table(rope, self.max_positions, self.device) for rope in config.ropes]
         self._mul = ops.silu_mul if config.activation == "silu" else ops.gelu_tanh_mul
         # rounded to the dtype, as the models were trained

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,33 @@ _GEMMA3_BLOCK = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
 _ROPE_FACTORS = "rope_freqs.weight"
 _GEMMA3_27B_LAYERS = 62  # the one Gemma 3 that scales queries by its hidden size a head, not by its head size
 _SLICE = 1 << 22  # elements rounded at a time
 
 
-def convert(path: Path, directory: Path, dtype: str, progress: Progress) -> None:
-    """Writes ``directory`` (which exists) from the GGUF file. ``dtype`` float32 or bfloat16."""
+def convert(
+    path: Path, directory: Path, dtype: str, progress: Progress, generation: Mapping[str, float] | None = None
+) -> None:
+    """Writes ``directory`` (which exists) from the GGUF file. ``dtype`` float32 or bfloat16.
+
+    ``generation``: sampling defaults beside those that the file names.
+    """
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name):
         raise ModelError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first.")
     with GGUFFile(path) as file:
         config = _config(file)
         ids = write_tokenizer(file.metadata, directory, config["max_position_embeddings"])
         config |= {**ids, "torch_dtype": dtype}
-        _write_json(directory / "generation_config.json", ids)
+        sampling = {key: file.metadata[name] for name, key in _SAMPLING.items() if name in file.metadata}
+        _write_json(directory / "generation_config.json", {**ids, **sampling, **(generation or {})})
         _write_safetensors(file, config, directory / "model.safetensors", dtype, progress)
         # last: a directory with a config.json is complete
         _write_json(directory / "config.json", config)

@@ -7,6 +7,7 @@ its rules here; a name without rules is an error, because a wrong split is a wro
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pd_serve.errors import ModelError
+from pd_serve.models.end_tokens import tokenizer_end_ids
+
+log = logging.getLogger(__name__)
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # SentencePiece's visible space
@@ -36,8 +40,6 @@ _SPLITS = {
 _GPT2_LIKE = ("gpt-2", "smollm")
 _NFC = ("qwen2", "deepseek-r1-qwen")
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "tekken")
-# what ends a turn, where the chat template writes it: many files name only the end of text as EOS
-_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>")
 
 
 def write_tokenizer(metadata: Mapping[str, Any], directory: Path, max_positions: int) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, max_positions:
     _add_borders(tokenizer, tokens, get("add_bos_token", bos_default), get("add_eos_token", False), ids)
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
 
-    template = metadata.get("tokenizer.chat_template")
+    templates = _chat_templates(metadata)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_positions,
@@ -71,13 +73,14 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, max_positions:
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token"), ("unknown", "unk_token")):
         if (token_id := ids[name]) is not None:
             config[key] = tokens[token_id]
-    if template:
-        config["chat_template"] = template
+    if templates:
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        config["chat_template"] = templates["default"] if list(templates) == ["default"] else named
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), "utf-8")
 
     eos = [_id(get, name, tokens) for name in ("eos_token_id", "eot_token_id", "eom_token_id")]
-    known = {token: i for i, token in enumerate(tokens)}
-    eos += [known[token] for token in _ENDS_OF_TURN if token in known and token in (template or "")]
+    # read back as from any model's files: what ends a turn, where a chat template writes it
+    eos += tokenizer_end_ids(directory)
     eos = list(dict.fromkeys(i for i in eos if i is not None))
     found = {
         "bos_token_id": ids["bos"],
@@ -85,6 +88,14 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path, max_positions:
         "pad_token_id": ids["padding"],
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """By name; further ones than the default are ``tokenizer.chat_template.<name>``."""
+    key = "tokenizer.chat_template"
+    found = {"default": metadata.get(key)}
+    found |= {name.removeprefix(f"{key}."): value for name, value in metadata.items() if name.startswith(f"{key}.")}
+    return {name: template for name, template in found.items() if isinstance(template, str) and template}
 
 
 class _Fields:
@@ -110,7 +121,13 @@ def _id(get: _Fields, name: str, tokens: list[str]) -> int | None:
 
 def _byte_level(get: _Fields, tokens: list[str]) -> Tokenizer:
     """Byte-level BPE with the merges of the file."""
-    pre = get("pre", "gpt-2")
+    pre = get("pre", "")
+    if not pre:
+        pre = "gpt-2"
+        log.warning(
+            "the GGUF file names no pre-tokenizer; GPT-2's is used, and prompts may be split otherwise than the model "
+            "was trained with. Convert the model anew with today's llama.cpp, or use its HuggingFace directory."
+        )
     split, ignore_merges = _SPLITS.get(pre, (None, False))
     if split is None and pre not in _GPT2_LIKE:
         supported = ", ".join([*_GPT2_LIKE, *_SPLITS])

@@ -1,7 +1,9 @@
 """Tables of rotary embeddings: cosines and sines for each position.
 
 Called by the decoder once, when it is made. Kinds of scaling: linear (position interpolation), llama3 (long
-wavelengths stretched, short ones kept, a blend between) and YaRN (Peng et al., 2023, arXiv:2309.00071).
+wavelengths stretched, short ones kept, a blend between), YaRN (Peng et al., 2023, arXiv:2309.00071), LongRoPE (Ding et
+al., 2024, arXiv:2402.13753) and dynamic NTK, whose base follows the longest sequence that the model may get: with one
+that follows each sequence's length, as in transformers, keys in the cache would go stale.
 """
 
 from __future__ import annotations
@@ -30,6 +32,14 @@ def cos_sin_table(rope: RopeConfig, positions: int, device: torch.device | None 
 def inverse_frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
     """``[head_dim / 2]`` float32, and the factor that multiplies cosines and sines."""
     exponents = torch.arange(0, rope.head_dim, 2, dtype=torch.float32) / rope.head_dim
+    if rope.kind == "dynamic":
+        # original_positions * factor is the longest sequence
+        growth = rope.factor * rope.factor - (rope.factor - 1)
+        theta = rope.theta * growth ** (rope.head_dim / (rope.head_dim - 2))
+        return 1.0 / (theta**exponents), 1.0
+    if rope.kind == "longrope":
+        factors = torch.tensor(rope.long_factors if rope.long else rope.short_factors)
+        return 1.0 / (factors * rope.theta**exponents), _longrope_scale(rope)
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return plain / rope.factor, 1.0
@@ -72,3 +82,11 @@ def _yarn_scale(rope: RopeConfig) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)
+
+
+def _longrope_scale(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1 or rope.original_positions <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_positions))

@@ -13,6 +13,7 @@ leave or accept a half-written directory, whatever kills the process.
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import re
@@ -28,9 +29,10 @@ from pd_serve.paths import cache_directory
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-CONVERSION_VERSION = 1  # raise when the conversion writes something else from the same file
+CONVERSION_VERSION = 2  # raise when the conversion writes something else from the same file
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json"]
 _HUB_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json"]
+_HUB_SMALL_FILES += ["additional_chat_templates/*"]
 _SAMPLED_RANGES, _SAMPLE_BYTES = 16, 4096
 
 
@@ -85,9 +87,11 @@ def _find(model: str, dtype: str, load_format: str) -> tuple[str, Path]:
         raise ModelError(f"{model} is neither a model directory nor a .gguf file.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")) and path.suffix != ".gguf":
         return model, _from_hub(model, load_format)
+    close = difflib.get_close_matches(model, [*ALIASES], n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
     raise ModelError(
-        f"There is no model {model!r}: give one of {', '.join(ALIASES)}, a HuggingFace directory, a .gguf file that "
-        "exists, or a hub id such as organisation/name."
+        f"There is no model {model!r}{hint}: give one of {', '.join(ALIASES)}, a HuggingFace directory, a .gguf file "
+        "that exists, or a hub id such as organisation/name."
     )
 
 
@@ -111,7 +115,7 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
     directory = cache / "models" / name / f"{dtype}-v{CONVERSION_VERSION}"
     if directory.is_dir():
         return directory
-    from pd_serve.models.alias import obtain_gguf
+    from pd_serve.models.alias import ALIASES, obtain_gguf
     from pd_serve.models.progress import bar
 
     try:
@@ -120,7 +124,9 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
             if directory.is_dir():  # another process was faster
                 return directory
             with _scratch(directory.with_name(f"{directory.name}.partial")) as partial:
+                generation: dict[str, float] = {}
                 if gguf is None:
+                    generation = ALIASES[name].generation
                     gguf = cache / "downloads" / f"{name}.gguf"
                     if not gguf.exists():
                         gguf.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,7 @@ def _converted(name: str, dtype: str, gguf: Path | None) -> Path:
                 from pd_serve.models.gguf import convert
 
                 with bar(f"converting {name} to {dtype}") as update:
-                    convert(gguf, partial, dtype, update)
+                    convert(gguf, partial, dtype, update, generation)
                 partial.rename(directory)
     except OSError as error:
         raise ModelError(f"{name} cannot be written to the cache {cache}: {error}. Set PD_SERVE_CACHE.") from error

@@ -20,6 +20,7 @@ import zmq
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pd_serve.auth import TAG_BYTES, Seal
+from pd_serve.errors import ModelError
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.wire import link as wire
 from pd_serve.wire.engine import NODE, Drop
@@ -151,9 +152,13 @@ class Links:
         refusal = await self._prove(websocket, half)
         greeting = None
         if refusal is None:
-            await asyncio.to_thread(self._bundle)  # it reads files, once
-            greeting = hello()
-            refusal = None if greeting is not None else (TRY_AGAIN, why_not())
+            try:
+                await asyncio.to_thread(self._bundle)  # it reads files, once
+                greeting = hello()
+                refusal = None if greeting is not None else (TRY_AGAIN, why_not())
+            except ModelError as error:
+                log.error("routers cannot use this node: %s", error)
+                refusal = POLICY, str(error)
         if refusal is not None or greeting is None:
             await _close(websocket, *(refusal or (TRY_AGAIN, "")))
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
-from pd_serve import logs
+from pd_serve import logs, preflight
 from pd_serve.config import NodeConfig
 from pd_serve.errors import ConfigError
 from pd_serve.memory.switches import resolve as resolve_memory
@@ -24,6 +24,7 @@ ENGINES_ON_GPU = False  # they compute on CPUs so far
 def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
     logs.configure(config.log_level, config.role)
+    preflight.check(config)
     model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
     url = config.advertise_url or f"http://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
@@ -83,4 +84,6 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
         enable_sleep_mode=memory.enable_sleep_mode,
         pin_memory=config.pin_memory,
         log_level=config.log_level,
+        chat_template=config.chat_template_text(),
+        generation_config=config.generation_config,
     )

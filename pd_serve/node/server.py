@@ -142,7 +142,13 @@ class Node:
         if self._bundle is None and (ready := self.engine.ready) is not None:
             model = ready.model
             self._bundle = encode_bundle(
-                bundle_from_directory(self._engine_config.model, name=model.name, fingerprint=model.fingerprint)
+                bundle_from_directory(
+                    self._engine_config.model,
+                    name=model.name,
+                    fingerprint=model.fingerprint,
+                    chat_template=self._engine_config.chat_template,
+                    generation_config=self._engine_config.generation_config,
+                )
             )
         return self._bundle
 

@@ -115,8 +115,5 @@ class PrefillRole:
     def counters(self) -> dict[str, float]:
         return self._outbox.counters()
 
-    def misfits(self) -> dict[str, str]:
-        return {}
-
     def close(self) -> bool:
         return self._outbox.close()

@@ -225,11 +225,12 @@ class Generation:
 
     def _cut_off(self, why: str) -> None:
         """Ends a stream that its client does not read; there is no way to tell it."""
-        if self._cut or self._error is not None or self._task is None:
+        if self._cut or self._task is None:
             return
         log.warning("%s: the client is cut off: %s", self._request_id, why)
         self._cut = True
-        self._error = APIError(408, f"the client is cut off: {why}", code="slow_client")
+        if self._error is None:
+            self._error = APIError(408, f"the client is cut off: {why}", code="slow_client")
         self._stop("slow_client")
         self._events.clear()
         self._task.cancel()

@@ -1,9 +1,9 @@
 """One link a node: connected, greeted, watched, and connected again for nodes of the static list.
 
 Owns the WebSockets. Both ends of a link prove that they know the secret before either says anything of itself; what a
-node says afterwards is checked before anything is made of it. Registered nodes are forgotten when their link ends and come back by registering again.
-A link that is silent for too long (the node answers no ping, or its engine no longer speaks) counts as lost:
-what ran there goes on elsewhere, and what such a node still says later is never read.
+node says afterwards is checked before anything is made of it. Registered nodes are forgotten when their link ends and
+come back by registering again. A link that is silent for too long (the node answers no ping, or its engine no longer
+speaks) counts as lost: what ran there goes on elsewhere, and what such a node still says later is never read.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
 def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
-    logs.configure(settings.log_level, "router")
+    logs.configure(settings.log_level, "router", access_log=settings.access_log)
     listener = listen(settings.host, settings.port)
     end_unread(listener, settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores

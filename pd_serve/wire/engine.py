@@ -53,6 +53,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     enable_sleep_mode: bool
     pin_memory: bool  # where it helps
     log_level: str = "info"
+    chat_template: str = ""  # its text; empty: the model's own
+    generation_config: str = "auto"  # "none": no sampling defaults
 
     def __repr__(self) -> str:
         """Without the secret: whatever is printed may end up in a log."""

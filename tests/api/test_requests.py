@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,21 @@ def chat(**fields: Any) -> tuple[ChatCompletionRequest, Any]:
     request = parse(ChatCompletionRequest, json.dumps({"model": "tiny", "messages": HI, **fields}).encode())
     prompt = MODEL.chat_prompt(request)
     return request, sampling_params(request, MODEL, len(prompt.ids))
+
+
+def test_the_models_sampling_defaults_stand_in_for_what_a_request_does_not_say() -> None:
+    defaults = {"temperature": 0.2, "top_k": 20.0, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
+    model = TextModel(msgspec.structs.replace(tiny.bundle(), generation_defaults=defaults), tiny.info())
+
+    def params(**fields: Any) -> dict[str, Any]:
+        request = parse(CompletionRequest, json.dumps({"model": "tiny", "prompt": "a", **fields}).encode())
+        found = sampling_params(request, model, 1)
+        return {name: getattr(found, name) for name in defaults}
+
+    assert params() == defaults
+    own = {"temperature": 0.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert params(**own) == {**own, "top_k": 0}
+    assert params(temperature=None, top_p=0.5) == {**defaults, "top_p": 0.5}
 
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [

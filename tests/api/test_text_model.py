@@ -52,6 +52,40 @@ def test_everything_in_a_directory(tmp_path: Path) -> None:
     assert bundle.generation_defaults == {"temperature": 0.6, "top_k": 20.0}
 
 
+def test_chat_templates_of_every_file(tmp_path: Path) -> None:
+    """The more special file wins, as in transformers."""
+    write(tmp_path, tokenizer_config={"chat_template": "a"}, chat_template={"chat_template": "b"})
+    assert bundle_from_directory(tmp_path).chat_templates == {"default": "b"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("d")
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert bundle_from_directory(tmp_path).chat_templates == {"default": "c", "rag": "d"}
+    assert bundle_from_directory(tmp_path, chat_template="mine").chat_templates == {"default": "mine"}
+    with pytest.raises(ModelError, match=r"chat_template\.json.*--chat-template"):
+        bundle_from_directory(write(tmp_path, chat_template={"chat_template": 5}))
+
+
+@pytest.mark.parametrize(
+    ("generation", "defaults", "warned"),
+    [
+        ({"temperature": 0.0, "top_k": 1, "do_sample": True}, {"temperature": 0.0, "top_k": 1.0}, ""),
+        ({"temperature": 0.7, "do_sample": False}, {"temperature": 0.0}, ""),
+        ({"temperature": None, "top_p": 0.9, "max_length": 20}, {"top_p": 0.9}, ""),
+        ({"temperature": -1, "min_p": 0.1}, {"min_p": 0.1}, "temperature"),
+        ({"top_p": "0.9"}, {}, "top_p"),
+        ({"top_k": 2.5}, {}, "top_k"),
+        ({"repetition_penalty": float("nan"), "do_sample": "no"}, {}, "do_sample"),
+    ],
+)
+def test_sampling_defaults(
+    generation: object, defaults: object, warned: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, generation_config=generation)
+    assert bundle_from_directory(tmp_path).generation_defaults == defaults
+    assert warned in caplog.text and bool(warned) == bool(caplog.text)
+    assert bundle_from_directory(tmp_path, generation_config="none").generation_defaults == {}
+
+
 def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         bundle_from_directory(tmp_path)

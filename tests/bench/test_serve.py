@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from pd_serve import config
+from pd_serve.bench import load
 from pd_serve.bench.load import Bodies
-from pd_serve.bench.report import percentile, summary
+from pd_serve.bench.report import kind_of, summary
 from pd_serve.config import BenchConfig
 
 pytestmark = pytest.mark.timeout(60)
@@ -221,12 +223,29 @@ def test_a_result_that_cannot_be_written(endpoint: Endpoint, tmp_path: Path) -> 
     assert "1 requests in" in answer.stdout  # the figures are not lost
 
 
-def test_percentiles() -> None:
-    values = sorted([5.0, 1.0, 4.0, 2.0, 3.0])
-    assert [percentile(values, p) for p in (0, 25, 50, 90, 100)] == pytest.approx([1, 2, 3, 4.6, 5])
-    assert percentile([7.0], 99) == 7
+def test_summaries() -> None:
+    found = summary([0.005, 0.001, 0.004, 0.002, 0.003])
+    assert [found[name] for name in ("min", "median", "p90", "max")] == pytest.approx([1, 3, 4.6, 5])
+    assert summary([0.007])["p99"] == pytest.approx(7)
     assert summary([]) == {}
     assert summary([0.001, 0.003])["mean"] == pytest.approx(2)
+
+
+def test_equal_errors_are_one_kind() -> None:
+    errors = [f'HTTP 429: {{"error":{{"message":"full","code":null,"request_id":"{id}"}}}}' for id in ("a1", "b2")]
+    assert kind_of(errors[0]) == kind_of(errors[1])
+    assert "full" in kind_of(errors[0])
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_a_url_may_end_in_v1(url: str) -> None:
+    assert config.load("bench serve", {"base_url": url}, environ={}).base_url == "http://h:1"
+
+
+def test_reasoning_counts_as_tokens() -> None:
+    for name in ("content", "reasoning", "reasoning_content"):
+        event = load._decode(json.dumps({"choices": [{"delta": {name: "x"}}]}).encode())
+        assert load.text_of(event.choices[0]) == "x"
 
 
 def test_prompts_depend_on_the_seed_alone() -> None:

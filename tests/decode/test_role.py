@@ -24,7 +24,6 @@ class ScriptedInbox:
     def __init__(self) -> None:
         self.coming: list[Event] = []
         self.accepted: list[str] = []
-        self.misfits: dict[str, str] = {}
 
     def expect(self, key: str, source: Source) -> None: ...
 

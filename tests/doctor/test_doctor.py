@@ -20,7 +20,7 @@ from pd_serve.doctor.findings import Finding, Level, Section, broken, note, ok
 from pd_serve.doctor.machine import Machine
 from pd_serve.doctor.report import as_json, show
 from pd_serve.doctor.section import guarded
-from pd_serve.doctor.selftest import Rate
+from pd_serve.doctor.selftest import Place, Rate, judge
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -34,7 +34,6 @@ def environ(**variables: str) -> dict[str, str]:
 
 def test_the_whole_as_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "DEADLINE_S", 60.0)  # on a busy machine nothing may be late here
-    monkeypatch.setattr(doctor, "SECTION_TIMEOUT_S", 30.0)
     status = doctor.run(config.DoctorConfig(json=True))
     printed = capfd.readouterr()
     assert (status, printed.err) == (0, ""), printed.out
@@ -78,18 +77,28 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 async def test_a_section_that_hangs_or_crashes_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     run = records.run
-    monkeypatch.setattr(doctor, "SECTION_TIMEOUT_S", 1.0)
 
     async def instead(arguments: list[str], *rest: Any, **options: Any) -> records.Outcome:
         return await run(["timeit", "-n1", "-r1", code], *rest, **options)
 
     monkeypatch.setattr(records, "run", instead)
     code = "import time; time.sleep(60)"
-    section = await doctor._section("host", config.DoctorConfig(), {})
-    assert section.findings[-1].value == "no answer within 1 s" and section.findings[-1].fix
+    section = await doctor._section("host", config.DoctorConfig(), {}, 1.0)
+    slow = section.findings[-1]
+    assert (slow.level, slow.value) == (Level.NOTE, "slow: no answer within 1 s") and "--timeout-s" in slow.fix
     code = "import os; os.abort()"
-    section = await doctor._section("host", config.DoctorConfig(), {})
+    section = await doctor._section("host", config.DoctorConfig(), {}, 1.0)
     assert "killed by SIGABRT" in section.findings[-1].value
+
+
+def test_a_busy_machine_gives_all_longer_and_the_transport_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    assert doctor.busyness() == 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0 * len(os.sched_getaffinity(0)), 0.0, 0.0))
+    assert doctor.busyness() == 3
+    late = [Rate(lane, None, "no time was left for it", too_late=True) for lane in ("nixl", "ucx")]
+    choice = judge(late, "auto", Place())[-1]
+    assert choice.level is Level.NOTE and choice.value.startswith("nixl ") and "--timeout-s" in choice.fix
 
 
 async def test_records_are_told_from_noise() -> None:

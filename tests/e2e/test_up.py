@@ -49,10 +49,17 @@ def test_up_prints_what_to_type_and_ctrl_c_ends_everything(tmp_path: Path, smoll
         assert '"choices"' in answer.stdout
         family = children(process.pid)
         assert len(family) >= 5  # router, two nodes, two engines
+        assert f"at http://127.0.0.1:{port}/v1" in shown and "openai.OpenAI(base_url=" in shown
+        body = '{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        stream = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", body]
+        streaming = subprocess.Popen(stream, stdout=subprocess.PIPE, text=True)
+        assert streaming.stdout is not None and streaming.stdout.readline().startswith("data: ")
         started = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(10) in (0, 130)
         assert time.monotonic() - started < 5
+        assert '"shutting_down"' in streaming.communicate(timeout=5)[0]  # not that nodes are missing
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 2, "all children gone")
         assert "Traceback" not in log.read_text()
     finally:

@@ -163,8 +163,13 @@ def test_any_schedule(lengths: list[int], chunk: int, window: int | None, block_
     check(Case(steps, windows=(window,), block_size=block_size, kv_heads=1, share=2, dim=16), seed)
 
 
-def test_shapes_that_cannot_be_computed_are_refused() -> None:
-    for block_size, dim in ((6, 64), (16, 20)):
-        layout = KVLayout(block_size, "float32", (LayerGroup((0,), 1, dim),))
-        with pytest.raises(ModelError, match="multiple"):
-            PagedAttention(layout, [torch.zeros(layout.block_bytes(0), dtype=torch.uint8)], 2, 1.0)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [2, 4, 10, 12])
+def test_head_sizes_of_tiny_models(dtype: str, dim: int) -> None:
+    check(Case([[37, 5], [1, 1], [1, 12]], share=2, dim=dim, dtype=dtype, windows=(None, 9)))
+
+
+def test_a_block_size_that_cannot_be_computed_is_refused() -> None:
+    layout = KVLayout(6, "float32", (LayerGroup((0,), 1, 64),))
+    with pytest.raises(ModelError, match="multiple"):
+        PagedAttention(layout, [torch.zeros(layout.block_bytes(0), dtype=torch.uint8)], 2, 1.0)

@@ -34,11 +34,19 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+
 
 def _llama(**more: Any) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(**SIZES, **more)
+    return LlamaConfig(**{**SIZES, **more})
 
 
 def _mistral(**more: Any) -> Any:
@@ -56,7 +64,7 @@ def _qwen2(**more: Any) -> Any:
 def _qwen3(**more: Any) -> Any:
     from transformers import Qwen3Config
 
-    return Qwen3Config(**SIZES, head_dim=32, **more)
+    return Qwen3Config(**{**SIZES, "head_dim": 32, **more})
 
 
 def _gemma3(**more: Any) -> Any:
@@ -72,9 +80,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama-tied-eps": lambda: _llama(tie_word_embeddings=True, rms_norm_eps=1e-2),
     "llama-biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama-head-dim": lambda: _llama(head_dim=24),
+    "llama-head-dim-10": lambda: _llama(head_dim=10),
+    "qwen3-head-dim-12": lambda: _qwen3(head_dim=12),
     "llama3-rope": lambda: _llama(rope_parameters=LLAMA3),
     "llama-linear-rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
     "llama-yarn": lambda: _llama(rope_parameters=YARN),
+    "llama-longrope": lambda: _llama(rope_parameters={**LONGROPE, "attention_factor": 1.0}),
+    "llama-dynamic": lambda: _llama(
+        max_position_embeddings=50, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    ),
     "mistral-sliding": lambda: _mistral(sliding_window=8),
     "mistral": lambda: _mistral(sliding_window=None),
     "qwen2": _qwen2,
@@ -118,7 +132,9 @@ def dense_attention(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tenso
 
 
 def load(directory: Path, dtype: str = "float32") -> Decoder:
-    return load_decoder(directory, ModelConfig.from_directory(directory), dtype)
+    config = ModelConfig.from_directory(directory)
+    length = config.max_model_len
+    return load_decoder(directory, config.for_length(length), dtype, max_positions=length)
 
 
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pd_serve.errors import ModelError
 from pd_serve.kv.layout import LayerGroup
-from pd_serve.models.config import ModelConfig, fingerprint
-from pd_serve.models.rope_config import RopeConfig
+from pd_serve.models.config import ARCHITECTURES, ModelConfig, fingerprint
+from pd_serve.models.rope import inverse_frequencies
+from pd_serve.models.rope_config import SUPPORTED, RopeConfig
 from tests.models.reference import LLAMA3, SIZES, make_tiny
 
 
@@ -92,9 +95,13 @@ def test_multimodal_gemma3_fills_in_what_its_file_leaves_out() -> None:
     assert [i for i, window in enumerate(c.windows) if window is None] == [5, 11, 17, 23, 29]
 
 
-def test_eos_ids_are_those_of_both_files() -> None:
-    c = ModelConfig.from_dict(config("LlamaForCausalLM"), {"eos_token_id": [7, 2]})
-    assert c.eos_token_ids == (2, 7)
+def test_eos_ids_are_those_of_all_that_name_them() -> None:
+    c = ModelConfig.from_dict(config("LlamaForCausalLM", eos_token_id=[2, 5]), [7, 2, 9999])
+    assert c.eos_token_ids == (2, 5, 7)
+    text = {**SIZES, "eos_token_id": 106}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "eos_token_id": [1]}
+    assert ModelConfig.from_dict(raw).eos_token_ids == (1, 106)
+    assert ModelConfig.from_dict(config("LlamaForCausalLM", eos_token_id=None)).eos_token_ids == ()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +109,14 @@ def test_eos_ids_are_those_of_both_files() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": []}, "no architecture"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "proportional"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"architectures": [], "model_type": "mamba"}, "mamba"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"head_dim": 7}, "even"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"layer_types": "full_attention"}, "layer_types"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -116,6 +130,81 @@ def test_eos_ids_are_those_of_both_files() -> None:
 def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         ModelConfig.from_dict({**config("LlamaForCausalLM"), **change})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("absent", ["missing", "null", "empty"])
+def test_architectures_follow_from_the_model_type(model_type: str, absent: str) -> None:
+    raw = {**SIZES, "model_type": model_type, "architectures": None if absent == "null" else []}
+    if absent == "missing":
+        del raw["architectures"]
+    assert ModelConfig.from_dict(raw).family == model_type.removesuffix("_text")
+
+
+def test_null_is_what_transformers_would_have_put_there() -> None:
+    keys = ("rope_theta", "rope_scaling", "attention_bias", "hidden_act", "rms_norm_eps", "max_position_embeddings")
+    c = ModelConfig.from_dict(config("LlamaForCausalLM", **dict.fromkeys(keys)))
+    assert (c.ropes[0].theta, c.max_position_embeddings, c.rms_norm_eps) == (10_000.0, 2048, 1e-6)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest", "default"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 1024, 1024),
+        ({"type": "dynamic", "factor": 2.5}, 640, 640),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 1024, 1024),  # of max_position_embeddings
+        (LLAMA3, 256, 256),
+        ({**LONGROPE, "original_max_position_embeddings": 128}, 256, 128),
+        ({**LONGROPE, "rope_type": None, "type": "su", "original_max_position_embeddings": 128}, 256, 128),
+    ],
+)
+def test_context_length_is_what_vllm_derives(scaling: dict[str, Any], longest: int, default: int) -> None:
+    c = ModelConfig.from_dict(config("LlamaForCausalLM", rope_scaling=scaling))
+    assert (c.max_model_len, c.default_model_len) == (longest, default)
+    gemma = {"rope_type": "linear", "factor": 8.0}
+    c = ModelConfig.from_dict(config("Gemma3ForCausalLM", **GEMMA3, rope_scaling=gemma))
+    assert c.max_model_len == 256  # counted already
+
+
+_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 2**40), st.floats(), st.sampled_from(["", "linear", "null"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["factor", "rope_type"]), inner),
+    max_leaves=4,
+)
+_KEYS = [
+    *SIZES, "architectures", "model_type", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+    "layer_types", "sliding_window", "max_window_layers", "use_sliding_window", "sliding_window_pattern", "hidden_act",
+    "text_config", "attention_bias", "tie_word_embeddings", "final_logit_softcapping", "query_pre_attn_scalar",
+    "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq",
+]  # fmt: skip
+_ROPE_KEYS = [
+    "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor",
+]  # fmt: skip
+
+
+@given(
+    architecture=st.sampled_from(sorted(ARCHITECTURES)),
+    change=st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=4),
+    kind=st.sampled_from([None, *SUPPORTED]),
+    rope=st.dictionaries(st.sampled_from(_ROPE_KEYS), st.one_of(_JSON, st.floats(0.1, 100)), max_size=5),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_json_is_a_model_or_a_model_error(
+    architecture: str, change: dict[str, Any], kind: str | None, rope: dict[str, Any]
+) -> None:
+    scaling = {} if kind is None else {"rope_scaling": {**LONGROPE, **LLAMA3, "rope_type": kind, **rope}}
+    try:
+        c = ModelConfig.from_dict({**config(architecture), **scaling, **change})
+        c.layer_groups() if c.num_layers < 1000 else None
+        frequencies, scale = inverse_frequencies(c.for_length(c.max_model_len).ropes[0])
+    except ModelError:
+        return
+    assert frequencies.shape == (c.head_dim // 2,) and scale > 0
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones() -> None:
@@ -139,7 +228,9 @@ def test_fingerprint_sees_weights_config_and_dtype_but_not_place_or_writer(tmp_p
     same = fingerprint(first, "float32")
     assert fingerprint(second, "float32") == same
     assert len(same) == 16
-    assert len({same, fingerprint(first, "bfloat16"), fingerprint(first, "float32", "dummy")}) == 3
+    others = [fingerprint(first, "bfloat16"), fingerprint(first, "float32", "dummy")]
+    others.append(fingerprint(first, "float32", long_rope=True))
+    assert len({same, *others}) == 4
 
     (second / "config.json").write_text(json.dumps({**raw, "rope_theta": 1.0}))
     assert fingerprint(second, "float32") != same

@@ -194,6 +194,8 @@ def test_gemma3_has_the_weights_of_the_dequantiser(gemma3: Path) -> None:
 
 def test_ids_and_template_reach_the_configuration(smollm2: Path, gemma3: Path) -> None:
     assert ModelConfig.from_directory(smollm2).eos_token_ids == (2,)
+    generation = json.loads((smollm2 / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_p"]) == (0.2, 0.9)
     assert "<|im_start|>" in json.loads((smollm2 / "tokenizer_config.json").read_text())["chat_template"]
     gemma = ModelConfig.from_directory(gemma3)
     assert (gemma.eos_token_ids, gemma.bos_token_id) == ((1,), 2)

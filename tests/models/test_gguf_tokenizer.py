@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from pd_serve.models.gguf import convert
+from pd_serve.wire.model import bundle_from_directory
 from tests.models import reference
 from tests.models.gguf_files import write_gguf
 
@@ -35,6 +36,19 @@ def tiny(tmp_path: Path, family: str, arch: str, pre: str = "smollm", **extra: o
     (tmp_path / "out").mkdir()
     convert(path, tmp_path / "out", "float32", lambda done, total: None)
     return tokenizer_of(tmp_path / "out")
+
+
+def test_a_file_without_a_pre_tokenizer_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny(tmp_path, "llama", "llama", pre="")
+    assert "names no pre-tokenizer" in caplog.text
+
+
+def test_templates_and_sampling_of_the_metadata(tmp_path: Path) -> None:
+    named = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
+    tiny(tmp_path, "llama", "llama", **named, **{"general.sampling.top_k": 5})
+    bundle = bundle_from_directory(tmp_path / "out")
+    assert bundle.chat_templates == {"default": "a", "tool_use": "b"}
+    assert bundle.generation_defaults == {"top_k": 5.0}
 
 
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])

@@ -9,7 +9,7 @@ import torch
 
 from pd_serve.models.rope import cos_sin_table, inverse_frequencies
 from pd_serve.models.rope_config import parse_rope
-from tests.models.reference import LLAMA3, SIZES, YARN
+from tests.models.reference import LLAMA3, LONGROPE, SIZES, YARN
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,31 @@ def test_tables_agree_with_transformers(parameters: dict[str, Any]) -> None:
     table = cos_sin_table(parse_rope(parameters, 0.0, 64, 65_536), 8192)[positions[0]]
     torch.testing.assert_close(table[:, :32], cos[0, :, :32], atol=2e-4, rtol=0)
     torch.testing.assert_close(table[:, 32:], sin[0, :, :32], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "length", "served"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}, 4 * 256, 4 * 256),
+        ({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 1.0}, 100, 256),
+        (LONGROPE, 64, 64),
+        (LONGROPE, 256, 256),
+        ({**LONGROPE, "factor": 8.0}, 256, 256),
+        ({**LONGROPE, "attention_factor": 1.25}, 256, 200),
+    ],
+)
+def test_kinds_that_follow_the_length_agree_with_transformers_at_that_length(
+    parameters: dict[str, Any], length: int, served: int
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(LlamaConfig(**SIZES, head_dim=16, rope_parameters=dict(parameters)))
+    cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+    rope = parse_rope(parameters, 0.0, 16, SIZES["max_position_embeddings"]).for_length(served)
+    table = cos_sin_table(rope, length)
+    torch.testing.assert_close(table[:, :8], cos[0, :, :8], atol=2e-4, rtol=0)
+    torch.testing.assert_close(table[:, 8:], sin[0, :, :8], atol=2e-4, rtol=0)
 
 
 def test_frequencies_are_exact_where_nothing_is_scaled() -> None:

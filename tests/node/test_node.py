@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -13,8 +14,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from pd_serve.wire import link
-from pd_serve.wire.model import decode_bundle
-from tests.node.harness import NodeUnderTest, StartNode, free_port, receive, receive_outputs, submit
+from pd_serve.wire.model import ModelBundle, decode_bundle
+from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, free_port, receive, receive_outputs, submit
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,6 +40,13 @@ def close_code(connection: object, node: NodeUnderTest) -> int:
         return int(closed.rcvd.code)
 
 
+def get_model(connection: RouterEnd) -> ModelBundle:
+    connection.send(link.encoder.encode(link.GetModel()))
+    while not isinstance(model := receive(connection), link.Model):
+        pass
+    return decode_bundle(model.bundle)
+
+
 def test_answers(start_node: StartNode) -> None:
     node = start_node("echoes", "--served-model-name", "tiny-model", "--local-prefill-tokens", "7")
     assert node.get("/health").status_code == 200
@@ -56,10 +64,7 @@ def test_answers(start_node: StartNode) -> None:
     assert isinstance(hello, link.Hello)
     assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
     assert hello.model.name == "tiny-model"
-    connection.send(link.encoder.encode(link.GetModel()))
-    while not isinstance(model := receive(connection), link.Model):
-        pass
-    bundle = decode_bundle(model.bundle)
+    bundle = get_model(connection)
     assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
     assert b"WordLevel" in bundle.tokenizer_json
     connection.send(link.encoder.encode(link.GetModel()))
@@ -124,6 +129,31 @@ def test_a_router_that_does_not_read_is_dropped(start_node: StartNode) -> None:
     assert "does not read" in node.log
     good.send(submit("good", [4, 5]))
     assert receive_outputs(good, "good") == [4, 5]
+
+
+def test_a_chat_template_and_the_sampling_defaults_travel_with_the_model(
+    start_node: StartNode, model_directory: Path, tmp_path: Path
+) -> None:
+    model, template = tmp_path / "model", tmp_path / "chat.jinja"
+    shutil.copytree(model_directory, model)
+    (model / "generation_config.json").write_text('{"temperature": 0.3}')
+    template.write_text("{{ messages }}")
+    node = start_node("echoes", "--model", str(model), "--chat-template", str(template))
+    bundle = get_model(node.link())
+    assert bundle.chat_templates == {"default": "{{ messages }}"}
+    assert bundle.generation_defaults == {"temperature": 0.3}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_and_nothing_more(
+    start_node: StartNode, model_directory: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    (model / "tokenizer_config.json").write_text("{")
+    node = start_node("echoes", "--model", str(model))
+    with pytest.raises(ConnectionClosed, match=r"tokenizer_config\.json"):
+        receive(node.link())
+    assert "routers cannot use this node" in node.log and "Traceback" not in node.log
 
 
 def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: StartNode) -> None:

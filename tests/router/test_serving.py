@@ -273,7 +273,8 @@ async def until_comment(lines: AsyncIterator[str]) -> AsyncIterator[str]:
     ("limits", "why"),
     [
         ({"max_stream_backlog": 64 << 10}, "bytes of its stream unread"),
-        ({"request_timeout_s": 0.3, "sse_keep_alive_s": 0.1}, "read nothing"),
+        # Another error waits for it, and is not read either.
+        ({"request_timeout_s": 1.5, "sse_keep_alive_s": 0.1}, "read nothing"),
     ],
 )
 async def test_a_client_that_does_not_read_is_cut_off(
@@ -294,6 +295,11 @@ async def test_a_client_that_does_not_read_is_cut_off(
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(encoded)}\r\n\r\n"
     writer.write(head.encode() + encoded)
     try:
+        if "request_timeout_s" in limits:
+            await until(lambda: running.router.shared.active, "started")
+            (sequence, *_) = running.router.shared.active
+            await until(lambda: sequence._sink._generation._backlog_bytes > 10_000, "blocked")  # type: ignore[attr-defined]
+            running.router.end_all()
         await until(lambda: any(why in record.getMessage() for record in caplog.records), "cut off")
         await until(idle(node), "idle")
         await until(lambda: running.router.metrics.models["tiny"].in_flight == 0, "ended")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from pd_serve.engine.attention.tiles import TOKENS, score_tile, value_tile, write_tile
+from pd_serve.engine.attention.tiles import TOKENS, is_tileable, score_tile, value_tile, write_tile
 from pd_serve.jit import exp, kernel, larger, load, load_int, prefetch, store
 
 CACHE_LINE_BYTES = 64
@@ -113,6 +113,8 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
     The sizes are constants of the kernel, as its vectors need them. K and V are read once for all query heads that
     share them, and asked for ahead of time: their blocks are scattered, which the processor cannot foresee.
     """
+    if not is_tileable(dim, itemsize):
+        return _plain_decode_kernel(dim, group, block_size, itemsize, parallel=parallel)
     line = CACHE_LINE_BYTES // itemsize
 
     @kernel(parallel=parallel)
@@ -172,5 +174,47 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
                 value_tile(element, scores + 4 * (token - start), stride, pool, at, count, result, group, dim)
                 token += count
             write_tile(element, result, out + itemsize * work * group * dim, group, dim)
+
+    return decode  # type: ignore[no-any-return]
+
+
+def _plain_decode_kernel(
+    dim: int, group: int, block_size: int, itemsize: int, *, parallel: bool
+) -> Callable[..., None]:
+    """The same for head sizes that no vector divides, those of tiny test models: one element at a time."""
+
+    @kernel(parallel=parallel)
+    def decode(
+        element: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int, tables: int,
+        table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float, out: int,
+    ) -> None:  # fmt: skip
+        factor = np.float32(scale)
+        for work in prange(num_seqs * kv_heads):
+            seq, head = work // kv_heads, work % kv_heads
+            length = load_int(int32, seq_lens, seq)
+            start = max(0, length - window) if window > 0 else 0
+            table = tables + 4 * seq * table_stride
+            query = q + itemsize * (seq * q_stride + head * group * dim)
+            weights = np.empty(length - start, np.float32)
+            result = np.empty(dim, np.float32)
+            for g in range(group):
+                highest = LOWEST
+                for token in range(start, length):
+                    at = _element_index(int32, table, block_stride, block_size, dim, head, token)
+                    score = np.float32(0)
+                    for i in range(dim):
+                        score += load(element, query, g * dim + i) * load(element, pool, at + i)
+                    weights[token - start] = score
+                    highest = larger(highest, score)
+                total = np.float32(0)
+                result[:] = np.float32(0)
+                for token in range(start, length):
+                    at = _element_index(int32, table, block_stride, block_size, dim, head, token) + value_offset
+                    weight = exp((weights[token - start] - highest) * factor)
+                    total += weight
+                    for i in range(dim):
+                        result[i] += weight * load(element, pool, at + i)
+                for i in range(dim):
+                    store(element, out, (work * group + g) * dim + i, result[i] / total)
 
     return decode  # type: ignore[no-any-return]

@@ -38,10 +38,9 @@ class PagedAttention:
         self._place: dict[int, tuple[int, Tensor]] = {}  # layer: its group, its part of the pool
         self._decodes = []
         for number, (group, region) in enumerate(zip(layout.groups, regions, strict=True)):
-            if layout.block_size % TOKENS or group.head_dim % 8:
+            if layout.block_size % TOKENS:
                 raise ModelError(
-                    f"Attention on CPU needs a block size that is a multiple of {TOKENS}, and a head "
-                    f"size that is a multiple of 8. They are {layout.block_size} and {group.head_dim}."
+                    f"Attention on CPU needs a block size that is a multiple of {TOKENS}, not {layout.block_size}."
                 )
             pool = region.view(dtype).view(-1, *layout.block_shape(number))
             for i, layer in enumerate(group.layers):

@@ -21,6 +21,11 @@ _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Floa
 _FAST = ("reassoc", "contract", "nsz")
 
 
+def is_tileable(dim: int, itemsize: int) -> bool:
+    """Whether heads of ``dim`` elements can be computed here: their rows are whole vectors."""
+    return dim * itemsize % 16 == 0
+
+
 def _lanes(element: Any, dim: int) -> int:
     """Vector length: the longest of which a row is a multiple (a bfloat16 row: of pairs of them)."""
     step = 2 if element == types.uint16 else 1

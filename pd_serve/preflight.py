@@ -1,0 +1,47 @@
+"""What can be known to be wrong before anything is started: files, libraries, and memory that settings name.
+
+Called by ``up``, before its processes, and by each node, before its engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from pd_serve.config import EngineSettings
+from pd_serve.errors import ConfigError
+from pd_serve.values import readable_size
+
+_LIBRARIES = {"ucx": "ucxx", "nixl": "nixl"}
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check(settings: EngineSettings, *, nodes: int = 1) -> None:
+    """Raises ConfigError. ``nodes``: how many are started here with these settings."""
+    settings.node_secret()
+    settings.nixl_backend_options()
+    library = _LIBRARIES.get(settings.transport)
+    if library is not None and importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"--transport {settings.transport} needs {library}, which is not installed: pip install "
+            f"'pd-serve{'[ucx]' if library == 'ucxx' else ''}', or use --transport auto"
+        )
+    wanted, present = settings.kv_cache_memory * nodes, memory_bytes()
+    if wanted > present:
+        each = f"{nodes} nodes with {readable_size(settings.kv_cache_memory)} each" if nodes > 1 else "it"
+        raise ConfigError(
+            f"--kv-cache-memory {readable_size(settings.kv_cache_memory)} is more than there is: {each} would need "
+            f"{readable_size(wanted)}, and this machine or container has {readable_size(present)}"
+        )
+
+
+def memory_bytes() -> int:
+    """What this machine has, or this container may use of it."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    for path in _CGROUP_LIMITS:
+        try:
+            found.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return min(found)
