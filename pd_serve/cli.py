@@ -218,6 +218,25 @@ def doctor(settings: config.DoctorConfig) -> int:
     return run(settings)
 
 
+@_command(
+    "token",
+    "Print what to send as 'Authorization: Bearer TOKEN' to nodes' /sleep and /wake_up, and to routers' /nodes.",
+    """    pd-serve token --secret-file secret
+
+    curl -X POST -H "Authorization: Bearer $(pd-serve token --secret-file secret)" https://10.0.0.3:8200/sleep
+
+It is made from the secret, which cannot be found from it. Over plain HTTP whoever listens can use it too.""",
+)
+def token(settings: config.TokenConfig) -> int:
+    from pd_serve.auth import admin_token
+
+    secret = settings.node_secret()
+    if not secret:
+        raise ConfigError("there is no secret to make a token from: give --secret-file")
+    print(admin_token(secret.encode()))
+    return 0
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

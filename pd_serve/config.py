@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_serve import values
+from pd_serve import trust, values
 from pd_serve.errors import ConfigError
 from pd_serve.settings import Setting, declared, nearest, read_file, setting
 from pd_serve.values import choice, decimal, integer, integers
@@ -30,6 +30,13 @@ CACHE_VARIABLE = PREFIX + "CACHE"
 @dataclass(frozen=True, kw_only=True)
 class Common:
     host: str = setting("127.0.0.1", values.TEXT, "Network", "Address to listen on.")
+    connect_timeout_s: float = setting(
+        4.0,
+        decimal(0.1),
+        "Network",
+        "How long a link between router and node may take to be opened, and its ends to prove the secret.",
+        unit="seconds",
+    )
     keep_alive_s: float = setting(
         75.0,
         decimal(1.0),
@@ -91,7 +98,67 @@ class Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(Common):
+class Secret:
+    """What router and nodes know of each other."""
+
+    secret: str = setting(
+        "",
+        values.SECRET,
+        "Security",
+        "What router and nodes prove to know before they work with each other, the same for all; at least 16 "
+        "random characters. Other users of the machine can read flags: prefer the variable or a file.",
+        reason="Empty: routers and nodes trust whoever is on their own machine, and only those.",
+    )
+    secret_file: str = setting(
+        "", values.TEXT, "Security", "File with the secret, readable by its owner alone (chmod 600)."
+    )
+
+    def node_secret(self) -> str:
+        """The secret, from wherever it was given; empty: none. Raises ConfigError."""
+        return trust.secret_of(self.secret, self.secret_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarded(Common, Secret):
+    """Doors of routers and nodes."""
+
+    allow_insecure_nodes: bool = setting(
+        False,
+        values.FLAG,
+        "Security",
+        "Work with routers and nodes on other machines without a secret: whoever reaches a port can then join, "
+        "read prompts and give orders.",
+    )
+    ssl_certfile: str = setting(
+        "",
+        values.TEXT,
+        "Security",
+        "Certificate (PEM, with its chain) of the HTTP ports and links, which then speak TLS only.",
+        reason="Empty: plain HTTP.",
+    )
+    ssl_keyfile: str = setting(
+        "", values.TEXT, "Security", "The certificate's private key.", reason="Empty: it is in ssl_certfile."
+    )
+    ssl_ca: str = setting(
+        "",
+        values.TEXT,
+        "Security",
+        "Certificates (PEM) that routers' and nodes' own are verified against, where their URLs begin with https. With "
+        "it nodes speak TLS to each other too, and take nobody without such a certificate.",
+        reason="Empty: those that this machine trusts.",
+    )
+
+    def check_door(self, host: str, setting: str = "host") -> None:
+        """Raises ConfigError where strangers reach a port that asks for nothing."""
+        if not trust.is_loopback(host) and not self.node_secret() and not self.allow_insecure_nodes:
+            raise ConfigError(
+                f"{setting} {host} can be reached from other machines: give this node and its routers the same "
+                "--secret-file, or --allow-insecure-nodes where you trust everybody on that network"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Guarded):
     """What engines serve and how: the same for one node and for all nodes of ``up``."""
 
     model: str = setting(
@@ -240,15 +307,6 @@ class EngineSettings(Common):
         "How KV blocks travel between nodes.",
         reason="auto: each pair of nodes measures what both have and uses the fastest.",
     )
-    secret: str = setting(
-        "",
-        values.TEXT,
-        "KV transfer",
-        "What nodes must prove to know before they exchange KV, the same for all; long and random. Other users of the "
-        "machine can read flags: prefer the variable or a file.",
-        reason="Empty: whoever reaches a node's peer port can read its KV.",
-    )
-    secret_file: str = setting("", values.TEXT, "KV transfer", "File with the secret.")
     checksums: bool = setting(
         True,
         values.FLAG,
@@ -294,39 +352,6 @@ class EngineSettings(Common):
         unit="seconds",
         reason="Answers to who knows the secret take milliseconds; a busy machine's take longer.",
     )
-    allow_insecure_nodes: bool = setting(
-        False,
-        values.FLAG,
-        "Network",
-        "Work with nodes on other machines without a secret.",
-        reason="Whoever reaches the ports of such nodes can read and change what they serve.",
-    )
-
-    ssl_certfile: str = setting("", values.TEXT, "Network", "File with this node's certificate, PEM.")
-    ssl_keyfile: str = setting(
-        "", values.TEXT, "Network", "File with the certificate's key, PEM.", reason="Empty: in the certificate's file."
-    )
-    ssl_ca: str = setting(
-        "",
-        values.TEXT,
-        "Network",
-        "File with the authority of all nodes' certificates, PEM; nodes then speak TLS to each other and take nobody "
-        "without such a certificate.",
-    )
-
-    def peer_secret(self) -> str:
-        """The secret, from wherever it was given; empty: none. Raises ConfigError."""
-        if not self.secret_file:
-            return self.secret
-        try:
-            found = Path(self.secret_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"secret_file: cannot read {self.secret_file}: {error}") from error
-        if not found:
-            raise ConfigError(f"secret_file: {self.secret_file} is empty; write a long random text into it")
-        if self.secret and self.secret != found:
-            raise ConfigError(f"secret and secret_file are both given and differ; drop one (file: {self.secret_file})")
-        return found
 
     def chat_template_text(self) -> str:
         """What the file ``chat_template`` holds; empty without one. Raises ConfigError."""
@@ -376,13 +401,13 @@ class NodeConfig(EngineSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSettings(Common):
+class RouterSettings(Guarded):
     """What a router does with requests: the same for one router and for the router of ``up``."""
 
     port: int = setting(8000, integer(1, 65535), "Network", "Port to listen on.")
     api_key: tuple[str, ...] = setting(
         (),
-        values.TEXTS,
+        values.KEYS,
         "API",
         "Keys that clients must send one of. Other users of the machine can read flags: prefer the variable or a file.",
         reason="Empty: no key is needed.",
@@ -447,24 +472,30 @@ class RouterSettings(Common):
         "Silence of a node's link, answers to pings included, after which the node counts as stopped, cut off or dead.",
         unit="seconds",
     )
+    admin_host: str = setting(
+        "127.0.0.1",
+        values.TEXT,
+        "Network",
+        "Address of the admin listener: /metrics and /v1/status are there alone where --host is not this machine only.",
+        reason="On another address than loopback it asks for an API key.",
+    )
+    admin_port: int = setting(0, integer(0, 65535), "Network", "Its port.", reason="0: the one after --port.")
+    model_timeout_s: float = setting(
+        30.0,
+        decimal(0.1),
+        "Nodes",
+        "How long a node may take to send the tokenizer and chat template of its model.",
+        unit="seconds",
+        reason="Up to 64 MiB, over any network.",
+    )
     access_log: bool = setting(
         True, values.FLAG, "Processes", "Log a line for every answered request: its id, status, tokens and times."
     )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def api_keys(self) -> frozenset[str]:
-        """All keys, those of ``api_key_file`` included (lines with ``#`` in front do not count)."""
-        keys = set(self.api_key)
-        if self.api_key_file:
-            try:
-                lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"api_key_file: cannot read {self.api_key_file}: {error}") from error
-            found = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
-            if not found:
-                raise ConfigError(f"api_key_file: {self.api_key_file} holds no key; write one a line")
-            keys |= found
-        return frozenset(keys)
+        """All keys, those of ``api_key_file`` included. Raises ConfigError."""
+        return trust.keys_of(self.api_key, self.api_key_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -605,6 +636,11 @@ class BenchTransferConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenConfig(Secret):
+    """Settings of ``pd-serve token``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Settings of ``pd-serve doctor``."""
 
@@ -631,6 +667,7 @@ COMMANDS: dict[str, type[Any]] = {
     "bench serve": BenchConfig,
     "bench transfer": BenchTransferConfig,
     "doctor": DoctorConfig,
+    "token": TokenConfig,
 }
 
 # Tools have variables of their own: their settings are no deployment's.
@@ -672,6 +709,8 @@ def load(
             (known_setting.variable, environ, known_setting.variable),
             (f"{name} in {config_file}", from_file, name),
         ):
+            if source.get(key) == "" and known_setting.kind.is_key:
+                raise ConfigError(f"{label} is given and empty: leave it out where none is wanted")
             if source.get(key) not in (None, ""):
                 try:
                     chosen[name] = known_setting.kind.parse(source[key])
@@ -703,7 +742,8 @@ def _check_variables(environ: Mapping[str, str]) -> None:
 
 def to_json(command: str, config: object) -> str:
     """A configuration as a file that the command reads with ``--config`` (JSON is YAML)."""
-    return json.dumps({setting.name: getattr(config, setting.name) for setting in settings(command)})
+    found = {setting: getattr(config, setting.name) for setting in settings(command)}
+    return json.dumps({setting.name: value for setting, value in found.items() if value != setting.default})
 
 
 if __name__ == "__main__":

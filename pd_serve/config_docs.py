@@ -56,6 +56,7 @@ _SECTIONS = (
         "pd-serve bench transfer",
         "How fast KV moves here; its variables begin with `PD_SERVE_BENCH_TRANSFER_`.",
     ),
+    ("token", "pd-serve token", "The bearer token of nodes' orders, made from the secret."),
     ("doctor", "pd-serve doctor", "What this machine offers; its variables begin with `PD_SERVE_DOCTOR_`."),
 )
 

@@ -18,7 +18,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 def check(settings: EngineSettings, *, nodes: int = 1) -> None:
     """Raises ConfigError. ``nodes``: how many are started here with these settings."""
-    settings.peer_secret()
+    settings.node_secret()
     settings.nixl_backend_options()
     library = _LIBRARIES.get(settings.transport)
     if library is not None and importlib.util.find_spec(library) is None:

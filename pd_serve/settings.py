@@ -20,6 +20,7 @@ GROUPS = (
     "Model",
     "Nodes",
     "Network",
+    "Security",
     "API",
     "Endpoint",
     "Load",

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from pd_serve import trust
+
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}ib": 1024**n for n, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}b": 1000**n for n, letter in enumerate("kmgt", 1)}
@@ -24,6 +26,7 @@ class Kind:
     shape: str
     parse: Callable[[object], object]
     is_flag: bool = False
+    is_key: bool = False  # given and empty is a mistake, and never the same as not given
 
 
 def _text(value: object) -> str:
@@ -42,9 +45,10 @@ def _url(value: object) -> str:
     try:
         parts = urlsplit(raw)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        valid = valid and raw == f"{parts.scheme}://{parts.netloc}" and re.search(r"[^!-~]|[@\\]", raw) is None
     except ValueError:
         valid = False
-    if not valid or parts.path or parts.query:
+    if not valid:
         raise ValueError(f"must be a URL like http://10.0.0.1:8000, not {raw!r}")
     return raw
 
@@ -78,6 +82,19 @@ def _origin(value: object) -> str:
 
 
 ORIGINS = Kind("ORIGIN,...", lambda value: tuple(_origin(item) for item in _items(value)))
+
+
+def _keys(value: object) -> tuple[str, ...]:
+    if value == "":
+        return ()
+    keys = tuple(_text(item) for item in (value if isinstance(value, list | tuple) else _text(value).split(",")))
+    if not all(trust.usable_key(key) for key in keys):
+        raise ValueError("must be keys without spaces, none of them empty")
+    return keys
+
+
+KEYS = Kind("KEY,...", _keys, is_key=True)
+SECRET = Kind("TEXT", _text, is_key=True)
 URLS = Kind("URL,...", lambda value: tuple(_url(item) for item in _items(value)))
 
 

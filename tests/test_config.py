@@ -217,20 +217,78 @@ def test_lists_of_sizes_and_numbers_and_ratios(tmp_path: Path) -> None:
             load("bench transfer", **{name: value})
 
 
+SECRET = "long, and random enough"
+
+
 def test_the_secret_comes_from_a_setting_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "secret"
-    file.write_text("long and random\n")
-    assert load().peer_secret() == ""
-    assert load(environ={"PD_SERVE_SECRET": "s"}).peer_secret() == "s"
-    assert load(secret_file=str(file)).peer_secret() == "long and random"
-    assert load(secret_file=str(file), secret="long and random").peer_secret() == "long and random"
+    file.write_text(SECRET + "\n")
+    file.chmod(0o600)
+    assert load().node_secret() == load("router").node_secret() == ""
+    assert load(environ={"PD_SERVE_SECRET": SECRET}).node_secret() == SECRET
+    assert load("router", secret_file=str(file)).node_secret() == SECRET
+    assert load(secret_file=str(file), secret=SECRET).node_secret() == SECRET
     with pytest.raises(ConfigError, match="both given and differ"):
-        load(secret_file=str(file), secret="short").peer_secret()
+        load(secret_file=str(file), secret="another one of theirs").node_secret()
     with pytest.raises(ConfigError, match="cannot read /nowhere"):
-        load(secret_file="/nowhere").peer_secret()
+        load(secret_file="/nowhere").node_secret()
     file.write_text("\n")
     with pytest.raises(ConfigError, match="is empty"):
-        load(secret_file=str(file)).peer_secret()
+        load(secret_file=str(file)).node_secret()
+
+
+def test_a_secret_that_can_be_guessed_or_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="at least 16 random"):
+        load(secret="x").node_secret()
+    file = tmp_path / "secret"
+    file.write_text(SECRET)
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match=f"chmod 600 {file}"):
+        load(secret_file=str(file)).node_secret()
+    monkeypatch.setattr("os.access", lambda *_: False)  # a read-only volume of somebody else's making
+    assert load(secret_file=str(file)).node_secret() == SECRET
+    assert "defaultMode" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["", ",", "a,,b", "a b", "a,b c", "ü"])
+def test_a_key_that_would_open_the_router_or_fit_no_header_is_an_error(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        load("router", api_key=key)
+    with pytest.raises(ConfigError, match="PD_SERVE_API_KEY"):
+        load("router", environ={"PD_SERVE_API_KEY": key})
+    file = tmp_path / "keys"
+    file.write_text("good\na b\n")
+    with pytest.raises(ConfigError, match="spaces"):
+        load("router", api_key_file=str(file)).api_keys()
+    with pytest.raises(ConfigError, match="--secret is given and empty"):
+        load(secret="")
+
+
+def test_a_port_that_strangers_reach_needs_a_secret() -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
+        load().check_door(host)
+    for host in ("0.0.0.0", "::", "10.0.0.1", "node-3"):
+        with pytest.raises(ConfigError, match="--secret-file"):
+            load().check_door(host)
+        load(secret=SECRET).check_door(host)
+        load(allow_insecure_nodes=True).check_door(host)
+
+
+def test_a_url_is_an_address_and_nothing_else() -> None:
+    for url in (
+        "http://a/x",
+        "http://a?x",
+        "http://a#x",
+        "http://u@a",
+        "http://a\\b",
+        "http://a\nb",
+        "http://a b",
+        "//a",
+    ):
+        with pytest.raises(ConfigError, match="must be a URL"):
+            load("router", decode=url)
 
 
 def test_options_of_nixl() -> None:

@@ -6,8 +6,6 @@ tenth of a second of a start counts.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -18,13 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from pd_serve.errors import ModelError
 from pd_serve.node.engine_process import EngineProcess
-from pd_serve.node.links import TRY_AGAIN, Links
+from pd_serve.node.links import Links
 from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep
 from pd_serve.wire.link import Hello
-
-log = logging.getLogger(__name__)
 
 
 class NodeState(Protocol):
@@ -43,9 +38,6 @@ class NodeState(Protocol):
 
     def describe(self) -> dict[str, object]:
         """``GET /v1/status``."""
-
-    def bundle(self) -> bytes | None:
-        """``GET /model``: an encoded ModelBundle; None before the engine can serve. Reads files."""
 
 
 def build(node: NodeState) -> Starlette:
@@ -77,23 +69,8 @@ def build(node: NodeState) -> Starlette:
         )
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def model(_: Request) -> Response:
-        try:
-            body = await asyncio.to_thread(node.bundle)
-        except ModelError as error:
-            log.error("routers cannot use this node: %s", error)
-            return JSONResponse({"error": str(error)}, status_code=500)
-        if body is None:
-            return JSONResponse({"error": "starting"}, status_code=503, headers={"Retry-After": "1"})
-        return Response(body, media_type="application/msgpack")
-
     async def link(websocket: WebSocket) -> None:
-        hello = node.hello()
-        if hello is None:
-            await websocket.accept()
-            await websocket.close(TRY_AGAIN, node.why_not()[:120])  # a close frame holds at most 123 bytes
-            return
-        await node.links.serve(websocket, hello, node.engine)
+        await node.links.serve(websocket, node.hello, node.why_not, node.engine)
 
     def order(carry_out: Callable[[Sleep, Request], Awaitable[Document]]) -> Callable[[Request], Awaitable[Response]]:
         """A route of sleep: what ``carry_out`` answers or refuses."""
@@ -137,7 +114,6 @@ def build(node: NodeState) -> Starlette:
             Route("/ready", ready),
             Route("/metrics", metrics),
             Route("/v1/status", status),
-            Route("/model", model),
             Route("/sleep", order(fall_asleep), methods=["POST"]),
             Route("/wake_up", order(wake_up), methods=["POST"]),
             Route("/is_sleeping", order(is_sleeping)),

@@ -1,8 +1,9 @@
 """Routers' links to this node: one WebSocket each, forwarded to and from the engine.
 
 Called by the HTTP application (a link begins), by the engine process (frames for a link) and by the
-node's main loop (status, closing). Frames are forwarded as they came; a router can neither crash the
-node with garbage nor fill its memory by not reading.
+node's main loop (status, closing). A router proves that it knows the secret before it hears anything of this node.
+Frames are then forwarded as they came; a router can neither crash the node with garbage nor fill its memory by not
+reading.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from pd_serve.auth import TAG_BYTES, Seal
+from pd_serve.errors import ModelError
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.wire import link as wire
 from pd_serve.wire.engine import NODE, Drop
+from pd_serve.wire.handshake import BROKEN_SEAL, NO_GREETING, LinkRefused, NodeHalf
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +40,31 @@ TRY_AGAIN = 1013
 
 
 class Link:
-    """One router's connection. ``offer`` never waits; what it was given is sent in order."""
+    """One proven router's connection. ``offer`` never waits; what it was given is sent in order."""
 
-    def __init__(self, origin: int, websocket: WebSocket) -> None:
+    def __init__(self, origin: int, websocket: WebSocket, outgoing: Seal, incoming: Seal) -> None:
         self.origin = origin
+        self.has_model = False  # it asked for the model's text side
         self._websocket = websocket
+        self._outgoing = outgoing
+        self._incoming = incoming
         self._frames: deque[bytes] = deque()
         self._queued_bytes = 0
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
+        self._max_queued_bytes = MAX_QUEUED_BYTES
         self._close = (GOING_AWAY, "")
-        client = websocket.client
-        self.peer = f"{client.host}:{client.port}" if client else "unknown"
+        self.peer = _name(websocket)
 
-    def offer(self, frame: bytes) -> None:
+    def offer(self, frame: bytes, *, is_model: bool = False) -> None:
+        """``is_model``: it may be longer than all that else may wait."""
         if self._ended.is_set():
             return
         self._frames.append(frame)
         self._queued_bytes += len(frame)
-        if self._queued_bytes > MAX_QUEUED_BYTES:
+        if is_model:
+            self._max_queued_bytes += len(frame)
+        if self._queued_bytes > self._max_queued_bytes:
             log.warning("router %s does not read: closing its link with %d bytes unsent", self.peer, self._queued_bytes)
             self._frames.clear()
             self.end(POLICY, "this router reads too slowly")
@@ -63,7 +73,7 @@ class Link:
     def end(self, code: int, reason: str) -> None:
         """Closes the link after what was offered before, without waiting long for a router that does not read."""
         if not self._ended.is_set():
-            self._close = (code, reason[:120])  # a close frame holds at most 123 bytes
+            self._close = (code, reason)
             self._ended.set()
             self._wake.set()
 
@@ -79,8 +89,7 @@ class Link:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(Exception):  # the router may be gone already
-            await asyncio.wait_for(self._websocket.close(*self._close), _CLOSE_WAIT_S)
+        await _close(self._websocket, *self._close)
         for result in results:
             if isinstance(result, Exception) and not isinstance(result, RuntimeError | OSError):
                 log.error("the link of router %s failed", self.peer, exc_info=result)
@@ -90,7 +99,7 @@ class Link:
             while self._frames:
                 frame = self._frames.popleft()
                 self._queued_bytes -= len(frame)
-                await self._websocket.send_bytes(frame)
+                await self._websocket.send_bytes(self._outgoing.close(frame))
             if self._ended.is_set():
                 return
             self._wake.clear()
@@ -102,13 +111,24 @@ class Link:
             if frame is None:
                 self.end(POLICY, "frames must be binary")
                 return
-            received(self, frame)
+            opened = self._incoming.open(frame)
+            if opened is None:
+                log.warning("closing the link of router %s: %s", self.peer, BROKEN_SEAL)
+                self.end(POLICY, BROKEN_SEAL)
+                return
+            received(self, opened)
 
 
 class Links:
-    """All links of the node; the numbers that the engine knows them by."""
+    """All links of the node; the numbers that the engine knows them by.
 
-    def __init__(self) -> None:
+    ``bundle``: an encoded ModelBundle, for routers that have none of this model.
+    """
+
+    def __init__(self, secret: bytes, connect_timeout_s: float, bundle: Callable[[], bytes | None]) -> None:
+        self._secret = secret
+        self._connect_timeout_s = connect_timeout_s
+        self._bundle = bundle
         self._links: dict[int, Link] = {}
         self._origins = itertools.count(1)
         self.lost = asyncio.Event()  # a link ended; whoever waits for it clears it
@@ -116,11 +136,34 @@ class Links:
     def __len__(self) -> int:
         return len(self._links)
 
-    async def serve(self, websocket: WebSocket, hello: wire.Hello, engine: EngineProcess) -> None:
-        """Runs one link, from its greeting to its end. The engine ends the attempts that came through it."""
+    async def serve(
+        self,
+        websocket: WebSocket,
+        hello: Callable[[], wire.Hello | None],
+        why_not: Callable[[], str],
+        engine: EngineProcess,
+    ) -> None:
+        """Runs one link, from its greeting to its end. The engine ends the attempts that came through it.
+
+        ``hello``: how the node introduces itself, None while it takes no requests; ``why_not`` says why.
+        """
         await websocket.accept()
-        link = Link(next(self._origins), websocket)
-        link.offer(wire.encoder.encode(hello))
+        half = NodeHalf(self._secret)
+        refusal = await self._prove(websocket, half)
+        greeting = None
+        if refusal is None:
+            try:
+                await asyncio.to_thread(self._bundle)  # it reads files, once
+                greeting = hello()
+                refusal = None if greeting is not None else (TRY_AGAIN, why_not())
+            except ModelError as error:
+                log.error("routers cannot use this node: %s", error)
+                refusal = POLICY, str(error)
+        if refusal is not None or greeting is None:
+            await _close(websocket, *(refusal or (TRY_AGAIN, "")))
+            return
+        link = Link(next(self._origins), websocket, half.outgoing, half.incoming)
+        link.offer(wire.encoder.encode(greeting))
         self._links[link.origin] = link
         log.info("router %s linked", link.peer)
         try:
@@ -131,6 +174,26 @@ class Links:
             self.lost.set()
             log.info("router %s unlinked", link.peer)
 
+    async def _prove(self, websocket: WebSocket, half: NodeHalf) -> tuple[int, str] | None:
+        """Each end shows the other that it knows the secret; close code and reason where that fails."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await websocket.send_bytes(half.challenge(await websocket.receive_bytes()))
+                half.check(await websocket.receive_bytes())
+        except LinkRefused as error:
+            log.warning("refused the link of router %s: %s", _name(websocket), error)
+            return POLICY, str(error)
+        except KeyError:  # Starlette's word for a text frame
+            return POLICY, NO_GREETING
+        except TimeoutError:
+            log.warning(
+                "%s began a link and did not prove itself within %g s", _name(websocket), self._connect_timeout_s
+            )
+            return POLICY, NO_GREETING
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            return GOING_AWAY, ""
+        return None
+
     def _forward(self, link: Link, frame: bytes, engine: EngineProcess) -> None:
         try:
             message = wire.decode_to_node(frame)
@@ -138,11 +201,27 @@ class Links:
             log.warning("router %s sent what is not a message (%s): closing its link", link.peer, error)
             link.end(POLICY, f"not a message: {error}")
             return
+        if isinstance(message, wire.GetModel):
+            self._send_model(link)
+            return
         try:
             engine.send(_NODE if isinstance(message, wire.Peers) else link.origin, frame)
         except zmq.Again:
             log.error("the engine does not read: closing the link of router %s", link.peer)
             link.end(INTERNAL, "the engine does not read")
+
+    def _send_model(self, link: Link) -> None:
+        bundle = self._bundle()
+        if bundle is None or link.has_model:
+            link.end(POLICY, "the model is sent once a link")
+            return
+        frame = wire.encoder.encode(wire.Model(bundle))
+        if len(frame) > wire.MAX_FRAME_BYTES - TAG_BYTES:
+            log.error("the model's tokenizer takes %d bytes, a frame at most %d", len(frame), wire.MAX_FRAME_BYTES)
+            link.end(INTERNAL, "the model's tokenizer is too large for the link")
+            return
+        link.has_model = True
+        link.offer(frame, is_model=True)
 
     def deliver(self, origin: int, frame: bytes) -> None:
         """A frame of the engine to the router it is for; to nobody if that router has gone."""
@@ -159,3 +238,14 @@ class Links:
     def close(self, code: int, reason: str) -> None:
         for link in self._links.values():
             link.end(code, reason)
+
+
+def _name(websocket: WebSocket) -> str:
+    client = websocket.client
+    return f"{client.host}:{client.port}" if client else "unknown"
+
+
+async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+    reason = reason.encode()[:120].decode(errors="ignore")  # a close frame holds at most 123 bytes
+    with contextlib.suppress(Exception):  # the router may be gone already
+        await asyncio.wait_for(websocket.close(code, reason), _CLOSE_WAIT_S)

@@ -85,7 +85,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
         nixl_options=config.nixl_backend_options(),
         nvlink_socket_dir=config.nvlink_socket_dir,
         checksums=config.checksums,
-        secret=config.peer_secret(),
+        secret=config.node_secret(),
         enable_cumem_allocator=memory.enable_cumem_allocator,
         enable_sleep_mode=memory.enable_sleep_mode,
         pin_memory=config.pin_memory,

@@ -30,15 +30,13 @@ from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.wire.engine import EngineConfig
-from pd_serve.wire.link import LINK_VERSION, Hello, Load, Status
+from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
 if TYPE_CHECKING:
     from pd_serve.node.registration import Registration
 
 log = logging.getLogger(__name__)
-
-MAX_FRAME_BYTES = 64 << 20  # a prompt of 16 million tokens
 
 
 class _Server(uvicorn.Server):
@@ -52,7 +50,7 @@ class _Server(uvicorn.Server):
 class Node:
     def __init__(self, config: NodeConfig, engine_config: EngineConfig, engine: EngineProcess, url: str) -> None:
         self.engine = engine
-        self.links = Links()
+        self.links = Links(engine_config.secret.encode(), config.connect_timeout_s, self.bundle)
         self.draining = False
         self.sleep = Sleep(engine, self, config.drain_timeout_s) if engine_config.enable_sleep_mode else None
         self._config = config
@@ -138,6 +136,7 @@ class Node:
         return self.engine.trouble
 
     def bundle(self) -> bytes | None:
+        """An encoded ModelBundle; None before the engine can serve. Reads files, once."""
         if self._bundle is None and (ready := self.engine.ready) is not None:
             model = ready.model
             self._bundle = encode_bundle(

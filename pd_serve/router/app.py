@@ -52,7 +52,8 @@ class Router:
     def __init__(self, settings: RouterConfig) -> None:
         self.settings = settings
         self.registry = Registry()
-        self.links = Links(settings, self.registry)
+        self.secret = settings.node_secret().encode()
+        self.links = Links(settings, self.registry, self.secret)
         self.metrics = Metrics()
         self.leniency = Leniency(strict=settings.strict_fields)
         self.shared: Shared

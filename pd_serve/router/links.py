@@ -1,8 +1,9 @@
 """One link a node: connected, greeted, watched, and connected again for nodes of the static list.
 
-Owns the WebSockets. Registered nodes are forgotten when their link ends and come back by registering again.
-A link that is silent for too long (the node answers no ping, or its engine no longer speaks) counts as lost:
-what ran there goes on elsewhere, and what such a node still says later is never read.
+Owns the WebSockets. Both ends of a link prove that they know the secret before either says anything of itself; what a
+node says afterwards is checked before anything is made of it. Registered nodes are forgotten when their link ends and
+come back by registering again. A link that is silent for too long (the node answers no ping, or its engine no longer
+speaks) counts as lost: what ran there goes on elsewhere, and what such a node still says later is never read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import asyncio
 import logging
 import random
 import time
-import urllib.request
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,12 +23,13 @@ from pd_serve.errors import PDServeError
 from pd_serve.router.nodes import Node, Registry
 from pd_serve.router.websocket import WebSocket, connect
 from pd_serve.wire import link as wire
+from pd_serve.wire.handshake import BROKEN_SEAL, LinkRefused, RouterHalf
 from pd_serve.wire.model import decode_bundle
 
 log = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S = 5.0
-_MODEL_TIMEOUT_S = 30.0
+_T = TypeVar("_T")
+
 _BACKOFF_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # the last one for ever
 _REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that answers and cannot be worked with
 _TICK_S = 0.5
@@ -46,6 +47,10 @@ class Unlinked(NamedTuple):
     reason: str
 
 
+class _Impossible(PDServeError):
+    """A node said what cannot be."""
+
+
 @dataclass
 class _Link:
     url: str
@@ -60,8 +65,9 @@ class _Link:
 
 
 class Links:
-    def __init__(self, settings: RouterConfig, registry: Registry) -> None:
+    def __init__(self, settings: RouterConfig, registry: Registry, secret: bytes) -> None:
         self._settings = settings
+        self._secret = secret
         self._registry = registry
         self._links: dict[str, _Link] = {}
         self._complaints: dict[str, str] = {}
@@ -125,19 +131,21 @@ class Links:
         """Connects and serves until the link ends; whether it was ever in use."""
         if not entry.refused:
             entry.state = "connecting"  # else the reason stays readable while it is tried again
-        hello: asyncio.Future[wire.Hello] = asyncio.get_running_loop().create_future()
         socket = None
         why = "the router ends"
         try:
+            opening = _Opening(self._secret)
             socket = await connect(
-                entry.url, "/link", lambda data: self._received(entry, hello, data), _CONNECT_TIMEOUT_S
+                entry.url, "/link", lambda data: self._received(entry, opening, data), self._settings.connect_timeout_s
             )
             entry.socket = socket
-            greeting = await self._greeting(hello, socket)
-            await self._prepare(greeting, entry.url)
+            socket.send(opening.half.greeting)
+            greeting = await self._said(opening.hello, socket, self._settings.connect_timeout_s)
+            await self._prepare(greeting, opening, socket)
             if socket.closed.done():
                 raise ConnectionError(socket.closed.result())
-            entry.node = Node(greeting, lambda message: socket.send(wire.encoder.encode(message)))
+            seal = opening.half.outgoing
+            entry.node = Node(greeting, lambda message: socket.send(seal.close(wire.encoder.encode(message))))
             entry.spoke_s = time.monotonic()
             entry.state, entry.reason, entry.refused = "linked", "", False
             self._complaints.pop(entry.url, None)
@@ -167,52 +175,79 @@ class Links:
             self._complaints[entry.url] = what
             log.warning("cannot link to the node at %s: %s", entry.url, what)
 
-    async def _greeting(self, hello: asyncio.Future[wire.Hello], socket: WebSocket) -> wire.Hello:
-        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            await asyncio.wait((hello, socket.closed), return_when=asyncio.FIRST_COMPLETED)
-        if not hello.done():
-            raise ConnectionError(socket.closed.result())
-        greeting = hello.result()
-        if greeting.link_version != wire.LINK_VERSION:
-            raise _Unfit(
-                f"it speaks version {greeting.link_version} of the link, this router {wire.LINK_VERSION}: "
-                "update the older of the two"
-            )
+    async def _said(self, what: asyncio.Future[_T], socket: WebSocket, timeout_s: float) -> _T:
+        """Raises OSError when the link ends first, or nothing comes; _Unfit when the node refuses."""
+        async with asyncio.timeout(timeout_s):
+            await asyncio.wait((what, socket.closed), return_when=asyncio.FIRST_COMPLETED)
+        if what.done():
+            return what.result()
+        if socket.refused:
+            raise _Unfit(socket.closed.result())
+        raise ConnectionError(socket.closed.result())
+
+    async def _prepare(self, greeting: wire.Hello, opening: _Opening, socket: WebSocket) -> None:
+        """The model's text side is there, and no other link of the same node is. Raises _Unfit."""
         if greeting.role not in ("prefill", "decode"):
             raise _Unfit(f"its role '{greeting.role}' is unknown to this router: update the router")
-        return greeting
-
-    async def _prepare(self, greeting: wire.Hello, url: str) -> None:
-        """The model's text side is there, and no stale link of the same node is."""
-        old = self._registry.get(greeting.node_id)
-        if old is not None:
-            if old.hello.epoch == greeting.epoch:
-                raise _Unfit(f"node {greeting.node_id} is linked already, under another URL: list it once")
-            self._registry.remove(old, "it linked anew")
+        self._check_unique(greeting)
         if not self._registry.knows(greeting.model):
             started_s = time.monotonic()
-            text = await asyncio.to_thread(_fetch_text_model, url, greeting.model)
+            socket.send(opening.half.outgoing.close(wire.encoder.encode(wire.GetModel())))
+            bundle = await self._said(opening.model, socket, self._settings.model_timeout_s)
+            text = await asyncio.to_thread(lambda: TextModel(decode_bundle(bundle), greeting.model))
             self._registry.add_group(text)
             log.info("tokenizer of '%s' loaded in %.2f s", greeting.model.name, time.monotonic() - started_s)
+            self._check_unique(greeting)
 
-    def _received(self, entry: _Link, hello: asyncio.Future[wire.Hello], data: bytes) -> None:
-        try:
-            message = wire.decode_from_node(data)
-        except msgspec.DecodeError as error:
-            log.warning("the node at %s sent what is not a message: %s", entry.url, error)
-            if entry.socket is not None:
-                entry.socket.close("not a message")
+    def _check_unique(self, greeting: wire.Hello) -> None:
+        """A link that lives gives way to no newcomer: a node that started again has no old one."""
+        old = self._registry.get(greeting.node_id)
+        if old is not None:
+            raise _Unfit(
+                f"node {greeting.node_id} is linked already, under {old.url}: list it once, or give each node its own "
+                "--advertise-url"
+            )
+
+    def _received(self, entry: _Link, opening: _Opening, data: bytes) -> None:
+        if opening.failed:
             return
+        try:
+            self._take(entry, opening, data)
+        except (LinkRefused, _Impossible, msgspec.DecodeError) as error:
+            opening.failed = True
+            if not opening.hello.done():
+                opening.hello.set_exception(error)
+                opening.hello.exception()  # nobody may be waiting
+            else:
+                log.warning("the node at %s said what cannot be: %s", entry.url, error)
+            if entry.socket is not None:
+                entry.socket.close(str(error))
+
+    def _take(self, entry: _Link, opening: _Opening, data: bytes) -> None:
+        """Raises LinkRefused, _Impossible or DecodeError for what ends the link."""
+        if not opening.proved:
+            proof = opening.half.prove(data)
+            assert entry.socket is not None  # before there is one nobody can answer to its nonce
+            opening.proved = True
+            entry.socket.send(proof)
+            return
+        frame = opening.half.incoming.open(data)
+        if frame is None:
+            raise _Impossible(BROKEN_SEAL)
+        message = wire.decode_from_node(frame)
         node = entry.node
         now_s = time.monotonic()
         entry.spoke_s = now_s
         match message:
             case wire.Outputs() if node is not None:
+                _check_outputs(message.items, node.hello.model.vocab_size)
                 node.outputs(message.items, now_s)
             case wire.Status() if node is not None:
                 self._registry.status(node, message)
-            case wire.Hello() if not hello.done():
-                hello.set_result(message)
+            case wire.Hello() if not opening.hello.done():
+                opening.hello.set_result(message)
+            case wire.Model() if opening.hello.done() and not opening.model.done():
+                opening.model.set_result(message.bundle)
 
     # --- silence --------------------------------------------------------------------------------------
 
@@ -242,8 +277,26 @@ class Links:
             socket.ping()
 
 
-def _fetch_text_model(url: str, info: wire.ModelInfo) -> TextModel:
-    """Blocking. Raises OSError or ModelError."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{url}/model", timeout=_MODEL_TIMEOUT_S) as answer:
-        return TextModel(decode_bundle(answer.read()), info)
+class _Opening:
+    """What a link waits for before it is in use."""
+
+    def __init__(self, secret: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        self.half = RouterHalf(secret)
+        self.proved = False  # the node knows the secret: its frames are sealed from here on
+        self.failed = False  # nothing that it says is read any more
+        self.hello: asyncio.Future[wire.Hello] = loop.create_future()
+        self.model: asyncio.Future[bytes] = loop.create_future()
+
+
+def _check_outputs(items: list[wire.Output], vocab_size: int) -> None:
+    """Beyond what types say (see :mod:`pd_serve.wire.link`): tokens are of the vocabulary. Raises _Impossible."""
+    for item in items:
+        if item.tokens and max(item.tokens) >= vocab_size:
+            raise _Impossible(f"token {max(item.tokens)} of a vocabulary of {vocab_size}")
+        if item.stop_token is not None and item.stop_token >= vocab_size:
+            raise _Impossible(f"stop token {item.stop_token} of a vocabulary of {vocab_size}")
+        for entries in (item.logprobs, item.prompt_logprobs):
+            for entry in entries or ():
+                if entry is not None and max((entry.token, *(id for id, _ in entry.top))) >= vocab_size:
+                    raise _Impossible(f"log-probability of a token outside of the vocabulary of {vocab_size}")

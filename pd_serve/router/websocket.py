@@ -14,12 +14,12 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from websockets.client import ClientProtocol
-from websockets.frames import Frame, Opcode
+from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-MAX_FRAME_BYTES = 64 << 20
+from pd_serve.wire.link import MAX_FRAME_BYTES
 
 
 class WebSocket(asyncio.Protocol):
@@ -38,6 +38,11 @@ class WebSocket(asyncio.Protocol):
         self.closed: asyncio.Future[str] = loop.create_future()
         self.heard_s = time.monotonic()  # when the last byte came
         self._why = ""
+
+    @property
+    def refused(self) -> bool:
+        """The other end closed it because it wants nothing to do with this one."""
+        return self._protocol.close_code == CloseCode.POLICY_VIOLATION
 
     def send(self, message: bytes) -> None:
         if self._is_open():

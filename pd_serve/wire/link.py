@@ -2,7 +2,8 @@
 
 A router holds one WebSocket (the *link*) to each node; every frame is one MessagePack message of
 the unions ``ToNode`` or ``FromNode``. The node process forwards frames to its engine over ZeroMQ
-without decoding what it does not need.
+without decoding what it does not need. How a link begins, and what is appended to its frames where there is a
+secret: :mod:`pd_serve.wire.handshake`.
 
 Token indices count a request's *output* tokens from 0, over the whole life of the request: a
 resumed attempt continues the count, so that the router can join and de-duplicate by index alone.
@@ -10,11 +11,42 @@ resumed attempt continues the count, so that the router can join and de-duplicat
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from pd_serve.wire.memory import MemoryReport
 
 LINK_VERSION = 2
+
+MAX_FRAME_BYTES = 64 << 20  # a prompt of 16 million tokens
+
+# What a proven end says is bounded as well: a fault of its must not become the other's.
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+Index = Annotated[int, Meta(ge=0, lt=2**31)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Greeting(msgspec.Struct, tag="greeting", frozen=True):
+    """First frame of a link, from the router."""
+
+    link_version: int
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=64)]
+
+
+class Challenge(msgspec.Struct, tag="challenge", frozen=True):
+    """The node's answer: it knows the secret, if ``mac`` holds."""
+
+    link_version: int
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=64)]
+    mac: bytes
+
+
+class Proof(msgspec.Struct, tag="proof", frozen=True):
+    """The router's: it knows the secret too."""
+
+    mac: bytes
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -79,16 +111,20 @@ class Peers(msgspec.Struct, tag="peers"):
     sources: list[Source]
 
 
-ToNode = Submit | Abort | Peers
+class GetModel(msgspec.Struct, tag="get_model"):
+    """The router has no copy of the model's text side: the node answers with ``Model``. Once a link."""
+
+
+ToNode = Submit | Abort | Peers | GetModel
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability (natural, after penalties, before temperature truncation) of one position."""
 
-    token: int
+    token: Index
     logprob: float
     rank: int  # 1 = most likely
-    top: list[tuple[int, float]]  # the k most likely (id, logprob), best first
+    top: list[tuple[Index, float]]  # the k most likely (id, logprob), best first
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -101,23 +137,23 @@ class Failure(msgspec.Struct, frozen=True):
 
     kind: str
     message: str
-    retry_after_s: float = 0.0
+    retry_after_s: Seconds = 0.0
 
 
 class Output(msgspec.Struct, array_like=True):
     """What one step produced for one attempt."""
 
     id: str
-    index: int  # output index of tokens[0]
-    tokens: list[int]
+    index: Index  # output index of tokens[0]
+    tokens: list[Index]
     logprobs: list[TokenLogprob] | None = None
     finish: str | None = None  # "stop" | "length" (the router adds stop strings and aborts)
-    stop_token: int | None = None  # the stop token id that ended it, if not EOS
+    stop_token: Index | None = None  # the stop token id that ended it, if not EOS
     failure: Failure | None = None
     # "accepted": a decode node has room for the attempt, now or within its bound on waiting, and will not refuse it any
     # more; "local": accepted, and it computes the prompt itself; "arrived": KV is here
     event: str | None = None
-    num_cached: int = 0  # prompt tokens that came out of this node's prefix cache (with index 0)
+    num_cached: Index = 0  # prompt tokens that came out of this node's prefix cache (with index 0)
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
@@ -130,34 +166,34 @@ class Outputs(msgspec.Struct, tag="outputs"):
 class GroupUsage(msgspec.Struct, frozen=True):
     """Blocks of one layer group: used + cached + free = total."""
 
-    total: int
-    used: int  # referenced by a sequence or a lease
-    cached: int  # unreferenced, content kept for prefix hits (can be taken at any time)
-    free: int
+    total: Count
+    used: Count  # referenced by a sequence or a lease
+    cached: Count  # unreferenced, content kept for prefix hits (can be taken at any time)
+    free: Count
 
 
 class Load(msgspec.Struct, frozen=True):
     """A node's load, pushed at least once a second and on every change of ``draining``."""
 
-    waiting: int  # admitted, no blocks yet
-    running: int
-    waiting_tokens: int  # prompt tokens not computed yet, of waiting and running sequences
+    waiting: Count  # admitted, no blocks yet
+    running: Count
+    waiting_tokens: Count  # prompt tokens not computed yet, of waiting and running sequences
     groups: list[GroupUsage]
-    leases: int = 0  # prefill: leased requests
-    pulling: int = 0  # decode: requests whose KV is being pulled
+    leases: Count = 0  # prefill: leased requests
+    pulling: Count = 0  # decode: requests whose KV is being pulled
     draining: bool = False
-    queued: int = 0  # admitted without blocks, wherever they wait; refused beyond ``max_queue``
-    max_queue: int = 0
-    queue_wait_s: float = 0.0  # how long a request that comes now is expected to wait for memory
+    queued: Count = 0  # admitted without blocks, wherever they wait; refused beyond ``max_queue``
+    max_queue: Count = 0
+    queue_wait_s: Seconds = 0.0  # how long a request that comes now is expected to wait for memory
 
 
 class Running(msgspec.Struct, frozen=True):
     """The step that an engine computes, told by a thread that does not wait for it."""
 
-    step: int  # counts from 1
-    tokens: int
-    seconds: float  # since it began
-    limit_s: float  # beyond this it counts as hanging
+    step: Count  # counts from 1
+    tokens: Count
+    seconds: Seconds  # since it began
+    limit_s: Seconds  # beyond this it counts as hanging
 
 
 class Status(msgspec.Struct, tag="status"):
@@ -178,11 +214,11 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_model_len: int  # prompt + output tokens
     vocab_size: int
     eos_token_ids: list[int]
-    text: str = ""  # of the bundle at the node's /model: a router whose copy has another one reads it anew
+    text: str = ""  # of the bundle that ``GetModel`` gets: a router whose copy has another one reads it anew
 
 
 class Hello(msgspec.Struct, tag="hello"):
-    """First frame from a node on every link."""
+    """First frame from a node to a router that has proved itself."""
 
     link_version: int
     node_id: str
@@ -193,12 +229,20 @@ class Hello(msgspec.Struct, tag="hello"):
     epoch: str  # new at every engine start, and after every sleep
     peer_address: str
     transport: str
-    local_prefill_tokens: int  # decode: prompts up to so many uncached tokens are computed here
+    local_prefill_tokens: Count  # decode: prompts up to so many uncached tokens are computed here
     load: Load
 
 
-FromNode = Hello | Status | Outputs
+class Model(msgspec.Struct, tag="model"):
+    """The answer to ``GetModel``: an encoded :class:`pd_serve.wire.model.ModelBundle`."""
+
+    bundle: bytes
+
+
+FromNode = Hello | Status | Outputs | Model
 
 encoder = msgspec.msgpack.Encoder()
+decode_opening = msgspec.msgpack.Decoder(Greeting | Proof).decode
+decode_first_from_node = msgspec.msgpack.Decoder(Challenge | Hello).decode  # Hello: of a node from before the handshake
 decode_to_node = msgspec.msgpack.Decoder(ToNode).decode
 decode_from_node = msgspec.msgpack.Decoder(FromNode).decode

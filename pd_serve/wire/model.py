@@ -1,7 +1,7 @@
 """What a router needs to know of a model to tokenise, to apply its chat template and to detokenise.
 
-A node serves one ``ModelBundle`` as MessagePack at ``GET /model``; a router reads it once for each model
-fingerprint. Built from the files of a HuggingFace directory without torch or transformers, so that a
+A node sends its ``ModelBundle`` over the link to a router that asks for it; a router asks once for each model
+fingerprint and text. Built from the files of a HuggingFace directory without torch or transformers, so that a
 router needs no model directory of its own.
 """
 

@@ -15,13 +15,38 @@ import httpx
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from pd_serve.auth import Seal
 from pd_serve.wire import link
+from pd_serve.wire.handshake import RouterHalf
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class RouterEnd:
+    """A router's end of a link."""
+
+    def __init__(self, connection: ClientConnection, secret: str = "") -> None:
+        self.connection = connection
+        half = RouterHalf(secret.encode())
+        connection.send(half.greeting)
+        connection.send(half.prove(connection.recv(timeout=5, decode=False)))
+        self._outgoing: Seal = half.outgoing
+        self._incoming: Seal = half.incoming
+
+    def send(self, frame: bytes | str) -> None:
+        self.connection.send(frame if isinstance(frame, str) else self._outgoing.close(frame))
+
+    def recv(self, timeout_s: float = 5.0) -> bytes:
+        frame = self._incoming.open(self.connection.recv(timeout=timeout_s, decode=False))
+        assert frame is not None, "the node's MAC does not hold"
+        return frame
+
+    def close(self) -> None:
+        self.connection.close()
 
 
 class NodeUnderTest:
@@ -76,9 +101,14 @@ class NodeUnderTest:
     def until_ready(self) -> None:
         self.until(lambda: self.get("/ready").status_code == 200, "ready")
 
-    def link(self, **options: Any) -> ClientConnection:
+    def dial(self, **options: Any) -> ClientConnection:
+        """A WebSocket on which nothing was said yet."""
         url = self.url.replace("http", "ws") + "/link"
         return self._links.enter_context(connect(url, max_size=None, **options))
+
+    def link(self, secret: str = "", **options: Any) -> RouterEnd:
+        """A link whose ends have proved themselves; the next frame is the node's Hello."""
+        return RouterEnd(self.dial(**options), secret)
 
     def close(self) -> None:
         self.process.kill()
@@ -89,13 +119,11 @@ class NodeUnderTest:
 StartNode = Callable[..., NodeUnderTest]
 
 
-def receive(connection: ClientConnection, timeout_s: float = 5.0) -> link.FromNode:
-    frame = connection.recv(timeout=timeout_s)
-    assert isinstance(frame, bytes)
-    return link.decode_from_node(frame)
+def receive(connection: RouterEnd, timeout_s: float = 5.0) -> link.FromNode:
+    return link.decode_from_node(connection.recv(timeout_s))
 
 
-def receive_outputs(connection: ClientConnection, name: str) -> list[int]:
+def receive_outputs(connection: RouterEnd, name: str) -> list[int]:
     """The tokens of one attempt, until it finishes; everything else is skipped."""
     tokens: list[int] = []
     while True:

@@ -14,8 +14,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from pd_serve.wire import link
-from pd_serve.wire.model import decode_bundle
-from tests.node.harness import NodeUnderTest, StartNode, free_port, receive, receive_outputs, submit
+from pd_serve.wire.model import ModelBundle, decode_bundle
+from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, free_port, receive, receive_outputs, submit
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -40,6 +40,13 @@ def close_code(connection: object, node: NodeUnderTest) -> int:
         return int(closed.rcvd.code)
 
 
+def get_model(connection: RouterEnd) -> ModelBundle:
+    connection.send(link.encoder.encode(link.GetModel()))
+    while not isinstance(model := receive(connection), link.Model):
+        pass
+    return decode_bundle(model.bundle)
+
+
 def test_answers(start_node: StartNode) -> None:
     node = start_node("echoes", "--served-model-name", "tiny-model", "--local-prefill-tokens", "7")
     assert node.get("/health").status_code == 200
@@ -52,13 +59,16 @@ def test_answers(start_node: StartNode) -> None:
     assert 'pd_serve_node_kv_blocks{group="0",state="cached"} 2.0' in metrics
     assert "pd_serve_node_leaks_total 0.0" in metrics
     assert 'model="tiny-model"' in metrics
-    bundle = decode_bundle(node.get("/model").content)
-    assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
-    assert b"WordLevel" in bundle.tokenizer_json
-    hello = receive(node.link())
+    connection = node.link()
+    hello = receive(connection)
     assert isinstance(hello, link.Hello)
     assert (hello.role, hello.url, hello.epoch, hello.local_prefill_tokens) == ("decode", node.url, "epoch-1", 7)
     assert hello.model.name == "tiny-model"
+    bundle = get_model(connection)
+    assert (bundle.name, bundle.fingerprint) == ("tiny-model", "f00d")
+    assert b"WordLevel" in bundle.tokenizer_json
+    connection.send(link.encoder.encode(link.GetModel()))
+    assert close_code(connection, node) == 1008  # once a link
 
 
 def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
@@ -129,7 +139,7 @@ def test_a_chat_template_and_the_sampling_defaults_travel_with_the_model(
     (model / "generation_config.json").write_text('{"temperature": 0.3}')
     template.write_text("{{ messages }}")
     node = start_node("echoes", "--model", str(model), "--chat-template", str(template))
-    bundle = decode_bundle(node.get("/model").content)
+    bundle = get_model(node.link())
     assert bundle.chat_templates == {"default": "{{ messages }}"}
     assert bundle.generation_defaults == {"temperature": 0.3}
 
@@ -140,15 +150,16 @@ def test_a_tokenizer_that_cannot_be_read_is_said_and_nothing_more(
     model = tmp_path / "model"
     shutil.copytree(model_directory, model)
     (model / "tokenizer_config.json").write_text("{")
-    answer = start_node("echoes", "--model", str(model)).get("/model")
-    assert (answer.status_code, "tokenizer_config.json" in answer.json()["error"]) == (500, True)
+    node = start_node("echoes", "--model", str(model))
+    with pytest.raises(ConnectionClosed, match=r"tokenizer_config\.json"):
+        receive(node.link())
+    assert "routers cannot use this node" in node.log and "Traceback" not in node.log
 
 
 def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: StartNode) -> None:
     node = start_node("never-ready", ready=False)
     node.until(lambda: node.get("/health").status_code == 200, "alive")
     assert node.get("/ready").status_code == 503
-    assert node.get("/model").status_code == 503
     assert close_code(node.link(), node) == 1013
     node.process.terminate()
     assert node.wait() == 0

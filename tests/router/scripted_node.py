@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 from array import array
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -17,7 +18,9 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from pd_serve.auth import Seal
 from pd_serve.wire import link
+from pd_serve.wire.handshake import LinkRefused, NodeHalf
 from pd_serve.wire.model import ModelBundle, encode_bundle
 from tests.api import tiny
 
@@ -61,6 +64,9 @@ class ScriptedNode:
         layout: str = "layout",
         local_prefill_tokens: int = 0,
         token_s: float = 0.002,
+        secret: str = "",
+        host: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.fabric = fabric
         self.role = role
@@ -70,6 +76,9 @@ class ScriptedNode:
         self.layout = layout
         self.local_prefill_tokens = local_prefill_tokens
         self.token_s = token_s
+        self.secret = secret
+        self.host = host
+        self.tls = tls
         self.link_version = link.LINK_VERSION
         self.epoch = "epoch-1"
         self.port = 0
@@ -95,18 +104,21 @@ class ScriptedNode:
         self.submits: list[link.Submit] = []
         self.aborted: list[str] = []
         self.peers: list[link.Peers] = []
+        self.models_sent = 0
+        self.refused: list[str] = []  # why routers were
         self.running: dict[str, asyncio.Task[None]] = {}
         self._connections: set[ServerConnection] = set()
         self._statuses: set[asyncio.Task[None]] = set()
+        self._seals: dict[ServerConnection, Seal] = {}
         self._last_submits: dict[ServerConnection, int] = {}
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
 
     async def start(self, port: int = 0) -> ScriptedNode:
         self._server = await serve(
-            self._serve, "127.0.0.1", port, process_request=self._http, compression=None, max_size=None
+            self._serve, self.host, port, process_request=self._http, compression=None, max_size=None, ssl=self.tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -156,12 +168,30 @@ class ScriptedNode:
     # --- HTTP and the link ------------------------------------------------------------------------------
 
     def _http(self, _: ServerConnection, request: Request) -> Response | None:
-        if request.path == "/model":
-            headers = Headers({"Content-Type": "application/msgpack"})
-            return Response(HTTPStatus.OK, "OK", headers, encode_bundle(self.bundle))
         return None if request.path == "/link" else Response(HTTPStatus.NOT_FOUND, "Not Found", Headers(), b"")
 
+    async def _prove(self, connection: ServerConnection) -> Seal | None:
+        """The router's frames' seal; None where it could not prove itself."""
+        half = NodeHalf(self.secret.encode())
+        try:
+            challenge = half.challenge(await connection.recv(decode=False))
+            if self.link_version != link.LINK_VERSION:
+                challenge = link.encoder.encode(link.Challenge(self.link_version, b"n" * 32, b""))
+            await connection.send(challenge)
+            half.check(await connection.recv(decode=False))
+        except LinkRefused as error:
+            self.refused.append(str(error))
+            await connection.close(1008, str(error)[:120])
+            return None
+        except ConnectionClosed:
+            return None
+        self._seals[connection] = half.outgoing
+        return half.incoming
+
     async def _serve(self, connection: ServerConnection) -> None:
+        incoming = await self._prove(connection)
+        if incoming is None:
+            return
         self._connections.add(connection)
         hello = link.Hello(
             self.link_version, self.id, self.role, self.url, self.info, self.layout, self.epoch,
@@ -172,8 +202,13 @@ class ScriptedNode:
         self._statuses.add(status)
         try:
             await self._send(connection, hello)
-            async for frame in connection:
+            async for sealed in connection:
+                frame = incoming.open(sealed)  # type: ignore[arg-type]
+                assert frame is not None
                 match link.decode_to_node(frame):
+                    case link.GetModel():
+                        self.models_sent += 1
+                        await self._send(connection, link.Model(encode_bundle(self.bundle)))
                     case link.Submit() as submit:
                         self.submits.append(submit)
                         self._last_submits[connection] = submit.number
@@ -204,7 +239,7 @@ class ScriptedNode:
 
     async def _send(self, connection: ServerConnection, message: link.FromNode) -> None:
         try:
-            await connection.send(link.encoder.encode(message))
+            await connection.send(self._seals[connection].close(link.encoder.encode(message)))
         except ConnectionClosed:
             pass
 
