@@ -29,7 +29,7 @@ TIMEOUT_S = 90.0  # a request that takes longer hangs
 GIVE_UP_S = 60.0  # a client that is refused asks again for so long
 FAULTS = ("kill", "kill engine", "pause", "pause engine", "restart")
 PAUSE_S = (0.3, 7.0)  # shorter and longer than every time-out that may fire
-BETWEEN_S = (0.5, 2.5)
+BETWEEN_S = (0.2, 1.2)
 
 
 @dataclass
