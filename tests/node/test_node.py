@@ -375,7 +375,7 @@ def test_orders_from_elsewhere_want_the_token_and_routers_the_secret(start_node:
     file = tmp_path / "secret"
     file.write_text(SECRET)
     file.chmod(0o600)
-    flags = ("--host", "0.0.0.0", "--secret-file", str(file), "--enable-sleep-mode", "--connect-timeout-s", "0.5")
+    flags = ("--host", "0.0.0.0", "--secret-file", str(file), "--enable-sleep-mode", "--connect-timeout-s", "1.5")
     node = start_node("echoes", *flags)
     command = [sys.executable, "-m", "pd_serve.cli", "token", "--secret-file", str(file)]
     token = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
@@ -400,6 +400,7 @@ def test_orders_from_elsewhere_want_the_token_and_routers_the_secret(start_node:
     connection.connection.send(submit("b", [1, 2]))  # without a MAC
     assert close_code(connection, node) == 1008
     assert "MAC does not hold" in node.log
+    node.until(lambda: node.counters().get("dropped_1") == 1, "the end of the link")
     assert node.counters()["heard_submit"] == 1
     assert node.post("/sleep", headers={"Authorization": f"Bearer {token}"}).status_code == 200
 
