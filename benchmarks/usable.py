@@ -54,14 +54,15 @@ def make_pool(kv: KVLayout, num_blocks: int, device: int | None) -> Any:
     return pool
 
 
-def make_identity(name: str, kv: KVLayout, checksums: bool) -> Identity:
-    return Identity(node_id=name, epoch=uuid.uuid4().hex, model="bytes", layout=kv, checksums=checksums)
+def make_identity(name: str, kv: KVLayout, checksums: bool, secret: str) -> Identity:
+    epoch = uuid.uuid4().hex
+    return Identity(node_id=name, epoch=epoch, model="bytes", layout=kv, secret=secret.encode(), checksums=checksums)
 
 
 def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> None:
     kv = layout(options.block_kib)
     pool = make_pool(kv, options.blocks, options.devices[0] if options.device == "cuda" else None)
-    me = make_identity("P", kv, checksums)
+    me = make_identity("P", kv, checksums, options.secret)
     lanes = lanes_for(options.transport, f"p-{me.epoch}", pool.memory(), reads_only=False)
     outbox = Outbox(me, lanes, host="127.0.0.1", lease_s=30.0)
     outbox.begin()
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
     process.start()
     kv = layout(options.block_kib)
     pool = make_pool(kv, options.blocks, options.devices[1] if options.device == "cuda" else None)
-    me = make_identity("D", kv, checksums)
+    me = make_identity("D", kv, checksums, options.secret)
     lanes = lanes_for(options.transport, f"d-{me.epoch}", pool.memory(), reads_only=True)
     inbox = Inbox(me, lanes, pull_timeout_s=30.0)
     inbox.begin()
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--block-kib", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=2048, help="of each pool")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--secret", default="", help="of both; messages then carry MACs")
     parser.add_argument("--pause-ms", type=float, default=2.0, help="between requests; after a longer one CPUs sleep")
     options = parser.parse_args()
     for checksums in (True, False):

@@ -144,7 +144,8 @@ class Guarded(Common, Secret):
         "",
         values.TEXT,
         "Security",
-        "Certificates (PEM) that routers' and nodes' own are verified against, where their URLs begin with https.",
+        "Certificates (PEM) that routers' and nodes' own are verified against, where their URLs begin with https. With "
+        "it nodes speak TLS to each other too, and take nobody without such a certificate.",
         reason="Empty: those that this machine trusts.",
     )
 
@@ -236,6 +237,21 @@ class EngineSettings(Guarded):
         "A node refuses a request that would wait longer for memory, by how fast others got theirs lately.",
         unit="seconds",
         reason="What is accepted keeps its place, however long that takes; streams that have begun are never refused.",
+    )
+    router_timeout_s: float = setting(
+        20.0,
+        decimal(1.0),
+        "Processes",
+        "Silence of a router, answers to pings included, after which a node ends its link and its requests.",
+        unit="seconds",
+        reason="Until then its requests take memory here; a router that was only paused links again and goes on.",
+    )
+    transport_timeout_s: float = setting(
+        60.0,
+        decimal(1.0),
+        "KV transfer",
+        "How long the transport may take to start before the node ends with an error.",
+        unit="seconds",
     )
     step_timeout_s: float = setting(
         60.0,
@@ -329,6 +345,15 @@ class EngineSettings(Guarded):
         unit="seconds",
     )
 
+    peer_handshake_s: float = setting(
+        10.0,
+        decimal(0.1),
+        "KV transfer",
+        "How long a connection between two nodes may take from dialling to the end of its self-test.",
+        unit="seconds",
+        reason="Answers to who knows the secret take milliseconds; a busy machine's take longer.",
+    )
+
     def chat_template_text(self) -> str:
         """What the file ``chat_template`` holds; empty without one. Raises ConfigError."""
         if not self.chat_template:
@@ -419,7 +444,12 @@ class RouterSettings(Guarded):
         reason="16,000 tokens: a whole answer may wait.",
     )
     request_timeout_s: float = setting(
-        600.0, decimal(1.0), "Requests", "A request that makes no progress for so long is given up.", unit="seconds"
+        600.0,
+        decimal(1.0),
+        "Requests",
+        "A request that makes no progress for so long is given up, whatever it waits for: its body, a node, room, a "
+        "token, a client that does not read.",
+        unit="seconds",
     )
     max_attempts: int = setting(
         4,
@@ -432,7 +462,7 @@ class RouterSettings(Guarded):
         5.0,
         decimal(0.0),
         "Requests",
-        "How long a request waits for a node to come back when the last one is lost.",
+        "How long a request waits for a node: after the router's start, and when the last one is lost.",
         unit="seconds",
         reason="A supervisor starts a dead node again within seconds.",
     )

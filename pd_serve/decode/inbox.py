@@ -23,12 +23,13 @@ from pd_serve.decode.expected import I32, Check, Expected, Stage
 from pd_serve.decode.peer import PrefillPeer, State
 from pd_serve.errors import TransferError
 from pd_serve.transfer.base import Pull, PullState
-from pd_serve.transfer.handshake import Identity
+from pd_serve.transfer.handshake import HANDSHAKE_S, Identity
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.mover import Work
 from pd_serve.transfer.poller import look_s
 from pd_serve.transfer.probe import FLOOR_BYTES_PER_S, Prober
+from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -37,9 +38,11 @@ from pd_serve.wire.peer import FailureKind
 log = logging.getLogger(__name__)
 
 # A pull may take so long for its bytes beside ``pull_timeout_s``; at a lower rate computing anew is sooner done.
-SLOWEST_BYTES_PER_S = 10e6
+SLOWEST_BYTES_PER_S = 20e6
 
 FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
+FORGET_MISFIT_S = 600.0  # one that routers keep away from because of what this node told them
+MAX_SOURCES = 256  # at once, as many as a prefill node has readers; one more ends the one not named for longest
 
 # Beside a GPU the thread stays awake for so long to be told where to pull to, and then whether the lease was valid:
 # waking up takes as long as the answer.
@@ -94,7 +97,11 @@ Event = Offered | Arrived | Failed | Drained
 
 
 class Inbox:
-    """Owns the transfer thread of a decode engine."""
+    """Owns the transfer thread of a decode engine.
+
+    ``allow_insecure``: without a secret, dial sources on other machines too. ``handshake_s``: from dialling one to the
+    end of its self-test.
+    """
 
     def __init__(
         self,
@@ -102,6 +109,9 @@ class Inbox:
         lanes: Lanes,
         *,
         pull_timeout_s: float,
+        handshake_s: float = HANDSHAKE_S,
+        allow_insecure: bool = False,
+        tls: Tls | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -112,7 +122,11 @@ class Inbox:
         self._look_part = 0.01 if self._on_gpu else 0.1  # of a transfer's age
         self._pull_timeout_s = pull_timeout_s
         self._clock = clock
+        self._handshake_s = handshake_s
+        self._tls = tls
+        self._anywhere = bool(identity.secret) or allow_insecure
         self._peers: dict[str, PrefillPeer] = {}  # by address
+        self._misfits: dict[str, str] = {}  # replaced, never changed: the main thread reads it
         self._keys: dict[str, Expected] = {}
         self._draining: list[Expected] = []
         self._events: Mailbox[Event] = Mailbox()
@@ -130,6 +144,7 @@ class Inbox:
                 "handshakes",
                 "handshakes_refused",
                 "garbage_frames",
+                "forged_frames",
             ),
             0.0,
         )
@@ -170,6 +185,10 @@ class Inbox:
     def counters(self) -> dict[str, float]:
         """Monotonic since the start."""
         return {**self._counters, "transfer_faults": float(self._worker.internal_errors)}
+
+    def misfits(self) -> dict[str, str]:
+        """Node ids of sources that nothing can be read from, and why. ``fileno`` is readable when it has changed."""
+        return self._misfits
 
     def begin(self) -> None:
         """Starts the transfer thread."""
@@ -217,8 +236,8 @@ class Inbox:
                 else:
                     due_s = min(due_s, job.moved_s + allowed_s)
         for peer in list(self._peers.values()):
-            if peer.state is State.PAUSED and now_s >= peer.named_s + FORGET_S:
-                del self._peers[peer.address]
+            if peer.state is State.PAUSED and now_s >= peer.named_s + (FORGET_MISFIT_S if peer.misfit else FORGET_S):
+                self._forget(peer)
                 continue
             due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
         return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
@@ -236,24 +255,66 @@ class Inbox:
     # --- transfer thread: calls of the main thread
 
     def _connect(self, source: Source) -> None:
-        self._peer(source).hurry()
+        peer = self._peer(source)
+        if peer is not None:
+            peer.hurry()
 
-    def _peer(self, source: Source) -> PrefillPeer:
+    def _peer(self, source: Source) -> PrefillPeer | None:
+        """None where there are as many as can be, all of them in use."""
         peer = self._peers.get(source.address)
         if peer is None:
-            peer = PrefillPeer(source.address, self._identity, self._worker, self._prober, self, self._counters)
-            self._peers[source.address] = peer
-        peer.named_s = self._clock()
+            if len(self._peers) >= MAX_SOURCES and not self._make_room():
+                return None
+            # at another address it has started anew
+            for old in [p for p in self._peers.values() if p.named == source.node_id and p.misfit]:
+                self._forget(old)
+            peer = self._peers[source.address] = PrefillPeer(
+                source,
+                self._identity,
+                self._worker,
+                self._prober,
+                self,
+                self._counters,
+                anywhere=self._anywhere,
+                handshake_s=self._handshake_s,
+                tls=self._tls,
+            )
+        peer.name(source)
         return peer
+
+    def _make_room(self) -> bool:
+        """Ends the peer that was not named for longest, of those that no request needs."""
+        used = {job.source.address for job in [*self._keys.values(), *self._draining]}
+        idle = [peer for peer in self._peers.values() if peer.address not in used]
+        if idle:
+            self._forget(min(idle, key=lambda peer: peer.named_s))
+        return bool(idle)
+
+    def _forget(self, peer: PrefillPeer) -> None:
+        for job in self._at(peer):
+            self._fail(job, FailureKind.PEER_LOST, f"prefill node {peer.named} is at {peer.address} no more")
+        del self._peers[peer.address]
+        peer.close()
+        self.misfits_changed()
+
+    def misfits_changed(self) -> None:
+        found = {peer.named: peer.misfit for peer in self._peers.values() if peer.misfit}
+        if found != self._misfits:
+            self._misfits = found
+            self._events.wake()
 
     def _expect(self, key: str, source: Source) -> None:
         if key in self._keys:
             log.error("key %s is expected twice", key)
             return
-        self._keys[key] = Expected(key, source)
+        job = self._keys[key] = Expected(key, source)
         peer = self._peer(source)
-        if peer.state is State.READY:
-            self._claim(self._keys[key], peer)
+        if peer is None:
+            self._fail(job, FailureKind.CONNECT, f"this node reads from {MAX_SOURCES} prefill nodes already")
+        elif peer.state is State.READY:
+            self._claim(job, peer)
+        elif refusal := peer.refusal():
+            self._fail(job, FailureKind.HANDSHAKE if peer.misfit else FailureKind.CONNECT, refusal)
         else:
             peer.hurry()
 
@@ -401,8 +462,7 @@ class Inbox:
         if state is PullState.FAILED:
             error = pull.error()
             self._fail(job, FailureKind(error.kind), str(error))
-            # an endpoint with a failed read serves no other read either: connect anew
-            peer.lose(FailureKind.PEER_LOST, str(error))
+            peer.pull_failed(str(error))
             return False
         pull.close()
         job.pull = None
@@ -414,6 +474,7 @@ class Inbox:
         job.size_bytes += pull.size_bytes
         job.seconds += seconds
         job.moved_s = self._clock()
+        peer.failed_pulls = 0
         self._counters["pulls"] += 1
         self._counters["pull_bytes"] += pull.size_bytes
         self._counters[f"pull_bytes_{peer.lane.name}"] += pull.size_bytes

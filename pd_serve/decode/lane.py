@@ -19,14 +19,14 @@ class PeerLanes:
     """``say``: sends a message to the prefill node."""
 
     def __init__(
-        self, about: wire.About, pair: Pair, lanes: Lanes, prober: Prober, say: Callable[[wire.ToPrefill], None]
+        self, welcome: wire.Welcome, pair: Pair, lanes: Lanes, prober: Prober, say: Callable[[wire.ToPrefill], None]
     ) -> None:
         self.pair = pair
-        self.why_not = dict(about.why_not)  # lanes that are not used
+        self.why_not = dict(welcome.why_not)  # lanes that are not used
         self.verdict = Verdict()
         self.chosen: Lane | None = None
         self.rate = 0.0  # of the chosen one, bytes a second; 0: not measured
-        self._about = about
+        self._welcome = welcome
         self._lanes = lanes
         self._prober = prober
         self._say = say
@@ -39,11 +39,11 @@ class PeerLanes:
         for name, why in self._lanes.why_not.items():
             self.why_not.setdefault(name, f"the decode node cannot use it: {why}")
         for name, transport in self._lanes.transports.items():
-            if name not in self._about.lanes:
+            if name not in self._welcome.lanes:
                 self.why_not.setdefault(name, "the prefill node does not use it")
                 continue
             try:
-                self._peers[name] = transport.connect(self._about.lanes[name], self.pair, self._sender(name))
+                self._peers[name] = transport.connect(self._welcome.lanes[name], self.pair, self._sender(name))
             except TransferError as error:
                 self.why_not[name] = str(error)
         if not self._peers:
@@ -58,7 +58,7 @@ class PeerLanes:
         self._probe = self._prober.start(
             {name: (self._lanes.transports[name], peer) for name, peer in self._peers.items()},
             self.pair,
-            self._about.epoch,
+            self._welcome.epoch,
             finished,
         )
 

@@ -31,8 +31,8 @@ class DecodeRole:
         self._offered: list[Sequence] = []  # their KV is ready; no blocks here yet. The oldest first
         self._placed = 0  # sequences with blocks whose KV is under way
 
-    def wait_ready(self) -> str:
-        self._inbox.wait_ready()
+    def wait_ready(self, timeout_s: float) -> str:
+        self._inbox.wait_ready(timeout_s)
         return ""  # nobody dials a decode node
 
     def fileno(self) -> int:
@@ -160,6 +160,9 @@ class DecodeRole:
 
     def counters(self) -> dict[str, float]:
         return self._inbox.counters()
+
+    def misfits(self) -> dict[str, str]:
+        return self._inbox.misfits()
 
     def close(self) -> bool:
         self._scheduler.outside_s = math.inf

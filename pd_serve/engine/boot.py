@@ -103,7 +103,7 @@ class Roles:
             layout=parts.layout.kin(),
             layout_text=parts.layout.describe(),
             epoch=parts.identity.epoch,
-            peer_address=role.wait_ready(),
+            peer_address=role.wait_ready(parts.config.transport_timeout_s),
             transport=role.transport,
             load=load,
             start_s=start_s,
@@ -240,7 +240,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
         watch.lap("load")
         runner.warm_up()
         watch.lap("warm_up")
-        role.wait_ready()
+        role.wait_ready(config.transport_timeout_s)
         pool.populate()
         watch.lap("transfer")
     except BaseException:

@@ -89,6 +89,7 @@ class Engine:
         self._checked_idle = True
         self._reported_idle = True
         self._status_due_s = 0.0
+        self._reported_misfits: dict[str, str] = {}
         self._bedtime: wire.Sleep | None = None  # an order that waits for work to end
         self._bedtime_due_s = math.inf  # when it is given up
         self._poller = zmq.Poller()
@@ -427,13 +428,15 @@ class Engine:
     def _report(self) -> None:
         now_s = time.monotonic()
         idle = not self._seqs and not self._role.leases and not self._role.pulling
-        if now_s >= self._status_due_s or idle != self._reported_idle:
+        misfits = self._role.misfits()
+        if now_s >= self._status_due_s or idle != self._reported_idle or misfits != self._reported_misfits:
+            self._reported_misfits = misfits
             self._reported_idle = idle
             self._status_due_s = now_s + STATUS_INTERVAL_S
             if idle and not self._checked_idle:
                 self._check_idle()
             memory = self._presence.sleeper.report()
-            status = link.Status(self.load(), self._counter_snapshot(), memory)
+            status = link.Status(self.load(), self._counter_snapshot(), memory, misfits=misfits)
             self._channel.send_node(wire.Report(status, self._submits))
         if self._draining and idle and not self._drained_sent:
             self._drained_sent = True

@@ -11,7 +11,7 @@ from pd_serve.wire.link import Output, Peers
 
 
 class Role(Protocol):
-    def wait_ready(self) -> str:
+    def wait_ready(self, timeout_s: float) -> str:
         """Waits until the transfer thread serves; returns the address peers dial. Raises TransferError."""
 
     def fileno(self) -> int:
@@ -57,6 +57,9 @@ class Role(Protocol):
 
     def counters(self) -> dict[str, float]: ...
 
+    def misfits(self) -> dict[str, str]:
+        """Decode: the ids of sources that it cannot read from, and why."""
+
     def close(self) -> bool:
         """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.
 
@@ -72,7 +75,7 @@ class NoRole:
         self.queued = self.leases = self.pulling = 0
         self.transport = ""
 
-    def wait_ready(self) -> str:
+    def wait_ready(self, timeout_s: float) -> str:
         raise AssertionError("nobody reaches a sleeping engine")
 
     def fileno(self) -> int:
@@ -97,6 +100,9 @@ class NoRole:
         """Routers name them again when the engine is awake."""
 
     def counters(self) -> dict[str, float]:
+        return {}
+
+    def misfits(self) -> dict[str, str]:
         return {}
 
     def close(self) -> bool:

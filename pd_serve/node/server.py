@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PING_S = 10.0
-
 
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: the node drains before the server stops."""
@@ -210,8 +208,8 @@ class Node:
                 ws="websockets-sansio",
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # a local network is faster than zlib
-                ws_ping_interval=_PING_S,
-                ws_ping_timeout=2 * _PING_S,
+                ws_ping_interval=self._config.router_timeout_s / 2,
+                ws_ping_timeout=self._config.router_timeout_s,
                 lifespan="off",
                 log_config=None,
                 access_log=False,

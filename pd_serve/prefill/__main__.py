@@ -7,6 +7,7 @@ import sys
 from pd_serve.engine.boot import Parts, main
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.prefill.role import PrefillRole
+from pd_serve.transfer.tls import Tls
 
 
 def make_role(parts: Parts) -> PrefillRole:
@@ -16,6 +17,8 @@ def make_role(parts: Parts) -> PrefillRole:
         parts.lanes(reads_only=False),
         host=config.peer_host,
         lease_s=config.lease_s,
+        handshake_s=config.peer_handshake_s,
+        tls=Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca),
         unclaimed_s=config.lease_s + config.step_timeout_s,
     )
     outbox.begin()

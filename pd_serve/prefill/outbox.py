@@ -23,10 +23,11 @@ from pd_serve.prefill.leases import Claimed, Holder, LeaseBook
 from pd_serve.prefill.session import Session
 from pd_serve.transfer import probe
 from pd_serve.transfer.connection import MAX_FRAME_BYTES, Connection, Listener
-from pd_serve.transfer.handshake import Identity, Reception, check_protocol, shortened
+from pd_serve.transfer.handshake import HANDSHAKE_S, Identity, Reception, check_protocol, shortened
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import look_s
+from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import FailureKind
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_PEERS = 256
 MAX_STRANGERS = 64  # connections without a session; a newer one ends the oldest
-HANDSHAKE_S = 5.0  # how long a connection may be one of them
+MAX_STRANGER_FRAMES = 16  # a handshake takes three
 
 # Beside a GPU the thread stays awake for so long after an announcement, to confirm the lease when the blocks were read:
 # waking up can take as long as reading them.
@@ -60,18 +61,23 @@ class Outbox:
         *,
         host: str,
         lease_s: float,
+        handshake_s: float = HANDSHAKE_S,
+        tls: Tls | None = None,
         unclaimed_s: float | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._identity = identity
         self._lanes = lanes
         self._host = host
+        self._tls = tls
+        self._handshake_s = handshake_s  # how long a connection may be without a session
         self._clock = clock
         self._book = LeaseBook(lease_s, unclaimed_s=unclaimed_s)
         self._connections: dict[Holder, Connection] = {}
         self._connections_made = 0
         self._strangers: OrderedDict[Holder, float] = OrderedDict()  # until when, the oldest first
         self._receptions: dict[Holder, Reception] = {}  # of strangers that have said Hello
+        self._stranger_frames: dict[Holder, int] = {}
         self._sessions: dict[Holder, Session] = {}
         self._refused: set[tuple[str, str]] = set()  # logged once
         self._awake_until_s = float("-inf")
@@ -89,6 +95,7 @@ class Outbox:
                 "handshakes_unproved",
                 "handshakes_unfinished",
                 "garbage_frames",
+                "forged_frames",
                 "checksum_bytes",
             ),
             0.0,
@@ -159,7 +166,7 @@ class Outbox:
     def start(self, worker: TransferWorker) -> None:
         probe.fill(self._lanes.memory, self._lanes.mover, self._identity.epoch)
         try:
-            self._listener = Listener(self._host)
+            self._listener = Listener(self._host, self._tls)
         except OSError as error:
             raise TransferError(
                 FailureKind.CONNECT, f"cannot listen on {self._host} for decode nodes ({error}); set --peer-host"
@@ -250,10 +257,10 @@ class Outbox:
         for connection in self._listener.accept():
             self._connections_made += 1
             holder = self._connections_made.to_bytes(8, "little")
-            connection.max_frame_bytes = wire.MAX_HELLO_BYTES
+            connection.max_frame_bytes = wire.MAX_UNPROVED_BYTES
             connection.changed = partial(self._worker.interest_changed, connection)
             self._connections[holder] = connection
-            self._strangers[holder] = self._clock() + HANDSHAKE_S
+            self._strangers[holder] = self._clock() + self._handshake_s
             self._worker.listen(connection, partial(self._receive, holder))
             if len(self._strangers) > MAX_STRANGERS:
                 self._turn_away(next(iter(self._strangers)))
@@ -266,6 +273,7 @@ class Outbox:
     def _hang_up(self, holder: Holder) -> None:
         self._strangers.pop(holder, None)
         self._receptions.pop(holder, None)
+        self._stranger_frames.pop(holder, None)
         connection = self._connections.pop(holder, None)
         if connection is not None:
             self._worker.unlisten(connection)
@@ -275,6 +283,9 @@ class Outbox:
         connection = self._connections[holder]
         # what was said before the connection ended still counts
         for frame in connection.advance():
+            if holder in self._strangers and self._talks_too_much(holder):
+                self._turn_away(holder)
+                return
             try:
                 message = self._decode(holder, frame)
             except msgspec.DecodeError as error:
@@ -288,6 +299,8 @@ class Outbox:
                     self._hello(holder, message, frame)
                 case wire.Proof():
                     self._proof(holder, message)
+                case wire.Introduction():
+                    self._introduced(holder, message)
                 case wire.Refused():
                     self._rejected(holder, message)
                 case _ if holder in self._sessions:
@@ -297,7 +310,19 @@ class Outbox:
                 return
         if connection.ended:
             self._counters["garbage_frames"] += connection.nonsense
+            if connection.untrusted:
+                self._counters["handshakes_unproved"] += 1
+                self._log_once(holder, f"turned away: {connection.ended}")
+            if connection.forged:
+                self._counters["forged_frames"] += 1
+                session = self._sessions.get(holder)
+                who = "(it has not said which)" if session is None else session.node_id
+                log.warning("decode node %s (from %s) is cut off: %s", who, connection.peer, connection.ended)
             self._lost(holder, connection.ended)
+
+    def _talks_too_much(self, holder: Holder) -> bool:
+        said = self._stranger_frames[holder] = self._stranger_frames.get(holder, 0) + 1
+        return said > MAX_STRANGER_FRAMES
 
     def _lost(self, holder: Holder, why: str) -> None:
         if holder in self._sessions:
@@ -330,57 +355,62 @@ class Outbox:
             self._counters["garbage_frames"] += 1  # a connection greets once
             return
         try:
-            check_protocol(self._identity, hello)
+            reception = self._receptions[holder] = Reception(self._identity, hello, frame)
         except HandshakeError as error:
             self._refuse(holder, str(error))
             return
-        reception = self._receptions[holder] = Reception(self._identity, hello, frame)
         self._send(holder, reception.challenge)
 
     def _rejected(self, holder: Holder, refused: wire.Refused) -> None:
         """The decode node found that this end does not know its secret."""
-        reception = self._receptions.pop(holder, None)
-        if reception is not None:
+        if self._receptions.pop(holder, None) is not None:
             self._counters["handshakes_unproved"] += 1
-            claimed = reception.hello.node_id
-            self._log_once(holder, f"a decode node that says it is {claimed!r} left: {refused.reason!r}")
+            self._log_once(holder, f"a decode node left: {refused.reason!r}")
 
     def _proof(self, holder: Holder, proof: wire.Proof) -> None:
-        reception = self._receptions.pop(holder, None)
-        if reception is None:
+        reception = self._receptions.get(holder)
+        if reception is None or reception.proved:
             self._counters["garbage_frames"] += 1
             return
+        connection = self._connections[holder]
         try:
             reception.check(proof)
         except HandshakeError as error:
+            del self._receptions[holder]
             self._counters["handshakes_unproved"] += 1
-            claimed = reception.hello.node_id
-            self._log_once(holder, f"refused who says it is decode node {claimed!r}: {error}")
+            self._log_once(holder, f"refused who says it is a decode node: {error}")
             self._send(holder, wire.Refused("this node could not prove that it knows the prefill node's secret"))
             return
-        self._admit(holder, reception)
+        if (seals := reception.seals()) is not None:
+            connection.seal(seals.sent, seals.received)
+        connection.max_frame_bytes = wire.MAX_INTRODUCTION_BYTES
 
-    def _admit(self, holder: Holder, reception: Reception) -> None:
+    def _introduced(self, holder: Holder, them: wire.Introduction) -> None:
         """It knows the secret: what it says is true, as far as it knows."""
-        hello = reception.hello
-        for other in [h for h, s in self._sessions.items() if s.node_id == hello.node_id]:
+        reception = self._receptions.get(holder)
+        if reception is None or not reception.proved:
+            self._counters["garbage_frames"] += 1
+            return
+        del self._receptions[holder]
+        for other in [h for h, s in self._sessions.items() if s.node_id == them.node_id]:
             self._end_session(other, "it connected anew")
         memory = self._lanes.memory
         try:
-            pair = reception.pair(memory.regions)
+            pair = reception.pair(them, memory.regions)
             if len(self._sessions) >= MAX_PEERS:
                 raise HandshakeError(f"prefill node {self._identity.node_id} has {MAX_PEERS} decode nodes already")
-            session = Session(hello, pair, self._lanes, lambda m: self._send(holder, m))
+            session = Session(them, pair, self._lanes, lambda m: self._send(holder, m))
             described = session.serve()
         except HandshakeError as error:
-            self._refuse(holder, str(error), hello.node_id)
+            self._refuse(holder, str(error), them.node_id)
             return
-        session.sums = self._identity.checksums and hello.checksums
+        session.sums = self._identity.checksums and them.checksums
         self._counters["handshakes"] += 1
         self._sessions[holder] = session
         self._strangers.pop(holder, None)
+        self._stranger_frames.pop(holder, None)
         self._connections[holder].max_frame_bytes = MAX_FRAME_BYTES
-        self._send(holder, reception.welcome(memory.regions, described, session.why_not, self._book.lease_s))
+        self._send(holder, reception.welcome(them, memory.regions, described, session.why_not, self._book.lease_s))
         session.welcomed()
 
     def _refuse(self, holder: Holder, reason: str, node_id: str = "") -> None:

@@ -24,8 +24,8 @@ class PrefillRole:
         self._open: dict[str, tuple[Sequence, list[int]]] = {}  # being computed; blocks announced so far, a group
         self._leased: dict[str, SequenceBlocks] = {}
 
-    def wait_ready(self) -> str:
-        self._outbox.wait_ready()
+    def wait_ready(self, timeout_s: float) -> str:
+        self._outbox.wait_ready(timeout_s)
         return self._outbox.address
 
     def fileno(self) -> int:
@@ -114,6 +114,9 @@ class PrefillRole:
 
     def counters(self) -> dict[str, float]:
         return self._outbox.counters()
+
+    def misfits(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> bool:
         return self._outbox.close()

@@ -33,13 +33,13 @@ class _Announcement:
 class Session:
     """``say``: sends a message to the decode node. ``sums``: whether announcements carry checksums."""
 
-    def __init__(self, hello: wire.Hello, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]) -> None:
-        self.node_id = hello.node_id
-        self.epoch = hello.epoch
+    def __init__(self, them: wire.Introduction, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]) -> None:
+        self.node_id = them.node_id
+        self.epoch = them.epoch
         self.sums = False
         self.lane = ""  # once chosen
         self.why_not: dict[str, str] = {}  # the decode node's other lanes
-        self._described = hello.lanes
+        self._described = them.lanes
         self._pair = pair
         self._lanes = lanes
         self._say = say

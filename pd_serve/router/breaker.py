@@ -65,13 +65,13 @@ class Breakers:
             state.on_trial = True
             state.until_s = self._now_s() + _pause_s(state)
 
-    def blocked(self) -> dict[Hashable, str]:
-        """Who gets nothing now, and why."""
+    def blocked(self, *, due: bool = False) -> dict[Hashable, str]:
+        """Who gets nothing now, and why; with ``due`` also those whose next request is a trial."""
         now_s = self._now_s()
         return {
             key: f"it failed {state.failures} times in a row, the last: {state.why}"
             for key, state in self._states.items()
-            if state.failures >= _FAILURES and now_s < state.until_s
+            if state.failures >= _FAILURES and (due or now_s < state.until_s)
         }
 
 

@@ -20,6 +20,9 @@ class Line:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, member: object) -> bool:
+        return member in self._members
+
     def join(self, member: object, since_s: float, ask: Callable[[], None], clock: Clock, pause_s: float) -> None:
         """``ask`` is called once, when it is the member's turn. Oldest: the smallest ``since_s``."""
         low, high = _PAUSE_S

@@ -178,7 +178,7 @@ class _Collector:
         gauge = GaugeMetricFamily(
             "pd_serve_unfit_pair", "Pairs of nodes that cannot exchange KV now (1 each)", labels=["prefill", "decode"]
         )
-        for pair in {pair for group in groups for pair in group.unfit()}:
+        for pair in {pair for group in groups for pair in group.unfit(due=True)}:
             gauge.add_metric(list(pair), 1)
         yield gauge
         for name, text in _LOAD.items():

@@ -192,8 +192,11 @@ class Group:
 
     # --- who can work with whom -----------------------------------------------------------------------
 
-    def unfit(self) -> dict[Pair, str]:
-        """Pairs that cannot exchange KV now, and why: what decode nodes say, and pairs that only fail."""
+    def unfit(self, *, due: bool = False) -> dict[Pair, str]:
+        """Pairs that cannot exchange KV now, and why: what decode nodes say, and pairs that only fail.
+
+        ``due``: also pairs whose next request is a trial.
+        """
         found = {
             (source, node.id): reason
             for node in self.decode.values()
@@ -201,23 +204,26 @@ class Group:
             if source in self.prefill
         }
         if self.breakers:
-            blocked = self.breakers.blocked()
+            blocked = self.breakers.blocked(due=due)
             found |= {key: why for key, why in blocked.items() if isinstance(key, tuple)}
         return found
 
     def views(self) -> Views:
         unfit = self.unfit()
-        unwell = self.troubles(unfit)
+        unwell = self.troubles(due=False)
         prefill = [node.view(unwell=id in unwell) for id, node in self.prefill.items()]
         decode = [node.view(unwell=id in unwell) for id, node in self.decode.items()]
         return prefill, decode, frozenset(unfit)
 
-    def troubles(self, unfit: dict[Pair, str] | None = None) -> dict[str, tuple[str, str]]:
-        """State ("misfit" or "failing") and reason of every node that is not well."""
-        unfit = self.unfit() if unfit is None else unfit
+    def troubles(self, *, due: bool = True) -> dict[str, tuple[str, str]]:
+        """State ("misfit" or "failing") and reason of every node that is not well, until it has done well again.
+
+        Without ``due``: of those that get no requests now, not even a trial.
+        """
+        unfit = self.unfit(due=due)
         found: dict[str, tuple[str, str]] = {}
         if self.breakers:
-            blocked = self.breakers.blocked()
+            blocked = self.breakers.blocked(due=due)
             found = {id: ("failing", blocked[id]) for id in (*self.prefill, *self.decode) if id in blocked}
         if unfit or len({node.hello.layout for node in self.nodes()}) > 1:
             for node in self.nodes():
@@ -267,7 +273,7 @@ class Group:
 
     def announce(self) -> None:
         """Tells decode nodes which prefill nodes may be named as a source, so that they connect ahead of use."""
-        for node in self.decode.values():
+        for node in list(self.decode.values()):
             sources = [p.source for p in self.prefill.values() if p.hello.layout == node.hello.layout]
             node.tell(link.Peers(sources))
 

@@ -315,10 +315,10 @@ class Sequence:
         self.fail(APIError(429, message, code="overloaded", retry_after_s=retry_after_s))
 
     def _retry_after_s(self) -> int:
-        """When the nodes expect to have room, or what the last one said."""
+        """When the nodes expect to have room, and not before the one that refused last does."""
         waits = [node.load.queue_wait_s for node in self._group.decode.values() if not node.load.draining]
-        soonest_s = min((wait_s for wait_s in waits if wait_s > 0), default=self._refusal.retry_after_s or 1.0)
-        return max(1, math.ceil(soonest_s * random.uniform(1.0, 1.0 + _SPREAD)))
+        soonest_s = max(min(waits, default=0.0), self._refusal.retry_after_s, 1.0)
+        return math.ceil(soonest_s * random.uniform(1.0, 1.0 + _SPREAD))
 
     def _my_turn(self) -> None:
         self._lined_up = True

@@ -54,7 +54,7 @@ def _group(group: Group) -> dict[str, Any]:
         "waiting_for_room": len(group.line),
         "unfit_pairs": [
             {"prefill": prefill, "decode": decode, "reason": reason}
-            for (prefill, decode), reason in group.unfit().items()
+            for (prefill, decode), reason in group.unfit(due=True).items()
         ],
     }
 

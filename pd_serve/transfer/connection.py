@@ -2,7 +2,8 @@
 
 A message that another thread carries in between costs two more wake-ups a hop, which on an idle machine is longer than
 NVLink takes for a whole chunk; so the transfer thread owns its sockets, and its poller is all that a message wakes.
-Nothing here waits. A frame is its length (4 bytes, little-endian), then its bytes.
+Nothing here waits. A frame is its length (4 bytes, little-endian), then its bytes; once the connection is sealed
+the last bytes of a frame are its MAC.
 
 A process that dies closes its connections; a machine that vanishes is noticed by TCP after ``SILENCE_S``. The kernel
 answers TCP for a process that is stopped: that is for the heartbeats among the messages to find out.
@@ -17,10 +18,13 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+import ssl
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from pd_serve.net import netloc
+from pd_serve.transfer.auth import TAG_BYTES, Seal
+from pd_serve.transfer.tls import Stream, Tls
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +37,34 @@ READS_A_TURN = 16  # so that one peer that talks much does not silence the other
 
 _LENGTH_BYTES = 4
 
+TLS_ADVICE = "give all nodes certificates of the same authority (--ssl-certfile, --ssl-keyfile, --ssl-ca), or none"
+
 
 class Connection:
     """One connection. ``ended``: why it is over; empty while it lives. ``refused``: it never came about.
 
-    ``nonsense``: it ended because the other end does not speak this protocol.
+    ``nonsense``: it ended because the other end does not speak this protocol. ``forged``: because a MAC did not hold.
+    ``untrusted``: because TLS did not come about.
     """
 
-    def __init__(self, connected: socket.socket, *, connecting: bool = False) -> None:
+    def __init__(self, connected: socket.socket, *, connecting: bool = False, tls: Stream | None = None) -> None:
         self.ended = ""
         self.refused = False
         self.nonsense = False
+        self.forged = False
+        self.untrusted = False
         self.max_frame_bytes = MAX_FRAME_BYTES
         self.changed: Callable[[], None] = lambda: None  # called when ``interest`` has changed
         self._socket = connected
         self._connecting = connecting
+        self._sent_seal: Seal | None = None
+        self._received_seal: Seal | None = None
+        self._tls = tls
         self._unsent = bytearray()
+        if tls is not None:
+            self._unsent += tls.unsent()
         self._received = bytearray()
+        self._told = self.interest
         connected.setblocking(False)
         _tune(connected)
 
@@ -69,30 +84,42 @@ class Connection:
         except OSError:
             return "unknown"
 
+    def seal(self, sent: Seal, received: Seal) -> None:
+        """From the next frame on, in both directions, frames carry MACs. May be called between frames of a turn."""
+        self._sent_seal, self._received_seal = sent, received
+
     def send(self, frame: bytes) -> None:
         """Sends, now or later, as long as the connection lives. A peer that does not read ends it."""
         if self.ended:
             return
         idle = not self._unsent and not self._connecting
-        self._unsent += len(frame).to_bytes(_LENGTH_BYTES, "little")
-        self._unsent += frame
+        tag = b"" if self._sent_seal is None else self._sent_seal.tag(frame)
+        length = (len(frame) + len(tag)).to_bytes(_LENGTH_BYTES, "little")
+        if self._tls is None:
+            self._unsent += length
+            self._unsent += frame
+            self._unsent += tag
+        else:
+            self._tls.write(length + frame + tag)
+            self._unsent += self._tls.unsent()
         if idle:
             self._flush()
-        if len(self._unsent) > MAX_UNSENT_BYTES:
+        if len(self._unsent) + (0 if self._tls is None else self._tls.waiting_bytes) > MAX_UNSENT_BYTES:
             self.ended = "it does not read its messages"
-        if idle and self._unsent:
-            self.changed()
+        self._tell()
 
-    def advance(self) -> list[bytes]:
-        """Does what the poller has found possible; returns the frames that came, the last ones of an ended one too."""
+    def advance(self) -> Iterator[bytes]:
+        """Does what the poller has found possible; then the frames that came, the last ones of an ended one too.
+
+        Each is cut and checked when it is asked for: what one of them changes (bounds, seals) holds for the next.
+        """
         if self._connecting and not self._connected():
-            return []
+            return iter(())
         if self._unsent:
             self._flush()
-            if not self._unsent:
-                self.changed()
         if not self.ended:
             self._read()
+        self._tell()
         return self._frames()
 
     def _connected(self) -> bool:
@@ -106,9 +133,12 @@ class Connection:
         except OSError:
             return False  # not yet
         self._connecting = False
-        if not self._unsent:
-            self.changed()
         return True
+
+    def _tell(self) -> None:
+        if self.interest != self._told:
+            self._told = self.interest
+            self.changed()
 
     def _flush(self) -> None:
         try:
@@ -125,32 +155,61 @@ class Connection:
             for _ in range(READS_A_TURN):
                 data = self._socket.recv(READ_BYTES)
                 if not data:
-                    self.ended = "its connection ended"
+                    self._end()
                     return
-                self._received += data
+                self._received += data if self._tls is None else self._decrypt(self._tls, data)
+                if self.ended:
+                    return
                 if len(data) < READ_BYTES:
                     return
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self.ended = "its connection ended"
+            self._end()
 
-    def _frames(self) -> list[bytes]:
-        frames = []
+    def _end(self) -> None:
+        self.ended = "its connection ended"
+        if self._tls is not None and not self._tls.established:
+            self.untrusted = True
+            self.ended = f"it ended the connection instead of a TLS handshake; {TLS_ADVICE}"
+
+    def _decrypt(self, tls: Stream, data: bytes) -> bytes:
+        said = b""
+        try:
+            said = tls.receive(data)
+        except ssl.SSLError as error:
+            self.untrusted = True
+            self.ended = f"TLS failed ({error.reason or error}); {TLS_ADVICE}"
+        self._unsent += tls.unsent()
+        self._flush()
+        return said
+
+    def _frames(self) -> Iterator[bytes]:
         at = 0
-        while len(self._received) >= at + _LENGTH_BYTES:
-            size = int.from_bytes(self._received[at : at + _LENGTH_BYTES], "little")
-            if size > self.max_frame_bytes:
-                self.nonsense = True
-                self.ended = f"it announces a message of {size} bytes, which cannot be"
-                break
-            end = at + _LENGTH_BYTES + size
-            if len(self._received) < end:
-                break
-            frames.append(bytes(self._received[at + _LENGTH_BYTES : end]))
-            at = end
-        del self._received[:at]
-        return frames
+        try:
+            while len(self._received) >= at + _LENGTH_BYTES:
+                size = int.from_bytes(self._received[at : at + _LENGTH_BYTES], "little")
+                if size > self.max_frame_bytes:
+                    self.nonsense = True
+                    self.ended = f"it announces a message of {size} bytes, which cannot be"
+                    return
+                begin, end = at + _LENGTH_BYTES, at + _LENGTH_BYTES + size
+                if len(self._received) < end:
+                    return
+                at = end
+                frame = bytes(self._received[begin:end])
+                if self._received_seal is not None:
+                    frame, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
+                    if not self._received_seal.holds(tag, frame):
+                        self.forged = True
+                        self.ended = (
+                            "a message was changed, repeated or put in on its way: its MAC does not hold; look for who "
+                            "else is on this network"
+                        )
+                        return
+                yield frame
+        finally:
+            del self._received[:at]
 
     def close(self) -> None:
         """Ends it; what was sent last is still delivered where the network takes it at once."""
@@ -167,7 +226,8 @@ class Connection:
 class Listener:
     """Accepts connections. ``host``: the address to bind; the port is any free one. Raises OSError."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, tls: Tls | None = None) -> None:
+        self._tls = tls
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family, backlog=128)
         self._socket.setblocking(False)
@@ -186,7 +246,8 @@ class Listener:
         accepted = []
         while True:
             try:
-                accepted.append(Connection(self._socket.accept()[0]))
+                connected = self._socket.accept()[0]
+                accepted.append(Connection(connected, tls=None if self._tls is None else self._tls.accept()))
             except (BlockingIOError, InterruptedError):
                 return accepted
             except ConnectionError:
@@ -223,9 +284,14 @@ def resolve(address: str) -> Resolved:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise OSError(str(error)) from error
-    if parts.scheme != "tcp" or not host or not port:
+    if not host or not port or address.lower() != f"tcp://{netloc(host, port)}":
         raise OSError(f"{address!r} is not of the form tcp://host:port")
     return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_loopback(resolved: Resolved) -> bool:
+    """Whether what would be dialled is on this machine, whatever its name says."""
+    return ipaddress.ip_address(str(resolved[0][1][0]).partition("%")[0]).is_loopback
 
 
 def is_numeric(address: str) -> bool:
@@ -241,7 +307,7 @@ def is_numeric(address: str) -> bool:
     return True
 
 
-def dial(resolved: Resolved) -> Connection:
+def dial(resolved: Resolved, tls: Tls | None = None) -> Connection:
     """Begins to connect to the first address. Raises OSError where it cannot even begin."""
     family, address = resolved[0]
     dialling = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -252,7 +318,7 @@ def dial(resolved: Resolved) -> Connection:
     except OSError:
         dialling.close()
         raise
-    return Connection(dialling, connecting=True)
+    return Connection(dialling, connecting=True, tls=None if tls is None else tls.dial())
 
 
 def _tune(connected: socket.socket) -> None:

@@ -1,27 +1,28 @@
 """Whether two nodes may and can exchange blocks: the first messages of a peer connection, without sockets or clocks.
 
 :class:`Greeting` is the reader's half, :class:`Reception` the source's; each belongs to one connection. What comes
-from a peer is checked here before anything is made of it. The source says nothing of itself before the reader has
-proved that it knows the secret.
+from a peer is checked here before anything is made of it. Neither says anything of itself before the other has proved
+that it knows the secret: the source proves first, with what anybody may know (a nonce and a version).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
-
 from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer import auth
-from pd_serve.transfer.auth import Prover
+from pd_serve.transfer.auth import Prover, Said, Seal, Speaker
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.slices import Slicing, slicings
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import PROTOCOL_MAX, PROTOCOL_MIN
 
 SECRET_ADVICE = "start both with the same --secret-file (or PD_SERVE_SECRET)"
+
+# From dialling, or being dialled, to the end of the handshake; for a reader to the end of the self-test.
+HANDSHAKE_S = 10.0
 
 # Bounds of what a peer may say of its memory: generous, and small enough to compute with.
 MAX_LAYERS = 4096
@@ -47,84 +48,94 @@ class Identity:
     protocol_max: int = PROTOCOL_MAX
 
 
+@dataclass(frozen=True)
+class Seals:
+    """What vouches for the messages of a connection from now on."""
+
+    sent: Seal
+    received: Seal
+
+
 class Greeting:
     """A decode node's half. ``hello``: the frame to begin with."""
 
     def __init__(self, me: Identity, regions: tuple[Region, ...], lanes: dict[str, bytes]) -> None:
         self._me = me
         self._regions = regions
+        self._lanes = lanes
         self._nonce = auth.nonce()
-        self._challenge: wire.Challenge | None = None
-        self.hello = wire.encoder.encode(
-            wire.Hello(
-                protocol_min=me.protocol_min,
-                protocol_max=me.protocol_max,
-                node_id=me.node_id,
-                epoch=me.epoch,
-                model=me.model,
-                layout=me.layout,
-                regions=list(regions),
-                lanes=lanes,
-                checksums=me.checksums,
-                nonce=self._nonce,
-            )
-        )
+        self._said: Said | None = None  # once the source has proved itself
+        self.hello = wire.encoder.encode(wire.Hello(me.protocol_min, me.protocol_max, self._nonce))
 
     @property
     def challenged(self) -> bool:
-        return self._challenge is not None
+        return self._said is not None
 
     def prove(self, challenge: wire.Challenge) -> wire.Proof:
         """Raises HandshakeError when the other end does not know the secret; then nothing more should be said to it."""
-        secret = self._me.secret
-        said = (self._nonce, challenge.nonce, self.hello)
-        if not auth.holds(challenge.mac, secret, Prover.SOURCE, *said):
-            why = auth.why_not(challenge.mac, secret, Prover.SOURCE, *said)
+        me, said = self._me, Said(self._nonce, challenge.nonce, self.hello, challenge.protocol)
+        if not auth.holds(challenge.mac, me.secret, Prover.SOURCE, said):
+            why = auth.why_not(challenge.mac, me.secret, Prover.SOURCE, said)
             raise HandshakeError(f"it could not prove that it knows the secret of this node: {why}; {SECRET_ADVICE}")
-        self._challenge = challenge
-        return wire.Proof(auth.proof(secret, Prover.READER, *said))
-
-    def accept(self, welcome: wire.Welcome) -> tuple[wire.About, Pair]:
-        """What the source says of itself, and how the two pools fit together. Raises HandshakeError."""
-        me, challenge = self._me, self._challenge
-        said = (self._nonce, challenge.nonce if challenge is not None else b"", self.hello, welcome.about)
-        if challenge is None or not auth.holds(welcome.mac, me.secret, Prover.WELCOME, *said):
-            raise HandshakeError(f"its welcome is not proved to come from who knows the secret; {SECRET_ADVICE}")
-        try:
-            about = wire.decode_about(welcome.about)
-        except msgspec.DecodeError as error:
-            raise HandshakeError(f"its welcome cannot be read ({error}); run the same version on both nodes") from error
-        if not me.protocol_min <= about.protocol <= me.protocol_max:
+        if not me.protocol_min <= challenge.protocol <= me.protocol_max:
             raise HandshakeError(
-                f"it settled on peer protocol {about.protocol}; this node speaks {me.protocol_min}..{me.protocol_max}"
+                f"it settled on peer protocol {challenge.protocol}; this node speaks "
+                f"{me.protocol_min}..{me.protocol_max}; upgrade the older one"
             )
-        return about, pair_of((about.layout, tuple(about.regions)), (me.layout, self._regions))
+        self._said = said
+        return wire.Proof(auth.proof(me.secret, Prover.READER, said))
+
+    def seals(self) -> Seals | None:
+        """After ``prove``; None without a secret."""
+        secret, said = self._me.secret, self._said
+        assert said is not None
+        return Seals(Seal(secret, Speaker.READER, said), Seal(secret, Speaker.SOURCE, said)) if secret else None
+
+    def introduction(self) -> wire.Introduction:
+        """What is only said to a source that has proved itself."""
+        assert self._said is not None
+        me = self._me
+        return wire.Introduction(
+            me.node_id, me.epoch, me.model, me.layout, list(self._regions), self._lanes, me.checksums
+        )
+
+    def accept(self, welcome: wire.Welcome) -> Pair:
+        """How the two pools fit together. Raises HandshakeError."""
+        return pair_of((welcome.layout, tuple(welcome.regions)), (self._me.layout, self._regions))
 
 
 class Reception:
-    """A prefill node's half, from ``hello`` (which came as ``frame``) on. ``challenge``: the answer to it."""
+    """A prefill node's half, from ``hello`` (which came as ``frame``) on. ``challenge``: the answer to it.
+
+    Raises HandshakeError when no version of the peer protocol is spoken by both.
+    """
 
     def __init__(self, me: Identity, hello: wire.Hello, frame: bytes) -> None:
-        self.hello = hello
+        check_protocol(me, hello)
         self._me = me
-        self._frame = frame
-        self._nonce = auth.nonce()
-        self.challenge = wire.Challenge(self._nonce, auth.proof(me.secret, Prover.SOURCE, *self._said))
-
-    @property
-    def _said(self) -> tuple[bytes, bytes, bytes]:
-        return self.hello.nonce, self._nonce, self._frame
+        self._said = Said(hello.nonce, auth.nonce(), frame, min(me.protocol_max, hello.protocol_max))
+        self.proved = False
+        self.challenge = wire.Challenge(
+            self._said.protocol, self._said.source_nonce, auth.proof(me.secret, Prover.SOURCE, self._said)
+        )
 
     def check(self, proof: wire.Proof) -> None:
         """Raises HandshakeError unless the reader knows the secret. Says nothing that it need not know."""
         secret = self._me.secret
-        if not auth.holds(proof.mac, secret, Prover.READER, *self._said):
-            why = auth.why_not(proof.mac, secret, Prover.READER, *self._said)
+        if not auth.holds(proof.mac, secret, Prover.READER, self._said):
+            why = auth.why_not(proof.mac, secret, Prover.READER, self._said)
             raise HandshakeError(f"it could not prove that it knows the secret: {why}; {SECRET_ADVICE}")
+        self.proved = True
 
-    def pair(self, regions: tuple[Region, ...]) -> Pair:
+    def seals(self) -> Seals | None:
+        """After ``check``; None without a secret."""
+        assert self.proved
+        secret, said = self._me.secret, self._said
+        return Seals(Seal(secret, Speaker.SOURCE, said), Seal(secret, Speaker.READER, said)) if secret else None
+
+    def pair(self, them: wire.Introduction, regions: tuple[Region, ...]) -> Pair:
         """How the two pools fit together. Raises HandshakeError, with both sides' values, where they do not."""
-        me, them = self._me, self.hello
+        me = self._me
         if me.model != them.model:
             raise HandshakeError(
                 f"models differ: prefill node {me.node_id} serves {me.model}, decode node {them.node_id} serves "
@@ -134,24 +145,25 @@ class Reception:
         return pair_of((me.layout, regions), (them.layout, tuple(them.regions)))
 
     def welcome(
-        self, regions: tuple[Region, ...], lanes: dict[str, bytes], why_not: dict[str, str], lease_s: float
+        self,
+        them: wire.Introduction,
+        regions: tuple[Region, ...],
+        lanes: dict[str, bytes],
+        why_not: dict[str, str],
+        lease_s: float,
     ) -> wire.Welcome:
-        """After ``check`` and ``pair``."""
+        """After ``pair``."""
         me = self._me
-        about = wire.encoder.encode(
-            wire.About(
-                protocol=min(me.protocol_max, self.hello.protocol_max),
-                node_id=me.node_id,
-                epoch=me.epoch,
-                layout=me.layout,
-                regions=list(regions),
-                lanes=lanes,
-                why_not={name: why[:4096] for name, why in why_not.items()},
-                lease_s=lease_s,
-                checksums=me.checksums and self.hello.checksums,
-            )
+        return wire.Welcome(
+            node_id=me.node_id,
+            epoch=me.epoch,
+            layout=me.layout,
+            regions=list(regions),
+            lanes=lanes,
+            why_not={name: why[:4096] for name, why in why_not.items()},
+            lease_s=lease_s,
+            checksums=me.checksums and them.checksums,
         )
-        return wire.Welcome(about, auth.proof(me.secret, Prover.WELCOME, *self._said, about))
 
 
 def shortened(text: str) -> str:

@@ -40,6 +40,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
     peer_host: str  # address the peer channel binds and announces
     lease_s: float
     pull_timeout_s: float
+    transport_timeout_s: float  # for the transport to start
+    peer_handshake_s: float
+    allow_insecure_nodes: bool  # without a secret, dial prefill nodes on other machines too
+    ssl_certfile: str
+    ssl_keyfile: str
+    ssl_ca: str  # empty: no TLS between engines
     engine_timeout_s: float  # the node gives up an engine whose pulse is silent for so long
     step_timeout_s: float  # the least time that a step may take
     prefix_caching: bool

@@ -3,8 +3,10 @@
 TCP, one frame a message (:mod:`pd_serve.transfer.connection`), MessagePack. KV bytes never travel
 here: they are read over one of the lanes that the handshake found both ends to have.
 
-A connection begins so: ``Hello``, ``Challenge``, ``Proof``, ``Welcome``, then ``LaneMessage`` as lanes need
-it, and ``Chosen`` after the self-test. What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
+A connection begins so: ``Hello``, ``Challenge``, ``Proof`` with ``Introduction`` right behind it, ``Welcome``, then
+``LaneMessage`` as lanes need it, and ``Chosen`` after the self-test. Neither end says anything of itself before the
+other has proved the secret. Where there is one, every frame after its sender's proof ends with a MAC
+(:mod:`pd_serve.transfer.auth`). What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
 
 A *lease* is a prefill node's promise not to reuse a request's blocks. It is renewed by heartbeats
 while the decode node waits and ends by release, cancel, expiry, or a new epoch of the peer.
@@ -21,8 +23,8 @@ from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
 
 # Versions of this protocol that this build speaks; both ends settle on the newest they share.
-PROTOCOL_MIN = 2
-PROTOCOL_MAX = 2
+PROTOCOL_MIN = 3
+PROTOCOL_MAX = 3
 
 
 class FailureKind(StrEnum):
@@ -46,7 +48,10 @@ Reasons = Annotated[dict[Name, Annotated[str, msgspec.Meta(max_length=4096)]], m
 Described = Annotated[dict[Name, bytes], msgspec.Meta(max_length=16)]
 Regions = Annotated[list[Region], msgspec.Meta(max_length=257)]
 
-MAX_HELLO_BYTES = 1 << 20  # nothing longer is looked at before its sender has proved the secret
+# Nothing longer is looked at before its sender has proved the secret: this protocol's messages are far shorter, but
+# the first one of protocol 2, which is to be answered, told of lanes and memory.
+MAX_UNPROVED_BYTES = 64 << 10
+MAX_INTRODUCTION_BYTES = 1 << 20
 
 
 class Version(msgspec.Struct, tag="hello"):
@@ -57,23 +62,17 @@ class Version(msgspec.Struct, tag="hello"):
 
 
 class Hello(msgspec.Struct, tag="hello"):
-    """Decode to prefill, first message of a connection."""
+    """Decode to prefill, first message of a connection. It tells nothing to whoever may have been dialled."""
 
     protocol_min: int
     protocol_max: int
-    node_id: Name
-    epoch: Name
-    model: Name  # model fingerprint
-    layout: KVLayout
-    regions: Regions
-    lanes: Described
-    checksums: bool  # whether it wants checksums with the blocks
     nonce: Nonce
 
 
 class Challenge(msgspec.Struct, tag="challenge"):
     """Prefill to decode: it knows the secret, if ``mac`` holds (:mod:`pd_serve.transfer.auth`). It says no more yet."""
 
+    protocol: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]  # the newest that both speak
     nonce: Nonce
     mac: Mac
 
@@ -84,10 +83,21 @@ class Proof(msgspec.Struct, tag="proof"):
     mac: Mac
 
 
-class About(msgspec.Struct):
-    """What a prefill node says of itself, once the decode node has proved the secret."""
+class Introduction(msgspec.Struct, tag="introduction"):
+    """Decode to prefill, right behind ``Proof``: what it says of itself."""
 
-    protocol: int
+    node_id: Name
+    epoch: Name
+    model: Name  # model fingerprint
+    layout: KVLayout
+    regions: Regions
+    lanes: Described
+    checksums: bool  # whether it wants checksums with the blocks
+
+
+class Welcome(msgspec.Struct, tag="welcome"):
+    """Prefill to decode: the handshake succeeded; what the prefill node says of itself."""
+
     node_id: Name
     epoch: Name
     layout: KVLayout
@@ -96,13 +106,6 @@ class About(msgspec.Struct):
     why_not: Reasons  # the others of the decode node's
     lease_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)]
     checksums: bool  # announced blocks come with them
-
-
-class Welcome(msgspec.Struct, tag="welcome"):
-    """Prefill to decode: the handshake succeeded. ``mac`` vouches for ``about``, an :class:`About` in MessagePack."""
-
-    about: bytes
-    mac: Mac
 
 
 class Refused(msgspec.Struct, tag="refused"):
@@ -198,11 +201,10 @@ class Bye(msgspec.Struct, tag="bye"):
     epoch: str
 
 
-ToPrefill = Hello | Proof | Refused | LaneMessage | Chosen | Claim | Heartbeat | Release | Bye
+ToPrefill = Hello | Proof | Introduction | Refused | LaneMessage | Chosen | Claim | Heartbeat | Release | Bye
 ToDecode = Challenge | Welcome | Refused | LaneMessage | Ready | HeartbeatAck | Released | Cancel | Bye
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
 decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
 decode_version = msgspec.msgpack.Decoder(Version).decode
-decode_about = msgspec.msgpack.Decoder(About).decode

@@ -13,7 +13,7 @@ import pytest
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.transfer import probe
-from pd_serve.transfer.handshake import Reception
+from pd_serve.transfer.handshake import HANDSHAKE_S, Reception
 from pd_serve.transfer.host_mover import HostMover
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -91,7 +91,9 @@ class Scripted:
                     self.say(reception.challenge)
                 case wire.Proof() if self.answers_handshakes:
                     reception.check(message)
-                    self.say(reception.welcome(self.pool.memory().regions, {"copy": b"copy"}, {}, 30.0))
+                case wire.Introduction() if self.answers_handshakes:
+                    regions = self.pool.memory().regions
+                    self.say(reception.welcome(message, regions, {"copy": b"copy"}, {}, 30.0))
                 case wire.Heartbeat() if self.answers_heartbeats:
                     self.say(wire.HeartbeatAck(message.seq, []))
                 case wire.Release(done=True):
@@ -140,10 +142,13 @@ def test_silence(s: Scripted, d: DecodeEnd, clock: Clock) -> None:
     s.answers_heartbeats = False
     d.inbox.expect("k", s.source)
     s.wait_for(wire.Claim)
-    for _ in range(5):  # a heartbeat every 5 s, three of them unanswered
+    for _ in range(6):  # a heartbeat every 5 s
         clock.now_s += 5
         d.inbox.wake()
         s.wait_for(wire.Heartbeat)
+    assert d.ends("k") == []  # a pause shorter than the lease harms nothing
+    clock.now_s += 5
+    d.inbox.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.PEER_LOST
     assert "heartbeats" in failed.message
@@ -231,11 +236,11 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
 # --- the handshake
 
 
-ABOUT = wire.encoder.encode({"protocol": 2})
+WELCOME = wire.Welcome("S", "e", SMALL, [], {}, {}, 30.0, checksums=False)
 EVERYTHING: list[wire.ToDecode | bytes] = [
     b"",
     os.urandom(100),
-    wire.Welcome(ABOUT, bytes(32)),
+    WELCOME,
     wire.LaneMessage("copy", b"early"),
     wire.LaneMessage("smoke", b"early"),
     ready(16, [1, 2, 3, 4], token=6),
@@ -254,7 +259,7 @@ def test_nothing_but_a_challenge_is_heard_after_the_hello(s: Scripted, d: Decode
 
 
 def test_nothing_but_a_welcome_is_heard_after_the_challenge(s: Scripted, d: DecodeEnd) -> None:
-    challenge = wire.Challenge(bytes(32), bytes(32))
+    challenge = wire.Challenge(3, bytes(32), bytes(32))
     said = [m for m in EVERYTHING if not isinstance(m, wire.Welcome)]
     s.before[wire.Proof] = [challenge, *said]
     d.inbox.expect("k", s.source)
@@ -266,8 +271,8 @@ def test_nothing_but_a_welcome_is_heard_after_the_challenge(s: Scripted, d: Deco
 def test_a_second_handshake_in_a_session_is_not_heard(s: Scripted, d: DecodeEnd) -> None:
     d.inbox.expect("k", s.source)
     s.wait_for(wire.Claim)
-    s.say(wire.Challenge(bytes(32), bytes(32)))
-    s.say(wire.Welcome(ABOUT, bytes(32)))
+    s.say(wire.Challenge(3, bytes(32), bytes(32)))
+    s.say(WELCOME)
     until(lambda: d.inbox.counters()["garbage_frames"] == 2)
     assert d.ends("k") == []
 
@@ -275,9 +280,9 @@ def test_a_second_handshake_in_a_session_is_not_heard(s: Scripted, d: DecodeEnd)
 @pytest.mark.parametrize(
     ("after", "said", "word"),
     [
-        (wire.Hello, wire.Challenge(bytes(32), bytes(32)), "could not prove"),
-        (wire.Hello, wire.Refused("x" * 100_000), "xxx ..."),
-        (wire.Proof, wire.Welcome(ABOUT, bytes(32)), "not proved"),
+        (wire.Hello, wire.Challenge(3, bytes(32), bytes(32)), "could not prove"),
+        (wire.Hello, wire.Refused("x" * 60_000), "xxx ..."),
+        (wire.Proof, WELCOME, "regions do not fit"),
         (wire.Proof, wire.Refused("no room"), "no room"),
     ],
 )
@@ -294,7 +299,7 @@ def test_a_handshake_that_is_not_answered(s: Scripted, d: DecodeEnd, clock: Cloc
     s.answers_handshakes = False
     d.inbox.expect("k", s.source)
     s.wait_for(wire.Hello)
-    clock.now_s += 5
+    clock.now_s += HANDSHAKE_S
     d.inbox.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.CONNECT and "no answer to the handshake" in failed.message
@@ -305,7 +310,7 @@ def test_a_self_test_that_does_not_end(clock: Clock, s: Scripted) -> None:
     d = DecodeEnd(clock=clock, lanes=lambda memory: copy_lanes(memory, copy=hanging))
     d.inbox.expect("k", s.source)
     until(lambda: hanging.pulls)
-    clock.now_s += 5
+    clock.now_s += HANDSHAKE_S
     d.inbox.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.CONNECT and "has passed its test" in failed.message

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from pd_serve.transfer.handshake import Greeting
 from pd_serve.wire import peer as wire
 from tests.transfer.frames import Frames
@@ -20,6 +24,7 @@ class Client:
         self.identity = identity(node_id, SMALL, **other)
         self.pool = Pool(self.identity.layout, 8)
         lanes = {"copy": b"copy"} if lanes is None else lanes
+        self.claims: dict[str, Any] = {}
         self.greeting = Greeting(self.identity, self.pool.memory().regions, lanes)
 
     def say(self, message: wire.ToPrefill) -> None:
@@ -35,11 +40,29 @@ class Client:
         challenge = self.hear()
         if not isinstance(challenge, wire.Challenge):
             return challenge
-        self.say(self.greeting.prove(challenge))
+        self.prove(challenge)
         answer = self.hear()
         if isinstance(answer, wire.Welcome):
             assert self.hear() == wire.LaneMessage("copy", b"served")  # never before the welcome
         return answer
+
+    def challenge(self) -> wire.Challenge:
+        """Says hello."""
+        self.socket.send(self.greeting.hello)
+        challenge = self.hear()
+        assert isinstance(challenge, wire.Challenge)
+        return challenge
+
+    def prove(self, challenge: wire.Challenge) -> None:
+        """Proves itself and says what it is."""
+        self.say(self.greeting.prove(challenge))
+        self.socket.seals = self.greeting.seals()
+        self.socket.send(self.introduction())
+
+    def introduction(self) -> bytes:
+        """With ``claims`` instead of what is true."""
+        said = msgspec.to_builtins(self.greeting.introduction(), builtin_types=(bytes,))
+        return msgspec.msgpack.encode({**said, **self.claims})
 
     def sync(self, keys: list[str] | None = None) -> list[str]:
         """All that was said before has been handled; returns the keys that hold no lease."""

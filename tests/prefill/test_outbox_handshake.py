@@ -13,7 +13,7 @@ from pd_serve.errors import HandshakeError
 from pd_serve.memory.region import PROBE_BLOCKS
 from pd_serve.prefill import outbox
 from pd_serve.transfer import auth, probe
-from pd_serve.transfer.auth import Prover
+from pd_serve.transfer.auth import Prover, Said
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import LARGE, SMALL, Clock, PrefillEnd, until
@@ -24,10 +24,10 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
     client = Client(end)
     welcome = client.greet()
     assert isinstance(welcome, wire.Welcome)
-    about, pair = client.greeting.accept(welcome)
-    assert (about.node_id, about.epoch, about.layout) == ("P", end.identity.epoch, SMALL)
-    assert (about.protocol, about.lanes, about.why_not) == (wire.PROTOCOL_MAX, {"copy": b"copy"}, {})
-    assert (about.lease_s, about.checksums) == (LEASE_S, True)
+    pair = client.greeting.accept(welcome)
+    assert (welcome.node_id, welcome.epoch, welcome.layout) == ("P", end.identity.epoch, SMALL)
+    assert (welcome.lanes, welcome.why_not) == ({"copy": b"copy"}, {})
+    assert (welcome.lease_s, welcome.checksums) == (LEASE_S, True)
     assert pair.source == end.pool.memory().regions and pair.reader == client.pool.memory().regions
     assert np.array_equal(end.pool.probe.view("<u4"), probe.pattern(end.identity.epoch, 0, PROBE_BLOCKS))
     client.close()
@@ -40,7 +40,7 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
         ({"layout": LARGE}, ("numbers of layer groups differ", "2 at the prefill node", "1 at the decode node")),
         ({"lanes": {"smoke": b"", "fire": b""}}, ("no transport", "smoke", "fire", "copy")),
         ({"lanes": {}}, ("no transport", "can use none")),
-        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "2..2")),
+        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "3..3")),
     ],
 )
 def test_refusals_name_both_values(
@@ -60,11 +60,12 @@ def test_refusals_name_both_values(
 
 def test_an_older_protocol_is_told(end: PrefillEnd) -> None:
     stranger = Client(end, "X")
-    fields = msgspec.msgpack.decode(stranger.greeting.hello)
-    old = {k: fields[k] for k in ("type", "node_id", "epoch", "model")} | {"protocol_min": 1, "protocol_max": 1}
-    stranger.socket.send(msgspec.msgpack.encode(old | {"layout": "f00", "transports": ["nixl"]}))
-    refused = stranger.hear()
-    assert isinstance(refused, wire.Refused) and "1..1" in refused.reason and "2..2" in refused.reason
+    old = {"type": "hello", "node_id": "X", "epoch": "e", "model": "m", "protocol_min": 2, "protocol_max": 2}
+    more = {"layout": {}, "regions": [], "lanes": {"nixl": os.urandom(30_000)}, "checksums": True}
+    for also in ({}, {"nonce": bytes(32)}):  # protocol 1 had none
+        stranger.socket.send(msgspec.msgpack.encode(old | more | also))
+        refused = stranger.hear()
+        assert isinstance(refused, wire.Refused) and "2..2" in refused.reason and "3..3" in refused.reason
     stranger.close()
 
 
@@ -102,13 +103,10 @@ def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytes
     for secret, what in ((b"wrong", "its secret is not this node's"), (b"", "it has no secret and this node has one")):
         for _ in range(3):
             client = Client(end, secret=secret)
-            client.socket.send(client.greeting.hello)
-            challenge = client.hear()
-            assert isinstance(challenge, wire.Challenge)
+            challenge = client.challenge()
             with pytest.raises(HandshakeError, match="--secret-file"):  # a real client would leave now
                 client.greeting.prove(challenge)
-            said = (client_nonce(client), challenge.nonce, client.greeting.hello)
-            client.say(wire.Proof(auth.proof(secret, Prover.READER, *said)))
+            client.say(wire.Proof(auth.proof(secret, Prover.READER, said(client, challenge))))
             refused = client.hear()
             assert isinstance(refused, wire.Refused) and "secret" in refused.reason
             assert end.identity.node_id not in refused.reason.split() and SMALL.dtype not in refused.reason
@@ -124,10 +122,10 @@ def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytes
     assert not any("right" in r.getMessage() for r in caplog.records)
 
 
-def client_nonce(client: Client) -> bytes:
+def said(client: Client, challenge: wire.Challenge) -> Said:
     hello = wire.decode_to_prefill(client.greeting.hello)
     assert isinstance(hello, wire.Hello)
-    return hello.nonce
+    return Said(hello.nonce, challenge.nonce, client.greeting.hello, challenge.protocol)
 
 
 def test_a_client_that_leaves_because_of_the_secret_is_counted(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,9 +143,7 @@ def test_a_client_that_leaves_because_of_the_secret_is_counted(clock: Clock, cap
 def test_what_was_recorded_is_worth_nothing(end: PrefillEnd, client: Client) -> None:
     hold(end, client, "k")
     first, second = Client(end, "X"), Client(end, "X")
-    first.socket.send(first.greeting.hello)
-    challenge = first.hear()
-    assert isinstance(challenge, wire.Challenge)
+    challenge = first.challenge()
     proof = first.greeting.prove(challenge)
     second.socket.send(first.greeting.hello)  # the same words in another connection
     again = second.hear()
@@ -157,6 +153,7 @@ def test_what_was_recorded_is_worth_nothing(end: PrefillEnd, client: Client) -> 
     second.say(proof)  # its handshake is over
     until(lambda: end.outbox.counters()["garbage_frames"] == 1)
     first.say(proof)
+    first.say(first.greeting.introduction())
     assert isinstance(first.hear(), wire.Welcome)
     assert client.sync(["k"]) == []
     for one in (first, second):
@@ -184,9 +181,7 @@ def test_only_a_proved_node_takes_over_a_node_id(clock: Clock) -> None:
 
 def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: Client, clock: Clock) -> None:
     idle = Client(end, "X")
-    idle.socket.send(idle.greeting.hello)
-    challenge = idle.hear()
-    assert isinstance(challenge, wire.Challenge)
+    idle.challenge()
     clock.now_s += outbox.HANDSHAKE_S
     end.outbox.wake()
     until(lambda: end.outbox.counters()["handshakes_unfinished"] == 1)
@@ -230,16 +225,20 @@ def test_handshakes_at_once_are_bounded(end: PrefillEnd, client: Client, monkeyp
         one.close()
 
 
-def hello_with(client: Client, **other: object) -> bytes:
-    """The client's Hello with fields of a stranger's making."""
-    fields = msgspec.msgpack.decode(client.greeting.hello)
-    return msgspec.msgpack.encode({**fields, **other})
+@pytest.mark.parametrize("other", [{"nonce": b"short"}, {"nonce": 7}, {"x": "x" * wire.MAX_UNPROVED_BYTES}])
+def test_a_hello_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    stranger = Client(end, "X")
+    fields = msgspec.msgpack.decode(stranger.greeting.hello)
+    with contextlib.suppress(ConnectionError):  # one that is too long is not even heard to its end
+        stranger.socket.send(msgspec.msgpack.encode({**fields, **other}))
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    assert client.sync() == []
+    stranger.close()
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"nonce": b"short"},
         {"node_id": ""},
         {"node_id": "x" * 600},
         {"lanes": {f"lane{i}": b"" for i in range(40)}},
@@ -249,13 +248,68 @@ def hello_with(client: Client, **other: object) -> bytes:
         {"model": "x" * (1 << 20)},
     ],
 )
-def test_a_hello_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+def test_an_introduction_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
+    """Of one that knows the secret."""
     stranger = Client(end, "X")
-    with contextlib.suppress(ConnectionError):  # one that is too long is not even heard to its end
-        stranger.socket.send(hello_with(stranger, **other))
+    stranger.claims = other
+    with contextlib.suppress(ConnectionError):
+        stranger.prove(stranger.challenge())
     until(lambda: end.outbox.counters()["garbage_frames"] == 1)
     assert client.sync() == []
     stranger.close()
+
+
+def test_an_introduction_before_the_proof_is_not_heard(end: PrefillEnd, client: Client) -> None:
+    stranger = Client(end, "D")  # the client's node id
+    challenge = stranger.challenge()
+    proof = stranger.greeting.prove(challenge)
+    stranger.say(stranger.greeting.introduction())
+    until(lambda: end.outbox.counters()["garbage_frames"] == 1)
+    assert client.sync() == []
+    stranger.say(proof)
+    stranger.say(stranger.greeting.introduction())
+    assert isinstance(stranger.hear(), wire.Welcome)
+    stranger.close()
+
+
+def test_a_stranger_that_talks_without_end_is_cut_off(end: PrefillEnd, client: Client) -> None:
+    stranger = Client(end, "X")
+    with contextlib.suppress(ConnectionError):
+        stranger.socket.raw.sendall(bytes(4) * 100_000)  # empty frames
+    assert stranger.socket.ended()
+    assert end.outbox.counters()["garbage_frames"] == outbox.MAX_STRANGER_FRAMES
+    assert client.sync() == []
+    stranger.close()
+
+
+def test_a_sealed_session_and_who_breaks_into_it(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
+    claim = wire.encoder.encode(wire.Claim("k"))
+    for number, break_in in enumerate((seal_wrongly, no_seal, repeat), start=1):
+        client = Client(end, secret=b"right")
+        assert isinstance(client.greet(), wire.Welcome)
+        hold(end, client, f"k{number}")
+        break_in(client, claim)
+        assert client.socket.ended()
+        assert until(lambda n=number: end.why(f"k{n}")) == "peer_lost"
+        assert end.outbox.counters()["forged_frames"] == number
+        client.close()
+    assert sum("decode node D" in r.message and "MAC" in r.message for r in caplog.records) == 3
+    end.close()
+
+
+def seal_wrongly(client: Client, frame: bytes) -> None:
+    client.socket.raw.sendall((len(frame) + 16).to_bytes(4, "little") + frame + os.urandom(16))
+
+
+def no_seal(client: Client, frame: bytes) -> None:
+    client.socket.raw.sendall(len(frame).to_bytes(4, "little") + frame)
+
+
+def repeat(client: Client, frame: bytes) -> None:
+    assert client.socket.seals is not None
+    sealed = frame + client.socket.seals.sent.tag(frame)
+    client.socket.raw.sendall(2 * (len(sealed).to_bytes(4, "little") + sealed))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +339,7 @@ def test_a_hello_that_cannot_be(end: PrefillEnd, client: Client, other: dict[str
 def test_a_reader_that_makes_no_sense_is_refused(end: PrefillEnd, client: Client, other: dict[str, object]) -> None:
     """It knows the secret; its words may still be anything."""
     stranger = Client(end, "X")
-    stranger.greeting.hello = hello_with(stranger, **other)
+    stranger.claims = other
     refused = stranger.greet()
     assert isinstance(refused, wire.Refused) and "decode node" in refused.reason
     assert client.sync() == []
@@ -299,15 +353,12 @@ def test_lanes_hear_their_messages_and_the_choice_closes_the_others(clock: Clock
     a, b, c = Script(), Script(), Script(cannot_serve="no room")
     end = PrefillEnd(clock=clock, lanes=lambda memory: copy_lanes(memory, a=a, b=b, c=c))
     client = Client(end, lanes={"b": b"b", "a": b"a", "c": b"c", "d": b"d"})
-    client.socket.send(client.greeting.hello)
-    challenge = client.hear()
-    assert isinstance(challenge, wire.Challenge)
-    client.say(client.greeting.prove(challenge))
+    client.prove(client.challenge())
     welcome = client.hear()
     assert isinstance(welcome, wire.Welcome)
-    about, _ = client.greeting.accept(welcome)
-    assert about.lanes == {"a": b"a", "b": b"b"}
-    assert about.why_not == {
+    client.greeting.accept(welcome)
+    assert welcome.lanes == {"a": b"a", "b": b"b"}
+    assert welcome.why_not == {
         "c": "the prefill node cannot serve it: no room",
         "d": "the prefill node does not use it",
     }

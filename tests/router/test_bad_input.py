@@ -80,6 +80,14 @@ async def test_a_client_that_leaves_while_it_sends(running: Running) -> None:
     await running.complete()
 
 
+async def test_a_body_that_never_comes_ends(start_router: StartRouter) -> None:
+    running = await start_router(ready=False, request_timeout_s=1.0)
+    answer = await asyncio.wait_for(
+        raw(running, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"), 5
+    )
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
 async def test_paths_and_methods(running: Running) -> None:
     for method, path, status in (
         ("GET", "/nothing", 404),

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_serve.router.policy import NodeView, Nowhere, Placement, Terms
+from pd_serve.router.policy import NodeView, Nowhere, Placement, Terms, longest, reader
 from pd_serve.router.policy import place as place_on
 
 
@@ -78,6 +78,43 @@ def test_a_node_that_failed_is_the_last_choice_but_a_choice() -> None:
     loaded = [view("d0", sequences=0), view("d1", sequences=50)]
     assert place(P, loaded, prompt_tokens=10, avoid={"d0": 1}) == Placement("p0", "d1")
     assert place(P, loaded[:1], prompt_tokens=10, avoid={"d0": 3, "p0": 1}) == Placement("p1", "d0")
+
+
+def test_full_nodes_come_last_and_only_one_of_them_is_asked() -> None:
+    full, free = view("d0", full=True), view("d1", sequences=50)
+    assert place(P, [full, free], prompt_tokens=10) == Placement("p0", "d1")
+    all_full = [view("d0", full=True), view("d1", full=True)]
+    assert place(P, all_full, prompt_tokens=10) == Placement("p0", "d0", ask=True)
+    assert place(P, all_full, prompt_tokens=10, refused={"d0"}) is Nowhere.REFUSED
+    assert place(P, all_full, prompt_tokens=10, refused={"d0"}, begun=True) == Placement("p0", "d1", ask=True)
+    assert place(P, [view("d0", queueing=True)], prompt_tokens=10) == Placement("p0", "d0", ask=True)
+
+
+def test_pairs_that_cannot_work_get_nothing() -> None:
+    unfit = {("p0", "d0"), ("p1", "d0"), ("p0", "d1")}
+    busy = [view("d0", unwell=True), view("d1", sequences=50)]
+    for turn in range(4):
+        assert place(P, busy, prompt_tokens=10, unfit=unfit, turn=turn) == Placement("p1", "d1")
+    # where nothing else is left the decode node computes the prompt
+    assert place(P, busy[:1], prompt_tokens=10, unfit=unfit) == Placement(None, "d0")
+    assert place([view("p0", unwell=True)], D, prompt_tokens=10, last_token=True) == Placement("p0", None)
+
+
+def test_a_sequence_goes_where_it_fits() -> None:
+    p = [view("p0", max_model_len=100), view("p1", max_model_len=400)]
+    d = [view("d0", max_model_len=100), view("d1", max_model_len=300, sequences=9)]
+    assert place(p, d, prompt_tokens=10, total_tokens=100) == Placement("p0", "d0")
+    assert place(p, d, prompt_tokens=10, total_tokens=300) == Placement("p1", "d1")
+    assert place(p, d, prompt_tokens=10, total_tokens=301) is Nowhere.NO_NODES
+    assert longest([("a", 100), ("a", 400)], [("a", 100), ("a", 300)]) == 300
+    assert longest([("a", 500)], [("b", 300)]) == 300 and longest([("a", 500)], []) == 500 and longest([], []) == 0
+
+
+def test_another_reader_of_what_is_computed_already() -> None:
+    d = [view("d0"), view("d1", layout="b"), view("d2", full=True), view("d3", draining=True)]
+    assert reader(P[0], d, Terms(refused={"d0"}, begun=True)) == "d2"
+    assert reader(P[0], d, Terms(refused={"d0"})) is None
+    assert reader(P[0], d, Terms(refused={"d0"}, unfit={("p0", "d2")}, begun=True)) is None
 
 
 views = st.builds(

@@ -6,10 +6,14 @@ import select
 import socket
 import struct
 
+from pd_serve.transfer.auth import TAG_BYTES
+from pd_serve.transfer.handshake import Seals
+
 
 class Frames:
     def __init__(self, connected: socket.socket) -> None:
         self.raw = connected
+        self.seals: Seals | None = None  # once the connection is sealed
         self._received = b""
 
     @classmethod
@@ -18,6 +22,8 @@ class Frames:
         return cls(socket.create_connection((host, int(port)), timeout=10))
 
     def send(self, frame: bytes) -> None:
+        if self.seals is not None:
+            frame += self.seals.sent.tag(frame)
         self.raw.sendall(struct.pack("<I", len(frame)) + frame)
 
     def poll(self, timeout_s: float) -> bool:
@@ -36,6 +42,9 @@ class Frames:
             self._received += data
         (size,) = struct.unpack_from("<I", self._received)
         frame, self._received = self._received[4 : 4 + size], self._received[4 + size :]
+        if self.seals is not None:
+            frame, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
+            assert self.seals.received.holds(tag, frame), "a MAC does not hold"
         return frame
 
     def _whole(self) -> bool:

@@ -22,6 +22,7 @@ from pd_serve.prefill.outbox import LeaseEnded, Outbox
 from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.lanes import Lanes
+from pd_serve.transfer.tls import Tls
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
 from tests.transfer.processes import Killable
@@ -101,6 +102,7 @@ class PrefillEnd:
         clock: Callable[[], float] = time.monotonic,
         me: dict[str, Any] | None = None,
         lanes: Callable[[PoolMemory], Lanes] = nixl_lanes,
+        tls: Tls | None = None,
     ) -> None:
         self.pool = Pool(layout, num_blocks, seed)
         self.identity = identity("P", layout, **(me or {}))
@@ -110,6 +112,7 @@ class PrefillEnd:
             host="127.0.0.1",
             lease_s=lease_s,
             clock=clock,
+            tls=tls,
         )
         self.outbox.begin()
         self.outbox.wait_ready()
@@ -151,10 +154,13 @@ class DecodeEnd:
         clock: Callable[[], float] = time.monotonic,
         me: dict[str, Any] | None = None,
         lanes: Callable[[PoolMemory], Lanes] = nixl_lanes,
+        tls: Tls | None = None,
     ) -> None:
         self.pool = Pool(layout, num_blocks)
         self.identity = identity("D", layout, **(me or {}))
-        self.inbox = Inbox(self.identity, lanes(self.pool.memory()), pull_timeout_s=pull_timeout_s, clock=clock)
+        self.inbox = Inbox(
+            self.identity, lanes(self.pool.memory()), pull_timeout_s=pull_timeout_s, clock=clock, tls=tls
+        )
         self.inbox.begin()
         self.inbox.wait_ready()
         self.seen: list[Event] = []

@@ -91,7 +91,7 @@ def test_more_than_the_network_takes_at_once(listener: Listener) -> None:
     while not frames:
         assert time.monotonic() < deadline_s
         ours.advance()
-        frames = theirs.advance()
+        frames = list(theirs.advance())
     assert frames == [large]
     assert changes == [select.EPOLLIN | select.EPOLLOUT, select.EPOLLIN]
     ours.close()
@@ -121,7 +121,7 @@ def test_what_was_said_last_is_heard_after_the_end(listener: Listener) -> None:
     assert received(theirs, 1) == [b"bye"]
     while not theirs.ended:
         wait(theirs)
-        assert theirs.advance() == []
+        assert list(theirs.advance()) == []
     assert not theirs.refused
     theirs.close()
 
@@ -159,7 +159,7 @@ def test_a_length_that_cannot_be(listener: Listener) -> None:
     assert received(theirs, 1) == [b"0123456789"]
     frames.send(b"0123456789a")
     wait(theirs)
-    assert theirs.advance() == []
+    assert list(theirs.advance()) == []
     assert theirs.nonsense and "11 bytes" in theirs.ended
     frames.close()
     theirs.close()

@@ -1,0 +1,30 @@
+"""What an engine tells its node without being asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pd_serve.engine import core
+from pd_serve.wire import link
+from tests.engine.test_sleep import Node
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    monkeypatch.setattr(core, "STATUS_INTERVAL_S", 60.0)  # nothing comes because it is time
+    node = Node(f"ipc://{tmp_path}/engine")
+    yield node
+    node.close()
+
+
+def test_sources_that_cannot_be_read_from_are_told_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str] = {}
+    monkeypatch.setattr(node.role, "misfits", lambda: found)
+    node.listen(lambda: node.heard, "the first status")
+    assert node.status().misfits == {}
+    for found in ({"P": "models differ"}, {"P": "models differ", "Q": "no answer"}, {}):
+        node.tell(link.Peers([]))  # wakes it, as the inbox does
+        node.listen(lambda expected=found: node.status().misfits == expected, "a status with misfits")  # type: ignore[misc]

@@ -1,0 +1,200 @@
+"""What the router knows of its nodes: what is in flight, whose text and limits count, who cannot work with whom."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import pytest
+
+from pd_serve.api.text_model import TextModel
+from pd_serve.router.breaker import Breakers
+from pd_serve.router.nodes import Group, Node, Registry
+from pd_serve.wire import link
+from tests.api import tiny
+from tests.router.test_sequence import ManualClock
+
+
+class Work:
+    """An attempt that only counts."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.losses = 0
+
+    def output(self, node: Node, output: link.Output, now_s: float) -> None: ...
+
+    def lost(self, node: Node, why: str) -> None:
+        self.losses += 1
+
+
+def make(role: str, number: int = 0, *, layout: str = "x", **info: Any) -> Node:
+    model = msgspec.structs.replace(tiny.info(), **info)
+    hello = link.Hello(
+        2, f"{role[0]}{number}", role, "http://n", model, layout, "e", "tcp://x", "test", 0, link.Load(0, 0, 0, [])
+    )
+    return Node(hello, lambda _: None)
+
+
+def submit(id: str, tokens: int, source: bool = False) -> link.Submit:
+    sampling = link.SamplingParams(max_tokens=4, seed=0)
+    return link.Submit(id, bytes(4 * tokens), 0, sampling, source=link.Source("p0", "e", "tcp://x") if source else None)
+
+
+def joined(registry: Registry, *nodes: Node) -> Group:
+    group = None
+    for node in nodes:
+        if not registry.knows(node.hello.model):
+            registry.add_group(TextModel(tiny.bundle(), node.hello.model))
+        registry.add(node)
+        group = registry.group(node.hello.model)
+    assert group is not None
+    return group
+
+
+def test_a_status_counts_what_it_includes_and_nothing_else() -> None:
+    node = make("prefill")
+    for number in range(4):
+        assert node.submit(Work(f"a{number}"), submit(f"a{number}", 2000))
+    assert node.view().waiting_tokens == 8000 and node.view().sequences == 4
+    for included in range(5):
+        load = link.Load(included, 0, 2000 * included, [])
+        node.status(link.Status(load, last_submit=included))
+        assert node.view().waiting_tokens == 8000, included
+        assert node.view().sequences == 4, included
+
+
+def test_a_decode_node_with_a_source_computes_no_prompt() -> None:
+    node = make("decode")
+    work = Work("a")
+    node.submit(work, submit("a", 2000, source=True))
+    assert node.view().waiting_tokens == 0 and node.view().sequences == 1
+    node.release(work, abort=False)
+    assert node.view().sequences == 0
+
+
+def test_when_requests_queue_at_a_node() -> None:
+    node = make("decode")
+    assert not node.view().queueing and not node.view().full
+    usage = [link.GroupUsage(100, 90, 0, 10)]
+    node.status(link.Status(link.Load(0, 9, 0, usage, queued=1, max_queue=3)))
+    assert not node.view().queueing  # there is room for one more
+    for id in "ab":
+        node.submit(Work(id), submit(id, 10, source=True))
+    assert node.view().queueing and node.view().full
+    node.status(link.Status(link.Load(0, 0, 0, usage, queue_wait_s=0.5, max_queue=3), last_submit=2))
+    assert node.view().queueing and not node.view().full
+
+
+def test_a_lost_node_tells_every_attempt_whatever_one_of_them_does() -> None:
+    registry = Registry()
+    node, other = make("decode"), make("decode", 1)
+    joined(registry, node, other)
+    works = [Work(f"a{n}") for n in range(3)]
+
+    def lost(lost_node: Node, why: str) -> None:
+        registry.remove(other, "too")
+
+    works[0].lost = lost  # type: ignore[method-assign]
+    for work in works:
+        node.submit(work, submit(work.id, 5))
+    moved = Work("b")
+    other.submit(moved, submit("b", 5))
+    registry.remove(node, "gone")
+    assert [work.losses for work in (*works[1:], moved)] == [1, 1, 1]
+    assert not registry.nodes() and not node.tell(link.Abort(["a0"]))
+
+
+# --- groups follow their nodes --------------------------------------------------------------------------
+
+
+def test_the_limit_is_what_some_pair_can_hold_whoever_came_first() -> None:
+    small, large, prefill = make("decode", 1, max_model_len=336), make("decode", 2), make("prefill", max_model_len=400)
+    for order in ((small, large, prefill), (prefill, small, large), (large, prefill, small)):
+        registry = Registry()
+        group = joined(registry, *(make(n.role, int(n.id[1:]), **_info(n)) for n in order))
+        assert group.info.max_model_len == 400
+        registry.remove(group.decode["d2"], "left")
+        assert group.info.max_model_len == 336
+        registry.remove(group.prefill["p0"], "left")
+        assert group.info.max_model_len == 336
+
+
+def _info(node: Node) -> dict[str, Any]:
+    return {"max_model_len": node.hello.model.max_model_len}
+
+
+def test_a_restarted_node_brings_its_text_and_its_limit() -> None:
+    registry = Registry()
+    old = make("decode", text="old", max_model_len=100)
+    group = joined(registry, old)
+    before = group.text
+    registry.remove(old, "restarts")
+    assert registry.find("tiny") is None and not registry.knows(make("decode", text="new").hello.model)
+    joined(registry, make("decode", text="new", max_model_len=200))
+    assert group is registry.find("tiny") and group.text is not before and group.info.max_model_len == 200
+    assert before.info.max_model_len == 100  # streams that have it keep it
+
+
+def test_while_two_texts_live_the_newer_is_used() -> None:
+    registry = Registry()
+    old, new = make("decode", 1, text="old"), make("decode", 2, text="new")
+    group = joined(registry, old, new)
+    assert group.info.text == "new"
+    joined(registry, make("prefill", 3, text="old"))
+    assert group.info.text == "new"
+    registry.remove(new, "left")
+    assert group.info.text == "old" and not registry.knows(new.hello.model)
+
+
+# --- misfits and breakers -------------------------------------------------------------------------------
+
+
+def test_a_misfit_is_named_once_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = ManualClock()
+    registry = Registry(clock.now_s)
+    group = joined(registry, *(make(role, number) for role in ("prefill", "decode") for number in (0, 1)))
+    refusal = {"p1": "it does not know this node's secret"}
+    for _ in range(3):
+        clock.advance(1.0)
+        for decode in list(group.decode.values()):
+            registry.status(decode, link.Status(link.Load(0, 0, 0, []), misfits=refusal))
+    assert group.troubles() == {"p1": ("misfit", refusal["p1"])} and group.serving() == (1, 2)
+    assert [r.levelno for r in caplog.records if "p1" in r.getMessage()] == [logging.WARNING]
+    prefill, _, unfit = group.views()
+    assert {view.id for view in prefill if view.unwell} == {"p1"} and unfit == {("p1", "d0"), ("p1", "d1")}
+    registry.status(group.decode["d0"], link.Status(link.Load(0, 0, 0, [])))
+    assert not group.troubles() and group.serving() == (2, 2)
+
+
+def test_a_prefill_node_of_another_layout_is_a_misfit_a_decode_node_is_not() -> None:
+    group = joined(Registry(), make("prefill", 0), make("decode", 0), make("prefill", 1, layout="y"))
+    assert set(group.troubles()) == {"p1"}
+    group = joined(Registry(), make("prefill", 0), make("decode", 0), make("decode", 1, layout="y"))
+    assert not group.troubles()
+
+
+def test_who_only_fails_gets_single_trials_after_growing_pauses() -> None:
+    clock = ManualClock()
+    breakers = Breakers(clock.now_s)
+    assert [breakers.failed("d0", "why") for _ in range(3)] == [False, False, True]
+    assert "why" in breakers.blocked()["d0"]
+    assert not breakers.failed("d0", "late")  # what ran there already
+    pauses = []
+    for _ in range(8):
+        begun_s = clock.now_s()
+        while "d0" in breakers.blocked():
+            clock.advance(0.5)
+        pauses.append(clock.now_s() - begun_s)
+        breakers.tried("d0")
+        assert "d0" in breakers.blocked()  # one at a time
+        assert breakers.failed("d0", "again")
+    assert pauses == sorted(pauses) and pauses[0] == 1 and pauses[-1] == 60
+    clock.advance(60)
+    breakers.tried("d0")
+    clock.advance(60)
+    assert "d0" not in breakers.blocked()  # a trial without a verdict is followed by another
+    breakers.succeeded("d0")
+    assert not breakers
