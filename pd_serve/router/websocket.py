@@ -42,7 +42,8 @@ class WebSocket(asyncio.Protocol):
     @property
     def refused(self) -> bool:
         """The other end closed it because it wants nothing to do with this one."""
-        return self._protocol.close_code == CloseCode.POLICY_VIOLATION
+        close = self._protocol.close_rcvd
+        return close is not None and close.code == CloseCode.POLICY_VIOLATION
 
     def send(self, message: bytes) -> None:
         if self._is_open():
@@ -124,7 +125,7 @@ class WebSocket(asyncio.Protocol):
                 parts, self._parts = self._parts, []
                 self._on_message(b"".join(parts))
         elif frame.opcode is Opcode.CLOSE:
-            reason = self._protocol.close_reason
+            reason = self._protocol.close_rcvd.reason if self._protocol.close_rcvd is not None else ""
             self._why = self._why or f"the node closed the link{f': {reason}' if reason else ''}"
             if self._transport is not None:
                 self._transport.close()
@@ -165,7 +166,7 @@ async def connect(
             ) from error
         except (ssl.SSLError, ConnectionResetError) as error:
             why = "; no TLS there? Give it --ssl-certfile, or use http://" if tls else ""
-            raise ConnectionError(f"{error or 'the connection was reset'}{why}") from error
+            raise ConnectionError(f"{str(error) or 'the connection was reset'}{why}") from error
         try:
             await socket.opened
         except ConnectionError as error:

@@ -152,6 +152,21 @@ async def test_a_node_that_cannot_prove_the_secret_gets_nothing(
     assert not node.submits and not node.peers
 
 
+async def test_a_node_that_refuses_is_asked_less_often_and_its_reason_is_shown(
+    start_node: StartNode, start_router: StartRouter
+) -> None:
+    node = await start_node("decode")
+
+    async def refuse(connection):  # type: ignore[no-untyped-def]
+        await connection.recv()
+        await connection.close(1008, "update the older of the two")
+
+    node._prove = refuse  # type: ignore[method-assign]
+    running = await start_router(node, ready=False)
+    await until(lambda: [u for u in running.router.links.unlinked() if u.state == "refused"], "refused")
+    assert running.router.links.unlinked()[0].reason == "the node closed the link: update the older of the two"
+
+
 async def test_requests_over_proven_links(start_node: StartNode, start_router: StartRouter) -> None:
     nodes = [await start_node(role, secret=SECRET) for role in ("prefill", "decode")]
     running = await start_router(*nodes, secret=SECRET)
