@@ -60,6 +60,9 @@ class DecodeRole:
     def abandoned(self, key: str) -> None:
         """A decode node holds nothing for a sequence that has ended."""
 
+    def dropped(self, origin: int) -> None:
+        """Nor for a router that is gone, beyond its sequences."""
+
     def events(self) -> Iterator[tuple[Sequence, Output]]:
         for event in self._inbox.events():
             seq = self._expected.get(event.key)

@@ -269,6 +269,7 @@ class Engine:
                 for seq in [s for s in self._seqs.values() if s.origin == message.origin]:
                     self._counters["aborts"] += 1
                     self._end(seq, "its router is gone")
+                self._role.dropped(message.origin)
             case wire.Drain():
                 self._draining = True
                 self._status_due_s = 0.0

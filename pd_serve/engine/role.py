@@ -35,6 +35,9 @@ class Role(Protocol):
     def abandoned(self, key: str) -> None:
         """A router aborts an attempt that this engine has finished with: a role may still hold blocks for it."""
 
+    def dropped(self, origin: int) -> None:
+        """A router is gone, and with it whoever would read what is still held for its attempts."""
+
     def events(self) -> Iterator[tuple[Sequence, Output]]:
         """Handles what has come in from the transfer thread; yields what the routers are to be told."""
 
@@ -91,6 +94,9 @@ class NoRole:
         """It has no sequence."""
 
     def abandoned(self, key: str) -> None:
+        """It holds nothing."""
+
+    def dropped(self, origin: int) -> None:
         """It holds nothing."""
 
     def events(self) -> Iterator[tuple[Sequence, Output]]:

@@ -22,7 +22,7 @@ class PrefillRole:
         self._scheduler = scheduler
         self._outbox = outbox
         self._open: dict[str, tuple[Sequence, list[int]]] = {}  # being computed; blocks announced so far, a group
-        self._leased: dict[str, SequenceBlocks] = {}
+        self._leased: dict[str, tuple[int, SequenceBlocks]] = {}  # router and blocks
 
     def wait_ready(self, timeout_s: float) -> str:
         self._outbox.wait_ready(timeout_s)
@@ -47,7 +47,7 @@ class PrefillRole:
         if token is not None:
             assert seq.blocks is not None
             del self._open[seq.id]
-            self._leased[seq.id] = seq.blocks
+            self._leased[seq.id] = seq.origin, seq.blocks
             seq.blocks = None
             self._scheduler.detach(seq)
 
@@ -74,9 +74,9 @@ class PrefillRole:
             yield from self._lease_ended(event)
 
     def _lease_ended(self, event: LeaseEnded) -> Iterator[tuple[Sequence, Output]]:
-        blocks = self._leased.pop(event.key, None)
-        if blocks is not None:
-            self._kv.close(blocks)
+        leased = self._leased.pop(event.key, None)
+        if leased is not None:
+            self._kv.close(leased[1])
             return
         entry = self._open.pop(event.key, None)
         if entry is not None:  # the decode node left before the prompt was computed
@@ -90,11 +90,15 @@ class PrefillRole:
         """Prefill nodes are dialled, they dial nobody."""
 
     def abandoned(self, key: str) -> None:
-        blocks = self._leased.pop(key, None)
-        if blocks is not None:
+        leased = self._leased.pop(key, None)
+        if leased is not None:
             # a decode node that is reading right now finds its release answered "not valid"
             self._outbox.cancel(key, "aborted")
-            self._kv.close(blocks)
+            self._kv.close(leased[1])
+
+    def dropped(self, origin: int) -> None:
+        for key in [key for key, (router, _) in self._leased.items() if router == origin]:
+            self.abandoned(key)
 
     @property
     def transport(self) -> str:
