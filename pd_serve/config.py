@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pd_serve import trust, values
 from pd_serve.errors import ConfigError
@@ -152,8 +153,8 @@ class Guarded(Common, Secret):
         """Raises ConfigError where strangers reach a port that asks for nothing."""
         if not trust.is_loopback(host) and not self.node_secret() and not self.allow_insecure_nodes:
             raise ConfigError(
-                f"{setting} {host} can be reached from other machines: give this node and its routers the same "
-                "--secret-file, or --allow-insecure-nodes where you trust everybody on that network"
+                f"{setting} {host} is no address of this machine alone: give router and nodes the same --secret-file, "
+                "or --allow-insecure-nodes where you trust everybody on that network"
             )
 
 
@@ -493,6 +494,15 @@ class RouterSettings(Guarded):
     )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
+    def admin_address(self) -> tuple[str, int] | None:
+        """Where operators' paths are; None: where all others are. Raises ConfigError."""
+        if trust.is_loopback(self.host) and not self.admin_port:
+            return None
+        port = self.admin_port or self.port + 1
+        if port == self.port or port > 65535:
+            raise ConfigError(f"admin_port {port} cannot be beside port {self.port}: choose another --admin-port")
+        return self.admin_host, port
+
     def api_keys(self) -> frozenset[str]:
         """All keys, those of ``api_key_file`` included. Raises ConfigError."""
         return trust.keys_of(self.api_key, self.api_key_file)
@@ -508,6 +518,12 @@ class RouterConfig(RouterSettings):
         1, integer(0), "Nodes", "/ready says no with fewer prefill nodes.", reason="0: decode nodes may serve alone."
     )
     min_decode: int = setting(1, integer(1), "Nodes", "/ready says no with fewer decode nodes.")
+
+    def check_nodes(self) -> None:
+        """Raises ConfigError for listed nodes that would be trusted for being there."""
+        for role, urls in (("prefill", self.prefill), ("decode", self.decode)):
+            for url in urls:
+                self.check_door(urlsplit(url).hostname or "", role)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from pd_serve.errors import ConfigError
 _BACKLOG = 1024
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, so that the port is known and ours before anything slow begins."""
+def listen(host: str, port: int, settings: str = "--host or --port") -> socket.socket:
+    """A listening socket, so that the port is known and ours before anything slow begins. ``settings``: of both."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -19,9 +19,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(_BACKLOG)
     except OSError as error:
         bound.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {settings}") from error
     return bound
 
 

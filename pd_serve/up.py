@@ -1,7 +1,7 @@
 """``pd-serve up``: a router and its nodes on this machine, started, watched and ended together.
 
 Called by the command line. Each process runs the command that a user would run by hand, from a file with
-its settings; nodes find the router by registering.
+its settings, the nodes' secret among them; nodes find the router by registering.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import signal
+import ssl
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pd_serve import config as settings
 from pd_serve import logs, preflight
@@ -60,18 +63,28 @@ def run(config: UpConfig) -> int:
 def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]:
     """Name, command, URL and settings file of each process. Raises ConfigError when the port is taken."""
     listen(config.host, config.port).close()
+    if (admin := config.admin_address()) is not None:
+        listen(*admin, "--admin-host or --admin-port").close()
     url = _router_url(config)
+    count = config.prefill + config.decode
+    cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
+    ports = _free_ports(count)
+    urls = tuple(f"http://{netloc(_LOCAL, port)}" for port in ports)
+    listed = bool(config.ssl_certfile)  # else they register; this way they need not verify the router beside them
+    # The nodes' own secret: nobody else on this machine can register a node, use one or read its KV.
+    secret = {"secret": config.node_secret() or secrets.token_urlsafe(32), "secret_file": ""}
     routers = RouterConfig(
         **values_of(config, settings.RouterSettings)
+        | secret
         | {"drain_timeout_s": min(config.drain_timeout_s, _ROUTER_DRAIN_S)},
+        prefill=urls[: config.prefill] if listed else (),
+        decode=urls[config.prefill :] if listed else (),
         min_prefill=min(1, config.prefill),
         min_decode=1,
     )
     plan = [("router", "router", url, _write(directory, "router", "router", routers))]
-    count = config.prefill + config.decode
-    cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
-    ports = _free_ports(count)
-    shared = values_of(config, settings.EngineSettings)
+    shared = values_of(config, settings.EngineSettings) | secret
+    shared |= {"ssl_certfile": "", "ssl_keyfile": "", "ssl_ca": ""}  # nodes are on this machine alone
     for number in range(count):
         role, index = ("prefill", number) if number < config.prefill else ("decode", number - config.prefill)
         share = _share(cores, number, count)
@@ -81,7 +94,7 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
                 "role": role,
                 "host": _LOCAL,  # nodes are the router's business alone
                 "port": ports[number],
-                "router": (url,),
+                "router": () if listed else (url,),
                 "threads": config.threads or len(share),
                 "cpus": share if config.cpus else (),
                 "drain_timeout_s": _NODE_DRAIN_S,
@@ -101,14 +114,15 @@ def _share(cores: tuple[int, ...], number: int, count: int) -> tuple[int, ...]:
 
 def _write(directory: Path, name: str, command: str, config: settings.Common) -> Path:
     path = directory / f"{name}.json"
-    path.touch(mode=0o600)  # it may hold API keys
+    path.touch(mode=0o600)  # it holds the secret, and may hold API keys
     path.write_text(settings.to_json(command, config), encoding="utf-8")
     return path
 
 
 def _router_url(config: UpConfig) -> str:
     """Where processes and users of this machine reach the router."""
-    return f"http://{netloc(_LOCAL if config.host in ('0.0.0.0', '::') else config.host, config.port)}"
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://{netloc(_LOCAL if config.host in ('0.0.0.0', '::') else config.host, config.port)}"
 
 
 def _free_ports(count: int) -> list[int]:
@@ -196,6 +210,9 @@ class Up:
         router, *nodes = self._processes
         rows: list[tuple[str, ...]] = [("process", "endpoint", "model", "dtype", "transport", "pid", "engine")]
         rows.append((router.name, router.url, "", "", "", str(router.pid), ""))
+        if (admin := self._config.admin_address()) is not None:
+            scheme = "https" if self._config.ssl_certfile else "http"
+            rows.append(("admin", f"{scheme}://{netloc(*admin)}", "", "", "", str(router.pid), ""))
         for process in nodes:
             _, body = await get(process.url, "/v1/status")
             status = json.loads(body)
@@ -239,9 +256,14 @@ async def _is_ready(process: Supervised) -> bool:
 
 async def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
     """A minimal HTTP GET to a process of ours on this machine: status and body."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    tls = None
+    if parts.scheme == "https":
+        tls = ssl.create_default_context()
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE  # nothing is told to it, and it is ours
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        reader, writer = await asyncio.open_connection(host, parts.port, ssl=tls)
         try:
             writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
             head = await reader.readuntil(b"\r\n\r\n")

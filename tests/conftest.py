@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pd_serve.models.source import resolve
+from tests.certificates import make_certificate
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,9 @@ def smollm2() -> Path:
 def gemma3() -> Path:
     """Gemma 3 270M (a base model with sliding windows) in float32, in HuggingFace form."""
     return Path(resolve("gemma3-270m", "float32", "auto").directory)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Files of a certificate for 127.0.0.1, signed by itself, and of its key."""
+    return make_certificate(tmp_path_factory.mktemp("tls"))

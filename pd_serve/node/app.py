@@ -6,6 +6,7 @@ tenth of a second of a start counts.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -29,6 +30,7 @@ class NodeState(Protocol):
     links: Links
     sleep: Sleep | None  # None: not enabled
     draining: bool
+    order_token: str  # what orders must show; empty: nothing
 
     def hello(self) -> Hello | None:
         """How the node introduces itself to routers; None while it takes no requests (see ``why_not``)."""
@@ -72,11 +74,20 @@ def build(node: NodeState) -> Starlette:
     async def link(websocket: WebSocket) -> None:
         await node.links.serve(websocket, node.hello, node.why_not, node.engine)
 
-    def order(carry_out: Callable[[Sleep, Request], Awaitable[Document]]) -> Callable[[Request], Awaitable[Response]]:
-        """A route of sleep: what ``carry_out`` answers or refuses."""
+    def order(
+        carry_out: Callable[[Sleep, Request], Awaitable[Document]], *, is_question: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A route of sleep: what ``carry_out`` answers or refuses. ``is_question``: it changes nothing."""
 
         async def answer(request: Request) -> Response:
             try:
+                if node.order_token and not is_question:
+                    shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+                    if not hmac.compare_digest(shown.encode(), node.order_token.encode()):
+                        raise Refused(
+                            401,
+                            "send 'Authorization: Bearer TOKEN': pd-serve token --secret-file FILE prints it",
+                        )
                 if node.sleep is None:
                     raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
                 if node.engine.ready is None or node.draining:
@@ -116,7 +127,7 @@ def build(node: NodeState) -> Starlette:
             Route("/v1/status", status),
             Route("/sleep", order(fall_asleep), methods=["POST"]),
             Route("/wake_up", order(wake_up), methods=["POST"]),
-            Route("/is_sleeping", order(is_sleeping)),
+            Route("/is_sleeping", order(is_sleeping, is_question=True)),
             WebSocketRoute("/link", link),
         ]
     )

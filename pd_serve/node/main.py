@@ -16,6 +16,7 @@ from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
+from pd_serve.trust import server_tls
 from pd_serve.wire.engine import EngineConfig
 
 ENGINES_ON_GPU = False  # they compute on CPUs so far
@@ -25,9 +26,14 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
     logs.configure(config.log_level, config.role)
     preflight.check(config)
+    config.check_door(config.host)
+    if config.peer_host:
+        config.check_door(config.peer_host, "peer_host")
+    server_tls(config.ssl_certfile, config.ssl_keyfile)
     model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
-    url = config.advertise_url or f"http://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
+    scheme = "https" if config.ssl_certfile else "http"
+    url = config.advertise_url or f"{scheme}://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
     engine = EngineProcess(config.engine_timeout_s)
     try:
         engine_config = make_engine_config(config, model, url, engine)

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 import httpx
 
+from pd_serve.trust import client_tls
+from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
+
 log = logging.getLogger(__name__)
 
 REPEAT_S = 5.0
@@ -21,13 +24,22 @@ _LEAVE_TIMEOUT_S = 1.0
 
 
 class Registration:
-    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended."""
+    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended.
 
-    def __init__(self, routers: Sequence[str], advertise_url: str, lost: asyncio.Event) -> None:
+    ``secret``: proved to routers; empty: none. ``ssl_ca``: what https routers are verified against.
+    """
+
+    def __init__(
+        self, routers: Sequence[str], advertise_url: str, lost: asyncio.Event, secret: bytes = b"", ssl_ca: str = ""
+    ) -> None:
+        self._secret = secret
         self._routers = routers
         self._url = advertise_url
         self._lost = lost
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
+        secure = any(router.startswith("https:") for router in routers)
+        # Without https nothing is verified, and reading a machine's certificates takes 20 ms.
+        verify = client_tls(ssl_ca) if secure else False
+        self._client = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=verify)
         self._wakers = [asyncio.Event() for _ in routers]
         self._tasks = [
             asyncio.create_task(self._keep(router, waker)) for router, waker in zip(routers, self._wakers, strict=True)
@@ -66,12 +78,27 @@ class Registration:
     async def _register(self, router: str) -> str | None:
         """None, or what went wrong."""
         try:
-            response = await self._client.post(f"{router}/nodes", json={"url": self._url})
+            response = await self._order("POST", router, _TIMEOUT_S)
+        except httpx.RemoteProtocolError as error:
+            return f"{error}: if that port speaks TLS, --router must begin with https"
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             return str(error) or type(error).__name__
         if response.is_success:
             return None
         return f"HTTP {response.status_code}: {response.text[:200]}"
+
+    async def _order(self, method: str, router: str, timeout_s: float) -> httpx.Response:
+        """Proves the secret where the router asks for that."""
+        headers: dict[str, str] = {}
+        for _ in range(2):
+            response = await self._client.request(
+                method, f"{router}/nodes", json={"url": self._url}, headers=headers, timeout=timeout_s
+            )
+            nonce = response.headers.get(NONCE_HEADER, "")
+            if response.status_code != 401 or not nonce or not self._secret:
+                break
+            headers = {NONCE_HEADER: nonce, PROOF_HEADER: order_proof(self._secret, method, nonce, self._url)}
+        return response
 
     def stop(self) -> None:
         """Registers no more; links stay. A node that drains takes nothing new."""
@@ -87,6 +114,6 @@ class Registration:
 
     async def _deregister(self, router: str) -> None:
         try:
-            await self._client.request("DELETE", f"{router}/nodes", json={"url": self._url}, timeout=_LEAVE_TIMEOUT_S)
+            await self._order("DELETE", router, _LEAVE_TIMEOUT_S)
         except httpx.HTTPError as error:
             log.info("could not deregister from router %s (%s)", router, error)

@@ -21,6 +21,7 @@ import uvicorn
 import uvloop
 
 from pd_serve import __version__
+from pd_serve.auth import admin_token
 from pd_serve.config import NodeConfig
 from pd_serve.errors import PDServeError
 from pd_serve.http import bounded
@@ -29,6 +30,7 @@ from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
+from pd_serve.trust import is_loopback
 from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
@@ -53,6 +55,12 @@ class Node:
         self.links = Links(engine_config.secret.encode(), config.connect_timeout_s, self.bundle)
         self.draining = False
         self.sleep = Sleep(engine, self, config.drain_timeout_s) if engine_config.enable_sleep_mode else None
+        secret = engine_config.secret.encode()
+        self.order_token = admin_token(secret) if secret and not is_loopback(config.host) else ""
+        if not secret and not is_loopback(config.host):
+            log.warning(
+                "--allow-insecure-nodes: whoever reaches %s can give this node orders and requests", config.host
+            )
         self._config = config
         self._engine_config = engine_config
         self._url = url
@@ -175,7 +183,10 @@ class Node:
         if self._config.router and self._registration is None and not self.draining:
             from pd_serve.node.registration import Registration  # a node without routers needs no HTTP client
 
-            self._registration = Registration(self._config.router, self._url, self.links.lost)
+            secret = self._engine_config.secret.encode()
+            self._registration = Registration(
+                self._config.router, self._url, self.links.lost, secret, self._config.ssl_ca
+            )
 
     async def leave(self) -> None:
         registration, self._registration = self._registration, None
@@ -202,6 +213,8 @@ class Node:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                ssl_certfile=self._config.ssl_certfile or None,
+                ssl_keyfile=self._config.ssl_keyfile or None,
                 timeout_keep_alive=int(self._config.keep_alive_s),
                 timeout_graceful_shutdown=1,
             )

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.applications import Starlette
@@ -23,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pd_serve import __version__
+from pd_serve import __version__, values
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.leniency import Leniency
@@ -31,13 +30,16 @@ from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
 from pd_serve.config import RouterConfig
 from pd_serve.router.clock import LoopClock
-from pd_serve.router.edge import Edge, request_id
+from pd_serve.router.doors import Doors
+from pd_serve.router.edge import Admin, Edge, request_id
 from pd_serve.router.generation import Generation
 from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group, Registry
 from pd_serve.router.sequence import Shared
 from pd_serve.router.status import describe, models
+from pd_serve.trust import is_loopback
+from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Router:
         self.registry = Registry()
         self.secret = settings.node_secret().encode()
         self.links = Links(settings, self.registry, self.secret)
+        self.doors = Doors(self.secret, settings.allow_insecure_nodes, time.monotonic)
         self.metrics = Metrics()
         self.leniency = Leniency(strict=settings.strict_fields)
         self.shared: Shared
@@ -260,24 +263,43 @@ class Router:
         )
 
     async def add_node(self, request: Request) -> Response:
-        url = await self._node_url(request)
         if self.shared.draining:
             raise APIError(503, "this router is shutting down", code="shutting_down", retry_after_s=5)
-        return _json({"url": url, "state": self.links.add(url)})
+        return await self._ordered(request, lambda url: {"url": url, "state": self.links.add(url)})
 
     async def remove_node(self, request: Request) -> Response:
+        return await self._ordered(request, lambda url: {"url": url, "known": self.links.remove(url)})
+
+    async def _ordered(self, request: Request, carry_out: Callable[[str], dict[str, object]]) -> Response:
+        """An order about a node, from who may give it."""
         url = await self._node_url(request)
-        return _json({"url": url, "known": self.links.remove(url)})
+        headers = request.headers
+        try:
+            self.doors.check(
+                request.method,
+                url,
+                request.client.host if request.client else "",
+                headers.get(NONCE_HEADER, ""),
+                headers.get(PROOF_HEADER, ""),
+                headers.get("authorization", "").removeprefix("Bearer "),
+            )
+        except APIError as error:
+            if error.code != "proof_wanted":
+                log.warning("refused to %s node %s for %s: %s", request.method, url, request.client, error.message)
+                raise
+            answer = _error(error, request)
+            answer.headers[NONCE_HEADER] = self.doors.nonce()
+            return answer
+        return _json(carry_out(url))
 
     async def _node_url(self, request: Request) -> str:
-        url = parse(schemas.NodeRequest, await self._body(request)).url.rstrip("/")
+        given = parse(schemas.NodeRequest, await self._body(request)).url
         try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            url = str(values.URL.parse(given))
         except ValueError:
-            valid = False
-        if not valid:
-            raise bad_request("'url' must be a node's URL, such as http://10.0.0.2:8100", "url")
+            url = ""
+        if not url:
+            raise bad_request("'url' must be a node's address alone, such as http://10.0.0.2:8100", "url")
         return url
 
     async def _body(self, request: Request) -> bytes:
@@ -341,6 +363,8 @@ def create_app(settings: RouterConfig) -> Starlette:
         answer.headers["X-Request-Id"] = request_id(request.scope)  # Starlette answers this outside of Edge
         return answer
 
+    address = settings.admin_address()
+    admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
     app = Starlette(
         routes=[
             Route("/v1/completions", router.completions, methods=["POST"]),
@@ -357,7 +381,7 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys())],
+        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys(), admin=admin)],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )

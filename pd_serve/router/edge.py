@@ -1,4 +1,4 @@
-"""What every HTTP request passes first: its id, and the API key where keys are set."""
+"""What every HTTP request passes first: its id, the API key where keys are set, and which listener it came to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import hmac
 import re
 import secrets
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.errors import APIError
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_OPEN = ("/health", "/ready", "/metrics", "/nodes")  # for probes, scrapers and nodes, which hold no client's key
+_OPEN = ("/health", "/ready", "/nodes")  # for probes; nodes hold no client's key and prove the secret instead
+_ADMIN = ("/metrics", "/v1/status")
 _KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
 
@@ -21,11 +23,19 @@ def request_id(scope: Scope) -> str:
     return str(scope.get("pd_serve.request_id", ""))
 
 
+class Admin(NamedTuple):
+    """A listener for operators. Where there is one, what is for them is nowhere else."""
+
+    port: int
+    needs_key: bool  # others than processes of this machine reach it
+
+
 class Edge:
     """ASGI middleware. Adds nothing to a stream's chunks but one call."""
 
-    def __init__(self, app: ASGIApp, api_keys: AbstractSet[str] = frozenset()) -> None:
+    def __init__(self, app: ASGIApp, api_keys: AbstractSet[str] = frozenset(), admin: Admin | None = None) -> None:
         self._app = app
+        self._admin = admin
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,13 +61,26 @@ class Edge:
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id)]}
             await send(message)
 
-        if self._keys and scope["path"] not in _OPEN and not self._known(keys):
-            error = APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
-            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-            await send_with_id({"type": "http.response.start", "status": 401, "headers": headers})
+        error = self._refusal(scope, keys)
+        if error is not None:
+            headers = [(b"content-type", b"application/json")]
+            headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+            await send_with_id({"type": "http.response.start", "status": error.status, "headers": headers})
             await send_with_id({"type": "http.response.body", "body": error.body(id.decode())})
             return
         await self._app(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope, keys: list[bytes]) -> APIError | None:
+        path, needs_key = scope["path"], bool(self._keys)
+        if path in _OPEN:
+            return None
+        if self._admin is not None and path in _ADMIN:
+            if (scope.get("server") or ("", 0))[1] != self._admin.port:
+                return APIError(404, f"{path} is on the admin listener, not here: --admin-host, --admin-port")
+            needs_key = needs_key and self._admin.needs_key
+        if needs_key and not self._known(keys):
+            return APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        return None
 
     def _known(self, given: list[bytes]) -> bool:
         # All keys are compared, each in constant time: how long it takes tells nothing.

@@ -9,8 +9,10 @@ speaks) counts as lost: what ran there goes on elsewhere, and what such a node s
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
+import ssl
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -22,6 +24,7 @@ from pd_serve.config import RouterConfig
 from pd_serve.errors import PDServeError
 from pd_serve.router.nodes import Node, Registry
 from pd_serve.router.websocket import WebSocket, connect
+from pd_serve.trust import client_tls
 from pd_serve.wire import link as wire
 from pd_serve.wire.handshake import BROKEN_SEAL, LinkRefused, RouterHalf
 from pd_serve.wire.model import decode_bundle
@@ -73,6 +76,10 @@ class Links:
         self._complaints: dict[str, str] = {}
         self._tick_s = time.monotonic()
         self._watcher: asyncio.Task[None] | None = None
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return client_tls(self._settings.ssl_ca)
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
@@ -136,7 +143,11 @@ class Links:
         try:
             opening = _Opening(self._secret)
             socket = await connect(
-                entry.url, "/link", lambda data: self._received(entry, opening, data), self._settings.connect_timeout_s
+                entry.url,
+                "/link",
+                lambda data: self._received(entry, opening, data),
+                self._settings.connect_timeout_s,
+                self._tls if entry.url.startswith("https:") else None,
             )
             entry.socket = socket
             socket.send(opening.half.greeting)

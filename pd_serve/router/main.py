@@ -16,7 +16,8 @@ from types import FrameType
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
-from pd_serve.net import end_unread, listen
+from pd_serve.net import end_unread, listen, netloc
+from pd_serve.trust import client_tls, is_loopback, server_tls
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,11 @@ _GRACE_S = 2.0  # beyond the drain: for error events to be written
 def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router", access_log=settings.access_log)
-    listener = listen(settings.host, settings.port)
-    end_unread(listener, settings.request_timeout_s)
+    check(settings)
+    listeners = [listen(settings.host, settings.port)]
+    if (admin := settings.admin_address()) is not None:
+        listeners.append(listen(*admin, "--admin-host or --admin-port"))
+    end_unread(listeners[0], settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
@@ -78,11 +82,32 @@ def run(settings: RouterConfig) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            ssl_certfile=settings.ssl_certfile or None,
+            ssl_keyfile=settings.ssl_keyfile or None,
             timeout_keep_alive=int(settings.keep_alive_s),
             timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
         )
     )
-    log.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
-    server.run(sockets=[listener])
+    scheme = "https" if settings.ssl_certfile else "http"
+    for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
+        log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
+    server.run(sockets=listeners)
     log.info("ended")
     return 0
+
+
+def check(settings: RouterConfig) -> None:
+    """Raises ConfigError for doors that would be open by mistake; says which are open on purpose."""
+    settings.check_nodes()
+    server_tls(settings.ssl_certfile, settings.ssl_keyfile)
+    if settings.ssl_ca:
+        client_tls(settings.ssl_ca)
+    public = not is_loopback(settings.host)
+    if public and not settings.api_keys():
+        log.warning("whoever reaches %s can use the API: give --api-key-file to ask for keys", settings.host)
+    if settings.node_secret():
+        return
+    if settings.allow_insecure_nodes:
+        log.warning("--allow-insecure-nodes: whoever reaches %s can register nodes and read prompts", settings.host)
+    else:
+        log.info("without a secret only nodes of this machine are taken: give --secret-file for others")

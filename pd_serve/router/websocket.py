@@ -42,7 +42,8 @@ class WebSocket(asyncio.Protocol):
     @property
     def refused(self) -> bool:
         """The other end closed it because it wants nothing to do with this one."""
-        return self._protocol.close_code == CloseCode.POLICY_VIOLATION
+        close = self._protocol.close_rcvd
+        return close is not None and close.code == CloseCode.POLICY_VIOLATION
 
     def send(self, message: bytes) -> None:
         if self._is_open():
@@ -124,7 +125,7 @@ class WebSocket(asyncio.Protocol):
                 parts, self._parts = self._parts, []
                 self._on_message(b"".join(parts))
         elif frame.opcode is Opcode.CLOSE:
-            reason = self._protocol.close_reason
+            reason = self._protocol.close_rcvd.reason if self._protocol.close_rcvd is not None else ""
             self._why = self._why or f"the node closed the link{f': {reason}' if reason else ''}"
             if self._transport is not None:
                 self._transport.close()
@@ -142,20 +143,34 @@ class WebSocket(asyncio.Protocol):
                 self._transport.write_eof()
 
 
-async def connect(url: str, path: str, on_message: Callable[[bytes], None], timeout_s: float) -> WebSocket:
-    """Opens a WebSocket below an http(s) URL. Raises OSError (TimeoutError included) when that fails."""
+async def connect(
+    url: str, path: str, on_message: Callable[[bytes], None], timeout_s: float, tls: ssl.SSLContext | None
+) -> WebSocket:
+    """Opens a WebSocket below an http(s) URL. Raises OSError (TimeoutError included) when that fails.
+
+    ``tls``: how an https server is verified; None for http.
+    """
     parts = urlsplit(url)
     name = parts.hostname or ""
-    secure = parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
+    port = parts.port or (443 if tls else 80)
     host = f"[{name}]" if ":" in name else name
-    uri = f"{'wss' if secure else 'ws'}://{host}:{port}{parts.path.rstrip('/')}{path}"
+    uri = f"{'wss' if tls else 'ws'}://{host}:{port}{path}"
     loop = asyncio.get_running_loop()
-    context = ssl.create_default_context() if secure else None
     async with asyncio.timeout(timeout_s):
-        _, socket = await loop.create_connection(lambda: WebSocket(uri, on_message), name, port, ssl=context)
+        try:
+            _, socket = await loop.create_connection(lambda: WebSocket(uri, on_message), name, port, ssl=tls)
+        except ssl.SSLCertVerificationError as error:
+            raise ConnectionError(
+                f"its certificate cannot be verified: {error.verify_message}; give the CA's with --ssl-ca, and "
+                "certificates the names that URLs use"
+            ) from error
+        except (ssl.SSLError, ConnectionResetError) as error:
+            why = "; no TLS there? Give it --ssl-certfile, or use http://" if tls else ""
+            raise ConnectionError(f"{str(error) or 'the connection was reset'}{why}") from error
         try:
             await socket.opened
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}{'' if tls else ' (if it speaks TLS, its URL begins with https)'}") from None
         except BaseException:
             socket.abort("not opened")
             raise

@@ -6,14 +6,20 @@ import os
 import shutil
 import signal
 import socket
+import ssl
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from pd_serve.wire import link
+from pd_serve.wire.handshake import LinkRefused, RouterHalf
 from pd_serve.wire.model import ModelBundle, decode_bundle
 from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, free_port, receive, receive_outputs, submit
 
@@ -350,3 +356,61 @@ def test_cores_that_are_not_there(start_node: StartNode) -> None:
     node = start_node("echoes", "--cpus", "60000", ready=False, port=free_port())
     assert node.wait() == 2
     assert "--cpus names cores that this process may not use: [60000]" in node.log
+
+
+# --- doors --------------------------------------------------------------------------------------------
+
+SECRET = "long, and random enough"
+
+
+def test_a_node_that_strangers_reach_needs_a_secret(start_node: StartNode) -> None:
+    for flags in (("--host", "0.0.0.0"), ("--peer-host", "10.0.0.1")):
+        node = start_node("echoes", *flags, ready=False)
+        assert node.wait() == 2
+        assert "--secret-file" in node.log and "--allow-insecure-nodes" in node.log
+        assert "Traceback" not in node.log
+
+
+def test_orders_from_elsewhere_want_the_token_and_routers_the_secret(start_node: StartNode, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(SECRET)
+    file.chmod(0o600)
+    flags = ("--host", "0.0.0.0", "--secret-file", str(file), "--enable-sleep-mode", "--connect-timeout-s", "1.5")
+    node = start_node("echoes", *flags)
+    command = [sys.executable, "-m", "pd_serve.cli", "token", "--secret-file", str(file)]
+    token = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    for shown in (None, "Bearer x", f"Bearer {SECRET}", f"Bearer {token[:-1]}x"):
+        answer = node.post("/sleep", headers={"Authorization": shown} if shown else {})
+        assert answer.status_code == 401 and "pd-serve token" in answer.json()["error"]
+    assert node.get("/is_sleeping").json()["is_sleeping"] is False
+    with pytest.raises(LinkRefused, match="it has a secret and this process has none"):
+        node.link()
+    stranger, silent = node.dial(), node.dial()
+    stranger.send(RouterHalf(b"").greeting)
+    stranger.recv(timeout=5)
+    stranger.send(link.encoder.encode(link.Proof(b"x" * 32)))
+    with pytest.raises(ConnectionClosed, match="its secret is another one"):
+        stranger.recv(timeout=5)
+    with pytest.raises(ConnectionClosed, match="the router must greet first; update the older"):
+        silent.recv(timeout=5)  # as routers from before the handshake, which wait for a Hello
+    connection = node.link(SECRET)
+    assert isinstance(receive(connection), link.Hello)
+    connection.send(submit("a", [1, 2]))
+    assert receive_outputs(connection, "a") == [1, 2]
+    connection.connection.send(submit("b", [1, 2]))  # without a MAC
+    assert close_code(connection, node) == 1008
+    assert "MAC does not hold" in node.log
+    node.until(lambda: node.counters().get("dropped_1") == 1, "the end of the link")
+    assert node.counters()["heard_submit"] == 1
+    assert node.post("/sleep", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+
+
+def test_a_node_speaks_tls(start_node: StartNode, certificate: tuple[str, str]) -> None:
+    node = start_node("echoes", "--ssl-certfile", certificate[0], "--ssl-keyfile", certificate[1], ready=False)
+    url, context = node.url.replace("http", "https"), ssl.create_default_context(cafile=certificate[0])
+    node.until(lambda: httpx.get(f"{url}/ready", verify=context).status_code == 200, "ready")
+    assert httpx.get(f"{url}/v1/status", verify=context).json()["url"] == url
+    with connect(url.replace("https", "wss") + "/link", ssl=context) as socket:
+        assert isinstance(receive(RouterEnd(socket)), link.Hello)
+    broken = start_node("echoes", "--ssl-certfile", "/nowhere", ready=False)
+    assert broken.wait() == 2 and "ssl_certfile" in broken.log

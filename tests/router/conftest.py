@@ -34,14 +34,16 @@ class Running:
     def __init__(self, settings: RouterConfig) -> None:
         self.app = create_app(settings)
         self.router: Router = self.app.state.router
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listeners = [socket.create_server(("127.0.0.1", 0))]
+        self.url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}"
+        if (admin := settings.admin_address()) is not None:
+            listeners.append(socket.create_server(("127.0.0.1", admin[1])))
         self.http = httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False)
         config = uvicorn.Config(
             self.app, http=bounded(settings), ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
         )
         self._server = _Server(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._task = asyncio.create_task(self._server.serve(sockets=listeners))
 
     async def started(self) -> None:
         await until(lambda: self._server.started, "the router serves")

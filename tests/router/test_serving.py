@@ -472,7 +472,8 @@ async def test_api_keys(start_node: StartNode, start_router: StartRouter) -> Non
     assert (await running.http.get("/v1/status")).status_code == 401
     error = (await running.http.post("/tokenize", json={"prompt": "x"})).json()["error"]
     assert error["type"] == "authentication_error" and error["request_id"]
-    for path in ("/health", "/ready", "/metrics"):
+    assert (await running.http.get("/metrics")).status_code == 401
+    for path in ("/health", "/ready"):
         assert (await running.http.get(path)).status_code == 200
 
 
