@@ -33,6 +33,8 @@ GREEDY_BELOW = tl.constexpr(1e-5)  # temperatures: so small a one leaves one tok
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not know
 _UNDERFLOW = tl.constexpr(-87.0)  # exponents: smaller weights are 0
 _TINY = tl.constexpr(float(np.finfo(np.float32).tiny))
+_SCALE = tl.constexpr(2.0**37)  # of weights as integers: those of a chunk add up to less than _ONE
+_ONE = tl.constexpr(1 << 50)
 _CHUNK = 4096  # tokens of a program
 _PASSES, _LEVELS = 3, 8  # over all tokens, each counts above so many levels: they narrow down where a threshold is
 _CANDIDATES = 4096  # weights that one program can hold: where more are left, it reads the whole row again and again
@@ -152,7 +154,7 @@ class Sampler:
         counted = (self._states, self._counts, self._masses, self.rows.max_rows)
         sizes = {"LEVELS": _LEVELS, "ACROSS": across, "CHUNK": _CHUNK, "CANDIDATES": _CANDIDATES}
         for number in range(_PASSES):
-            _count[(n, chunks)](*row, *filters, *counted, PASS=number, BLOCK=1024, **sizes, num_warps=8)
+            _count[(n, chunks)](*row, *filters, *counted, PASS=number, BLOCK=256, **sizes, num_warps=8)
         _collect[(n, chunks)](
             *row, *filters, *counted, self._collected, self._candidates, PASS=_PASSES, **sizes, num_warps=8
         )
@@ -228,7 +230,7 @@ def _weights(
 @triton.jit
 def _fixed(weight: tl.tensor) -> tl.tensor:
     """A weight as an integer: sums of them are exact, so that their order does not matter."""
-    return (weight * 1099511627776.0).to(tl.int64)
+    return (weight * _SCALE).to(tl.int64)
 
 
 @triton.jit
@@ -274,7 +276,7 @@ def _narrowed(
     """Where the threshold is, known from pass ``PASS``: at ``low`` or above it, and below ``high`` (bits).
 
     ``size``: how many weights are candidates (with top-k those from ``high`` on are, too); ``above``, ``mass``: how
-    many are not below ``high``, and their sum; ``total``: the sum of all (both sums are without meaning with top-k).
+    many are not below ``high``, and their sum; ``total``: the sum of all.
     """
     state += row * 6
     low, high, size = tl.load(state), tl.load(state + 1), tl.load(state + 2)
@@ -340,18 +342,16 @@ def _count(
         if size > CANDIDATES:
             top = _row_highest(highest, row, chunks, ACROSS)
             levels = _float(_levels(low, high, PASS, LEVELS))
-            count = tl.zeros([LEVELS, BLOCK], tl.int32)
-            sums = tl.zeros([LEVELS, BLOCK], tl.int64)
-            for first in tl.static_range(0, CHUNK, BLOCK):
+            both = tl.zeros([LEVELS, BLOCK], tl.int64)  # sums, and above their bits the counts
+            for first in range(0, CHUNK, BLOCK):
                 token = chunk * CHUNK + first + tl.arange(0, BLOCK)
                 weight = _weights(adjusted + row * adjusted_row, token, vocab, top, temperature, least)
-                reached = weight[None, :] >= levels[:, None]
-                count += reached.to(tl.int32)
-                if num == 0:  # with top-k, sums are of what it leaves
-                    sums += tl.where(reached, _fixed(weight)[None, :], 0)
+                one = _fixed(weight) + _ONE
+                both += tl.where(weight[None, :] >= levels[:, None], one[None, :], 0)
+            reached = tl.sum(both, 1)
             at = PASS * table + (row * chunks + chunk) * LEVELS + tl.arange(0, LEVELS)
-            tl.store(counts + at, tl.sum(count, 1))
-            tl.store(masses + at, tl.sum(sums, 1))
+            tl.store(counts + at, (reached // _ONE).to(tl.int32))
+            tl.store(masses + at, reached % _ONE)
 
 
 @triton.jit

@@ -79,7 +79,7 @@ FILTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])  # of logits: flat (more candidates than there is room) to peaked
+@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0, 4.0])  # of logits: equal, flat (too many candidates), peaked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [37, 9001] if INTERPRETED else [37, 4096, 20_011, 128_256])
 def test_a_token_is_the_winner_of_its_row(vocab: int, dtype: torch.dtype, spread: float) -> None:
