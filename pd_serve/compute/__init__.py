@@ -1,0 +1,1 @@
+"""Computing a step on a device: a folder for each kind of device."""

@@ -1,0 +1,346 @@
+"""Attention over the block-major KV pool on a GPU, by FlashInfer's kernels.
+
+Called by the engine, an object for each kind of layer (:class:`AttentionShape`) and each phase: :func:`make_decode`
+gives :class:`XqaDecode` where XQA has the shape, else :class:`PlannedDecode`; :class:`Prefill` is for chunks. Owns the
+choice of kernels, their metadata on the device and when they are compiled. A layer's K and V are views of the pool
+(``kv/layout.py``), strided and in place: nothing is copied.
+
+A decode step is prepared once and run by each layer, or captured into a CUDA graph for a number of rows and then
+prepared for each replay. Block 0 of the pool must hold finite numbers: rows that fill up a graph read it, and so do
+tokens before a window, though nothing of it counts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pd_serve.errors import ConfigError
+
+FLASHINFER = ((0, 6, 12), (0, 7))  # from, to before: its API changes in minor versions
+_XQA_BLOCK_SIZES = (16, 32, 64, 128)
+_XQA_MAX_GROUP = 32  # query heads of a KV head
+_XQA_SEMAPHORE_BYTES = 8 << 20
+_WORKSPACE_BYTES = 256 << 20
+_PLAN_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Layers with this have attention in common. ``window``: a token attends to itself and ``window - 1`` before it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None  # of scores: cap * tanh(score / cap)
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def window_left(self) -> int:
+        """As FlashInfer has it: tokens before the own one, -1 without a window."""
+        return -1 if self.window is None else self.window - 1
+
+
+def check(device: torch.device) -> None:
+    """Raises ConfigError, with what to do, where these kernels cannot run on ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(
+            "no CUDA device: check that nvidia-smi shows one and that torch is a CUDA build, or use --device cpu"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        found = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+        raise ConfigError(f"{found}, but 8.0 (Ampere) is the least: use --device cpu")
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("FlashInfer is not installed: pip install 'pd-serve[cuda]'") from None
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    if not FLASHINFER[0] <= numbers < FLASHINFER[1]:
+        raise ConfigError(f"FlashInfer {version} is not supported: pip install 'flashinfer-python>=0.6.12,<0.7'")
+
+
+def xqa_has(shape: AttentionShape, device: torch.device) -> bool:
+    """Whether XQA computes ``shape`` on ``device``."""
+    return (
+        torch.cuda.get_device_capability(device)[0] in (9, 10, 12)
+        and shape.soft_cap is None
+        and shape.dtype in (torch.bfloat16, torch.float16)
+        and shape.block_size in _XQA_BLOCK_SIZES
+        and shape.head_dim % 16 == 0
+        and shape.head_dim <= 256
+        and shape.num_heads // shape.num_kv_heads <= _XQA_MAX_GROUP
+    )
+
+
+def compile_kernels(
+    shapes: Iterable[AttentionShape], device: torch.device, progress: Callable[[str], None] | None = None
+) -> None:
+    """Compiles what FlashInfer does not bring compiled (about a minute with enough cores), once: it keeps it on disk.
+
+    ``progress`` is called with a line to show before that, and not at all if everything is there. Where this was not
+    called the first use of a kernel compiles it.
+    """
+    specs = {spec.name: spec for shape in shapes for spec in _specs(shape, device)}
+    missing = [spec for spec in specs.values() if not spec.is_compiled]
+    if not missing:
+        return
+    if progress:
+        progress(f"compiling {len(missing)} attention kernels, once on this machine (about a minute)")
+    with ThreadPoolExecutor(len(missing)) as pool:
+        for future in [pool.submit(spec.build_and_load) for spec in missing]:
+            future.result()
+
+
+def _specs(shape: AttentionShape, device: torch.device) -> list[Any]:
+    from flashinfer.jit import gen_batch_prefill_module
+    from flashinfer.jit.xqa import gen_xqa_module
+
+    t, s = shape.dtype, shape
+
+    def planned(backend: str) -> Any:
+        return gen_batch_prefill_module(
+            backend,
+            t,
+            t,
+            t,
+            torch.int32,
+            s.head_dim,
+            s.head_dim,
+            0,
+            s.window is not None,
+            s.soft_cap is not None,
+            False,
+        )
+
+    specs = [planned(_prefill_backend(shape, device))]
+    if xqa_has(shape, device):
+        group = s.num_heads // s.num_kv_heads
+        specs.append(gen_xqa_module(t, t, s.block_size, s.head_dim, group, s.window is not None, t, 1))
+    else:
+        specs.append(planned("fa2"))
+    return specs
+
+
+def _prefill_backend(shape: AttentionShape, device: torch.device) -> str:
+    """FA3 where FlashInfer brings it compiled; with windows, caps or other heads it takes nvcc many minutes."""
+    plain = shape.window is None and shape.soft_cap is None and shape.head_dim in (64, 128)
+    return "fa3" if plain and torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
+
+
+class Workspaces:
+    """Scratch memory of a device, shared by all that computes attention there, on one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.xqa = torch.zeros(_XQA_SEMAPHORE_BYTES + _WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.planned = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.plan = torch.zeros(_PLAN_BYTES, dtype=torch.uint8, device=device)
+
+
+class Decode(Protocol):
+    """Attention of sequences with one new token each, whose K and V are in the pool already."""
+
+    def prepare(self, tables: Tensor, lens: Tensor) -> None:
+        """For a step without a graph. ``tables [B, blocks]``, ``lens [B]`` int32: tokens, the new ones included."""
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """``q``, ``out [B, Hq, D]`` contiguous; ``k_cache``, ``v_cache [blocks, Hkv, block_size, D]``, one layer's."""
+
+    def begin_capture(self, sizes: Sequence[int]) -> None:
+        """Before the graphs for these numbers of rows are captured."""
+
+    def capture(self, size: int) -> None:
+        """Before the graph for ``size`` rows is warmed up and captured: :meth:`run` is then called in it."""
+
+    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+        """Before the graph for ``size`` rows is replayed, with B <= ``size`` sequences, as :meth:`prepare` has them."""
+
+
+def make_decode(
+    shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
+) -> Decode:
+    """For up to ``max_batch`` sequences of up to ``max_blocks`` blocks."""
+    kind = XqaDecode if xqa_has(shape, device) else PlannedDecode
+    return kind(shape, max_batch, max_blocks, device, workspaces)
+
+
+class XqaDecode:
+    """By XQA: tables and lengths are on the device, so that a graph's replay needs no plan of the host's.
+
+    ``tables [max_batch, max_blocks]`` and ``lens [max_batch]`` are where kernels read them: whoever has them on the
+    device already may write them there.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
+    ) -> None:
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+        self._xqa = xqa_batch_decode_with_kv_cache
+        self._shape = shape
+        self._workspace = workspaces.xqa
+        self.tables = torch.zeros((max_batch, max_blocks), dtype=torch.int32, device=device)
+        self.lens = torch.ones(max_batch, dtype=torch.int32, device=device)
+        self._size = 0
+
+    def prepare(self, tables: Tensor, lens: Tensor) -> None:
+        self.replay(len(lens), tables, lens)
+        self._size = len(lens)
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        tables = self.tables[: self._size]
+        self._xqa(
+            q, (k_cache, v_cache), self._workspace, tables, self.lens[: self._size],
+            tables.shape[1] * self._shape.block_size, bmm1_scale=self._shape.scale,
+            window_left=self._shape.window_left, out=out, kv_layout="HND", enable_pdl=False,
+        )  # fmt: skip
+
+    def begin_capture(self, sizes: Sequence[int]) -> None:
+        if max(sizes) > len(self.lens):
+            raise ValueError(f"graphs of {max(sizes)} rows, but {len(self.lens)} are the most")
+
+    def capture(self, size: int) -> None:
+        self._size = size
+
+    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+        used, blocks = tables.shape
+        self.tables[:used, :blocks].copy_(tables, non_blocking=True)
+        self.lens[:used].copy_(lens, non_blocking=True)
+        if used < size:
+            self.tables[used:size, 0] = 0
+            self.lens[used:size] = 1
+
+
+class PlannedDecode:
+    """By FlashInfer's decode wrapper on tensor cores: the host, where ``tables`` and ``lens`` are, plans each step."""
+
+    def __init__(
+        self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
+    ) -> None:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        self._wrapper = BatchDecodeWithPagedKVCacheWrapper
+        self._shape = shape
+        self._device = device
+        self._workspaces = workspaces
+        self._max_blocks = max_blocks
+        self._indices = torch.zeros(max_batch * max_blocks, dtype=torch.int32, device=device)
+        self._graphs: dict[int, Any] = {}
+        self._eager = self._make(None)
+        self._current = self._eager
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def prepare(self, tables: Tensor, lens: Tensor) -> None:
+        self._current = self._eager
+        self._plan(self._eager, tables, lens)
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        self._current.run(q, (k_cache, v_cache), out=out)
+
+    def begin_capture(self, sizes: Sequence[int]) -> None:
+        for size in sizes:
+            self._graphs[size] = self._make(size)
+
+    def capture(self, size: int) -> None:
+        self._current = self._graphs[size]
+        # the plan decides how many programs a graph has: it has to be one for long sequences
+        lens = torch.full((size,), self._max_blocks * self._shape.block_size, dtype=torch.int32)
+        self._plan(self._current, torch.zeros((size, self._max_blocks), dtype=torch.int32), lens)
+
+    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+        missing = size - len(lens)
+        if missing:
+            tables = torch.cat((tables, tables.new_zeros((missing, tables.shape[1]))))
+            lens = torch.cat((lens, lens.new_ones(missing)))
+        self._plan(self._graphs[size], tables, lens)
+
+    def _make(self, size: int | None) -> Any:
+        buffers: dict[str, Tensor] = {}
+        if size is not None:
+            buffers = {
+                "paged_kv_indptr_buffer": torch.zeros(size + 1, dtype=torch.int32, device=self._device),
+                "paged_kv_indices_buffer": self._indices,
+                "paged_kv_last_page_len_buffer": torch.ones(size, dtype=torch.int32, device=self._device),
+            }
+        wrapper = self._wrapper(
+            self._workspaces.planned, "HND", use_tensor_cores=True, use_cuda_graph=size is not None, backend="fa2",
+            **buffers,
+        )  # fmt: skip
+        wrapper.reset_workspace_buffer(self._workspaces.planned, self._workspaces.plan)
+        return wrapper
+
+    def _plan(self, wrapper: Any, tables: Tensor, lens: Tensor) -> None:
+        s = self._shape
+        starts, indices, last = _pages(tables, lens, s.block_size)
+        self._copied.synchronize()  # the plan before is on its way from pinned memory, which this one overwrites
+        wrapper.plan(
+            starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size, window_left=s.window_left,
+            logits_soft_cap=s.soft_cap, q_data_type=s.dtype, kv_data_type=s.dtype, sm_scale=s.scale,
+        )  # fmt: skip
+        self._copied.record()
+
+
+class Prefill:
+    """Attention of chunks of prompts, whose K and V are in the pool already.
+
+    Chunks without a prefix read their own K and V, which are contiguous. Others read all from the pool: on an H100 to
+    read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md).
+    """
+
+    def __init__(self, shape: AttentionShape, device: torch.device, workspaces: Workspaces) -> None:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
+
+        self._shape = shape
+        backend = _prefill_backend(shape, device)
+        self._paged = BatchPrefillWithPagedKVCacheWrapper(workspaces.planned, "HND", backend=backend)
+        self._ragged = BatchPrefillWithRaggedKVCacheWrapper(workspaces.planned, "NHD", backend=backend)
+        self._own = False
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+        """All int32, on the host: ``query_start [B + 1]``, first rows; ``lens [B]``, tokens, new ones included;
+        ``tables [B, blocks]``.
+        """
+        s = self._shape
+        common = {
+            "causal": True, "sm_scale": s.scale, "window_left": s.window_left, "logits_soft_cap": s.soft_cap,
+            "q_data_type": s.dtype, "kv_data_type": s.dtype,
+        }  # fmt: skip
+        self._own = torch.equal(query_start.diff(), lens)
+        self._copied.synchronize()  # as in PlannedDecode
+        if self._own:
+            self._ragged.plan(query_start, query_start, s.num_heads, s.num_kv_heads, s.head_dim, **common)
+        else:
+            starts, indices, last = _pages(tables, lens, s.block_size)
+            self._paged.plan(
+                query_start, starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size, **common
+            )
+        self._copied.record()
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """``q``, ``out [T, Hq, D]``; ``k``, ``v [T, Hkv, D]``, the chunks' own; the caches as in :class:`Decode`.
+
+        Rows of ``q``, ``k`` and ``v`` may be apart.
+        """
+        if self._own:
+            self._ragged.run(q, k, v, out=out)
+        else:
+            self._paged.run(q, (k_cache, v_cache), out=out)
+
+
+def _pages(tables: Tensor, lens: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashInfer's form of block tables: where each sequence's begin, blocks of all, tokens in each last block."""
+    counts = (lens + (block_size - 1)) // block_size
+    starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+    inside = torch.arange(tables.shape[1], dtype=torch.int32)[None, :] < counts[:, None]
+    return starts, tables[inside], lens - (counts - 1) * block_size

@@ -1,0 +1,164 @@
+"""Both kernels in all their tiles against torch in float32, the choice, and its cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_gpu, tolerance
+
+skip_without_gpu()
+
+from pd_serve.compute.cuda import gemv, linears, splitk  # noqa: E402
+from pd_serve.compute.cuda.linears import TORCH, Linear, Timed, Way  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(64, 256), (131, 1032), (48, 4096)] if INTERPRETED else [(64, 256), (1000, 4104), (6144, 4096)]
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter has no dot of bfloat16
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU's time")
+
+
+def operands(n: int, k: int, rows: int, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    weight = torch.randn(n, k, device=DEVICE).mul_(k**-0.5).to(DTYPE)
+    x = torch.randn(rows, k + 16, device=DEVICE).to(DTYPE)[:, :k]  # rows apart
+    added = torch.randn(n, device=DEVICE).to(DTYPE) if bias else None
+    out = torch.full((rows, n + 8), torch.nan, device=DEVICE, dtype=DTYPE)[:, :n]
+    return weight, x, added, out
+
+
+def expected(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.float() @ weight.float().t()
+    return y if bias is None else y + bias.float()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tile", gemv.TILES if not INTERPRETED else gemv.TILES[2:3], ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_gemv(n: int, k: int, tile: gemv.GemvTile, bias: bool) -> None:
+    for rows in range(1, gemv.MAX_ROWS + 1):
+        weight, x, added, out = operands(n, k, rows, bias)
+        gemv.gemv(x, weight, added, out, tile)
+        assert error(out, expected(weight, x, added)) < tolerance(DTYPE)
+
+
+@pytest.mark.parametrize("tile", splitk.TILES if not INTERPRETED else splitk.TILES[3:5], ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_split_k(n: int, k: int, tile: splitk.SplitTile) -> None:
+    workspace = splitk.Workspace(n, DEVICE)
+    for rows in (1, 7, 16, 33, 64) if not INTERPRETED else (7,):
+        weight, x, added, out = operands(n, k, rows, bias=rows % 2 == 1)
+        for _ in range(2):  # the second time on counters that the first left behind
+            out.fill_(torch.nan)
+            splitk.split_k(x, weight, added, out, tile, workspace)
+            assert error(out, expected(weight, x, added)) < tolerance(DTYPE)
+    assert not workspace.arrived.any()
+
+
+def some_ways() -> list[Timed]:
+    return [
+        Timed(2, Way(gemv.TILES[0]), 1.0, 2.0),
+        Timed(4, TORCH, 2.0, 2.0),
+        Timed(16, Way(splitk.TILES[3]), 1.5, 2.0),
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_goes_the_way_of_its_rows(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 96, 512
+    weight, _, added, _ = operands(n, k, 1, bias)
+    layer = Linear(weight, added, some_ways(), splitk.Workspace(n, DEVICE))
+    seen: list[Way] = []
+    multiply = linears._multiply
+
+    def spy(way: Way, *arguments: object) -> None:
+        seen.append(way)
+        multiply(way, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linears, "_multiply", spy)
+    for rows in (0, 1, 2, 3, 5, 16, 17, 40):
+        x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
+        y = layer(x)
+        assert y.shape == (rows, n)
+        if rows:
+            assert error(y, expected(weight, x, added)) < tolerance(DTYPE)
+    ways = [w.way for w in some_ways()]
+    assert seen == [ways[0], ways[0], ways[1], ways[2], ways[2], TORCH, TORCH]
+
+
+def test_a_workspace_that_is_too_small_is_refused() -> None:
+    weight = torch.zeros(96, 512, device=DEVICE, dtype=DTYPE)
+    for workspace in (None, splitk.Workspace(95, DEVICE)):
+        with pytest.raises(ValueError, match="workspace"):
+            Linear(weight, None, some_ways(), workspace)
+
+
+def test_what_was_timed_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "96x512-bfloat16.json"
+    timed = tuple(some_ways())
+    linears._write(file, timed)
+    assert linears._read(file, [2, 4, 16]) == timed
+    assert linears._read(file, [2, 4, 16, 32]) is None  # another ladder: timed again
+    assert [f.name for f in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "", "{", "[]", '{"format": 1}', '{"format": 1, "timed": [{}]}',
+        '{"format": 1, "timed": [{"rows": 2, "way": "gemv", "tile": [3, 1, 1, 1], "us": 1.0, "torch_us": 2.0}]}',
+        '{"format": 1, "timed": [{"rows": 2, "way": "other", "tile": [1], "us": 1.0, "torch_us": 2.0}]}',
+    ],
+)  # fmt: skip
+def test_a_damaged_cache_is_ignored(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "96x512-bfloat16.json"
+    file.write_text(damage)
+    with caplog.at_level(logging.WARNING):
+        assert linears._read(file, [2]) is None
+    assert str(file) in caplog.text
+
+
+@on_gpu
+def test_choosing_and_choosing_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    shapes = [(4096, 4096), (1000, 520)]
+    first = linears.choose(shapes, DTYPE, DEVICE, ladder=(1, 16), cache=tmp_path, progress=said.append)
+    assert len(said) == 2
+    for shape in shapes:
+        assert [t.rows for t in first[shape]] == [1, 16]
+        assert all(0 < t.us <= t.torch_us for t in first[shape])
+    again = linears.choose(shapes, DTYPE, DEVICE, ladder=(1, 16), cache=tmp_path, progress=said.append)
+    assert again == first
+    assert len(said) == 2
+    (tmp_path / "4096x4096-bfloat16.json").write_text(json.dumps({"format": 0}))
+    linears.choose(shapes, DTYPE, DEVICE, ladder=(1, 16), cache=tmp_path, progress=said.append)
+    assert len(said) == 3
+
+
+@on_gpu
+def test_a_linear_in_a_graph() -> None:
+    n, k = 6144, 4096
+    weight, _, _, _ = operands(n, k, 1, False)
+    layer = Linear(weight, None, some_ways(), splitk.Workspace(n, DEVICE))
+    for rows in (1, 16):
+        x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
+        out = torch.empty(rows, n, device=DEVICE, dtype=DTYPE)
+        layer(x, out)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layer(x, out)
+        x.normal_()
+        for _ in range(3):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert error(out, expected(weight, x, None)) < tolerance(DTYPE)
+
+
+def test_float32_stays_with_torch() -> None:
+    assert linears.choose([(64, 64)], torch.float32, DEVICE) == {(64, 64): ()}
