@@ -17,7 +17,9 @@ from pd_serve.api.errors import APIError
 from pd_serve.trust import is_loopback
 from pd_serve.wire.registration import order_proof
 
-NONCE_AGE_S = 30.0  # between the question and the answer to it
+# Between the question and the answer to it. A node gives up after its connect_timeout_s and asks anew; this is longer
+# than any sensible one, and short enough to remember all that were used.
+NONCE_AGE_S = 30.0
 _STAMP = struct.Struct(">d16s")
 _MAC_BYTES = 16
 

@@ -286,11 +286,6 @@ def resolve(address: str) -> Resolved:
     return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-def is_loopback(resolved: Resolved) -> bool:
-    """Whether what would be dialled is on this machine, whatever its name says."""
-    return ipaddress.ip_address(str(resolved[0][1][0]).partition("%")[0]).is_loopback
-
-
 def is_numeric(address: str) -> bool:
     """Whether no name service is needed to resolve it; also for what cannot be resolved at all."""
     try:
