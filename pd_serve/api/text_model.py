@@ -39,7 +39,6 @@ class TextModel:
             bundle.tokenizer_json, bos_token=bundle.special_tokens.get("bos_token"), add_bos_token=bundle.add_bos_token
         )
         self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
-        self.eos_ids = frozenset(info.eos_token_ids)
         self._special_tokens = dict(bundle.special_tokens)
         self._warned = False
         self.sampling_defaults = bundle.generation_defaults

@@ -184,16 +184,6 @@ class KVManager:
         blocks.node.users -= 1
         self._tree.prune(blocks.node)
 
-    def drop_cached(self) -> None:
-        """Forgets all prefixes that no sequence holds."""
-        for pool in self._pools:
-            pool.drop_cached()
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens that one sequence alone could have in this pool."""
-        return (min(p.num_blocks for p in self._pools) - 1) * self.layout.block_size
-
     def usage(self) -> list[GroupUsage]:
         return [pool.usage() for pool in self._pools]
 

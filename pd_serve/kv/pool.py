@@ -80,13 +80,6 @@ class BlockPool(Generic[Owner]):
     def owner(self, block: int) -> Owner | None:
         return self._owner[block]
 
-    def drop_cached(self) -> None:
-        """Gives up all cached content."""
-        for block in list(self._cached):
-            del self._cached[block]
-            self._disown(block)
-            self._free.append(block)
-
     def _disown(self, block: int) -> None:
         owner, self._owner[block] = self._owner[block], None
         if owner is not None:

@@ -24,11 +24,6 @@ class Decision:
     enable_sleep_mode: bool
 
 
-def is_cumem_allocator_available(device: int = 0) -> bool:
-    """Whether the CUDA driver offers virtual memory on this device. Allocates nothing."""
-    return not cumem_unavailable_because(device)
-
-
 def cumem_unavailable_because(device: int = 0) -> str:
     """The reason and what to do, or an empty text where the cumem allocator is available."""
     try:
@@ -42,11 +37,6 @@ def cumem_unavailable_because(device: int = 0) -> str:
     if not facts.virtual_memory:
         return f"the driver offers no virtual memory on {facts.name} (virtual GPUs and WSL may lack it)"
     return ""
-
-
-def is_sleep_available(on_gpu: bool, device: int = 0) -> bool:
-    """On a CPU pages are given back to the kernel, which always works; on a GPU it takes the cumem allocator."""
-    return not on_gpu or is_cumem_allocator_available(device)
 
 
 def resolve(

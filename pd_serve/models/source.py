@@ -26,7 +26,6 @@ from pathlib import Path
 from pd_serve.errors import ModelError
 from pd_serve.paths import cache_directory
 
-DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 CONVERSION_VERSION = 2  # raise when the conversion writes something else from the same file

@@ -215,10 +215,6 @@ class Books(RuleBasedStateMachine):
         blocks, _, _ = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
         self.kv.close(blocks)
 
-    @rule()
-    def forget(self) -> None:
-        self.kv.drop_cached()
-
     @invariant()
     def books_balance(self) -> None:
         if not hasattr(self, "kv"):

@@ -22,7 +22,7 @@ from pd_serve.memory.host_buffers import HostBuffers
 from pd_serve.memory.pinned import should_pin_memory
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS
 from pd_serve.memory.sleep import DeviceMemory
-from pd_serve.memory.switches import is_cumem_allocator_available
+from pd_serve.memory.switches import cumem_unavailable_because
 from pd_serve.memory.torch_pool import CudaMemory, TorchPools
 
 MIB = 1 << 20
@@ -76,8 +76,8 @@ def test_facts(driver: CudaDriver) -> None:
     assert facts.total_bytes >= torch.cuda.get_device_properties(0).total_memory
     assert facts.virtual_memory
     assert float(driver.version()) >= 12.0
-    assert is_cumem_allocator_available()
-    assert not is_cumem_allocator_available(driver.device_count())
+    assert cumem_unavailable_because() == ""
+    assert cumem_unavailable_because(driver.device_count())
 
 
 def test_memory_is_allocated_exported_and_imported(driver: CudaDriver, allocator: CumemAllocator) -> None:

@@ -31,7 +31,6 @@ class PagedAttention:
     ) -> None:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[layout.dtype]
         self._layout = layout
-        self._num_heads = num_heads
         self._scale = scale
         self._dtype = dtype
         self._element = element_of(dtype)
