@@ -203,10 +203,17 @@ def main() -> int:
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-queue-wait-s", type=float, default=5.0, help="the nodes' bound on waiting")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        system = Cluster(Path(directory), model=args.model, max_num_seqs=args.max_num_seqs, kv_cache_memory="64MiB")
+        system = Cluster(
+            Path(directory),
+            model=args.model,
+            max_num_seqs=args.max_num_seqs,
+            max_queue_wait_s=args.max_queue_wait_s,
+            kv_cache_memory="64MiB",
+        )
         try:
             system.wait_ready()
             return asyncio.run(measure(args, system))
