@@ -1,8 +1,11 @@
 """Proofs that two ends know the same secret, without saying it, and what vouches for every frame after them.
 
-Used by the link between router and node and by registration. A proof is HMAC-SHA256 over who proves and over what
-was said, fresh nonces among it: it is worth nothing in another connection, in the other direction or for other words.
-Whoever sees proofs can try guesses against them, so a secret must be long and random. Nothing here hides what is said.
+Used by links between router and node, by peer connections between engines, and by registration. No sockets, no clocks.
+
+A proof is HMAC-SHA256 over who proves and over what was said, fresh nonces among it: it is worth nothing in another
+connection, in the other direction or for other words. Where neither end has a secret the key is empty: they pair, and
+so does anybody else. Whoever sees proofs can try guesses against them, so a secret must be long and random. Nothing
+here hides what is said.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import secrets
 
 NONCE_BYTES = 32
 TAG_BYTES = 16
+
+SECRET_ADVICE = "start router and nodes with the same --secret-file (or PD_SERVE_SECRET)"
 
 
 def nonce() -> bytes:
@@ -47,10 +52,11 @@ class Seal:
     """MACs of one direction's frames, in their order; both ends make the same ones. Without a secret there are none.
 
     Keyed BLAKE2b over the frame's number and its bytes, under a key of this session and direction: what was changed,
-    dropped, repeated, reordered, sent back or put in does not hold.
+    dropped, repeated, reordered, sent back or put in does not hold. It is a MAC by itself, and the standard library's
+    cheapest for frames of a few KiB.
     """
 
-    def __init__(self, secret: bytes, who: bytes, *parts: bytes) -> None:
+    def __init__(self, secret: bytes = b"", who: bytes = b"", *parts: bytes) -> None:
         self._keyed = None
         if secret:
             self._keyed = hashlib.blake2b(key=proof(secret, who, *parts), digest_size=TAG_BYTES)
@@ -58,17 +64,19 @@ class Seal:
 
     def close(self, frame: bytes) -> bytes:
         """The next frame with its MAC behind it."""
-        return frame if self._keyed is None else frame + self._tag(frame)
+        return frame + self.tag(frame)
 
     def open(self, sealed: bytes) -> bytes | None:
         """The next frame; None where its MAC does not hold."""
         if self._keyed is None:
             return sealed
         frame = sealed[:-TAG_BYTES]
-        return frame if hmac.compare_digest(sealed[-TAG_BYTES:], self._tag(frame)) else None
+        return frame if hmac.compare_digest(sealed[-TAG_BYTES:], self.tag(frame)) else None
 
-    def _tag(self, frame: bytes) -> bytes:
-        assert self._keyed is not None
+    def tag(self, frame: bytes) -> bytes:
+        """The MAC alone of the next frame, for who writes it behind the frame's bytes; empty without a secret."""
+        if self._keyed is None:
+            return b""
         mac = self._keyed.copy()
         mac.update(self._number.to_bytes(8, "little"))
         mac.update(frame)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pd_serve.config import Common
@@ -31,6 +32,7 @@ _LINGER_S = 2.0  # after a refusal what still arrives is dropped for so long, so
 _LOOK_S = 0.5  # time-outs are up to twice this late
 _MOST_FILES = 65_536
 _FEWEST_CONNECTIONS = 16
+_ABORT = "pd_serve.abort"
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.headers) > self.bounds.max_headers:
             raise _Refused(431, f"more than {self.bounds.max_headers} headers: send fewer", "too_many_headers")
         super().on_headers_complete()
+        self.scope["extensions"] = {_ABORT: {"call": self.transport.abort}}
 
     def on_body(self, body: bytes) -> None:
         self._carried = True
@@ -296,6 +299,17 @@ def _answer(status: int, message: str, code: str) -> bytes:
         f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
     )
     return head.encode() + body
+
+
+def abort(scope: Scope) -> bool:
+    """Ends the connection of a request whose client does not read; what waits to be sent is dropped.
+
+    Whether there is one: ``http.disconnect`` follows. In tests there may be none.
+    """
+    found = (scope.get("extensions") or {}).get(_ABORT)
+    if found is not None:
+        found["call"]()
+    return found is not None
 
 
 def bounded(settings: Common) -> type[asyncio.Protocol]:

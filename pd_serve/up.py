@@ -13,13 +13,11 @@ import logging
 import os
 import secrets
 import signal
-import ssl
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from pd_serve import config as settings
 from pd_serve import logs, preflight
@@ -29,6 +27,9 @@ from pd_serve.net import listen, netloc
 from pd_serve.settings import values_of
 from pd_serve.supervised import Supervised
 
+if TYPE_CHECKING:
+    import httpx
+
 log = logging.getLogger(__name__)
 
 # Ctrl-C ends everything within 5 s. The router ends first: it tells open streams why while the nodes still serve them.
@@ -37,7 +38,6 @@ _NODE_DRAIN_S, _NODE_KILL_S = 1.0, 1.8
 _POLL_S = 0.1
 _PATIENCE_S = 20.0  # a start that takes longer is explained by what the processes print
 _LOCAL = "127.0.0.1"
-_UNREACHABLE = (OSError, ValueError, LookupError, EOFError, TimeoutError)
 
 
 def run(config: UpConfig) -> int:
@@ -174,13 +174,13 @@ class Up:
 
     async def _introduce(self) -> None:
         """Waits until all serve, then prints what there is and what to type."""
-        while True:
-            await self._wait_ready()
-            try:
-                rows = await self._rows()
-                break
-            except _UNREACHABLE:  # it died just now: it is started again
-                continue
+        import httpx  # while the processes start: it takes 0.1 s
+
+        # Not verified: nothing is told to them, and they are ours.
+        async with httpx.AsyncClient(verify=False, trust_env=False) as client:
+            await self._wait_ready(client)
+            while (rows := await self._rows(client)) is None:  # one died just now: it is started again
+                await self._wait_ready(client)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         took_s = time.monotonic() - self._started_s
@@ -193,7 +193,7 @@ class Up:
         for process in self._processes:
             process.stream()
 
-    async def _wait_ready(self) -> None:
+    async def _wait_ready(self, client: httpx.AsyncClient) -> None:
         """Until every node is linked and the router is ready."""
         waiting = list(self._processes)
         while waiting:
@@ -201,12 +201,13 @@ class Up:
                 for process in self._processes:
                     process.stream(everything=True)
             for process in list(waiting):
-                if await _is_ready(process):
+                if await _is_ready(client, process):
                     process.has_served = True
                     waiting.remove(process)
             await asyncio.sleep(_POLL_S if waiting else 0)
 
-    async def _rows(self) -> list[tuple[str, ...]]:
+    async def _rows(self, client: httpx.AsyncClient) -> list[tuple[str, ...]] | None:
+        """None where a process does not answer."""
         router, *nodes = self._processes
         rows: list[tuple[str, ...]] = [("process", "endpoint", "model", "dtype", "transport", "pid", "engine")]
         rows.append((router.name, router.url, "", "", "", str(router.pid), ""))
@@ -214,8 +215,9 @@ class Up:
             scheme = "https" if self._config.ssl_certfile else "http"
             rows.append(("admin", f"{scheme}://{netloc(*admin)}", "", "", "", str(router.pid), ""))
         for process in nodes:
-            _, body = await get(process.url, "/v1/status")
-            status = json.loads(body)
+            status = await _document(client, f"{process.url}/v1/status")
+            if not status.get("links"):
+                return None
             engine = status["engine"]
             served = (engine["model"]["name"], status["dtype"], engine["transport"])
             rows.append((process.name, process.url, *served, str(process.pid), str(engine["pid"])))
@@ -243,30 +245,18 @@ def _example(config: UpConfig) -> str:
     return f"  curl -N {_router_url(config)}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
 
 
-async def _is_ready(process: Supervised) -> bool:
+async def _is_ready(client: httpx.AsyncClient, process: Supervised) -> bool:
     """A router: when it says so. A node: when it is linked to the router."""
+    path, says_so = ("/ready", "ready") if process.role == "router" else ("/v1/status", "links")
+    return bool((await _document(client, f"{process.url}{path}")).get(says_so))
+
+
+async def _document(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
+    """Empty where nobody answers."""
+    import httpx
+
     try:
-        if process.role == "router":
-            return (await get(process.url, "/ready"))[0] == 200
-        status, body = await get(process.url, "/v1/status")
-        return status == 200 and json.loads(body)["links"] > 0
-    except _UNREACHABLE:
-        return False
-
-
-async def get(url: str, path: str, timeout_s: float = 5.0) -> tuple[int, bytes]:
-    """A minimal HTTP GET to a process of ours on this machine: status and body."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    tls = None
-    if parts.scheme == "https":
-        tls = ssl.create_default_context()
-        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE  # nothing is told to it, and it is ours
-    async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(host, parts.port, ssl=tls)
-        try:
-            writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-            head = await reader.readuntil(b"\r\n\r\n")
-            return int(head.split(None, 2)[1]), await reader.read()
-        finally:
-            writer.close()
+        found: dict[str, Any] = (await client.get(url)).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return found

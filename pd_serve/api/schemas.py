@@ -495,3 +495,4 @@ class NodeRequest(Body):
     """POST and DELETE /nodes."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
+    instance: Annotated[str, Field(max_length=64)] = ""  # of the node's process; empty where people give the order

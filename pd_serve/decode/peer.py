@@ -15,14 +15,16 @@ from typing import Protocol
 
 import msgspec
 
+from pd_serve import auth
 from pd_serve.decode.lane import PeerLanes
 from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.transfer.base import Pair
-from pd_serve.transfer.connection import MAX_FRAME_BYTES, TLS_ADVICE, Connection, Resolved, dial, is_loopback
-from pd_serve.transfer.handshake import HANDSHAKE_S, SECRET_ADVICE, Greeting, Identity, shortened
+from pd_serve.transfer.connection import MAX_FRAME_BYTES, TLS_ADVICE, Connection, Resolved, dial
+from pd_serve.transfer.handshake import HANDSHAKE_S, Greeting, Identity, shortened
 from pd_serve.transfer.probe import Lane, Prober
 from pd_serve.transfer.tls import Tls
 from pd_serve.transfer.worker import TransferWorker
+from pd_serve.trust import is_loopback
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
@@ -235,11 +237,11 @@ class PrefillPeer:
         if isinstance(resolved, OSError):
             self.lose(FailureKind.CONNECT, f"cannot be dialled ({resolved})")
             return
-        if not self._anywhere and not is_loopback(resolved):
+        if not self._anywhere and not is_loopback(str(resolved[0][1][0])):
             self._lose_misfit(
                 FailureKind.HANDSHAKE,
                 "without a secret only nodes of this machine (loopback addresses) are dialled; "
-                f"{SECRET_ADVICE}, or this one with --allow-insecure-nodes",
+                f"{auth.SECRET_ADVICE}, or this one with --allow-insecure-nodes",
             )
             return
         try:
@@ -357,8 +359,7 @@ class PrefillPeer:
             raise
         self.send(proof)
         if self._wire is not None:
-            if (seals := greeting.seals()) is not None:
-                self._wire.seal(seals.sent, seals.received)
+            self._wire.seal(greeting.outgoing, greeting.incoming)
             self._wire.max_frame_bytes = MAX_FRAME_BYTES
             self.send(greeting.introduction())
 

@@ -20,8 +20,8 @@ import zmq
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from pd_serve.auth import TAG_BYTES, Seal
-from pd_serve.errors import ModelError
 from pd_serve.node.engine_process import EngineProcess
+from pd_serve.node.websocket import proved
 from pd_serve.wire import link as wire
 from pd_serve.wire.engine import NODE, Drop
 from pd_serve.wire.handshake import BROKEN_SEAL, NO_GREETING, LinkRefused, NodeHalf
@@ -122,10 +122,10 @@ class Link:
 class Links:
     """All links of the node; the numbers that the engine knows them by.
 
-    ``bundle``: an encoded ModelBundle, for routers that have none of this model.
+    ``bundle``: an encoded ModelBundle, for routers that have none of this model; empty before there is one.
     """
 
-    def __init__(self, secret: bytes, connect_timeout_s: float, bundle: Callable[[], bytes | None]) -> None:
+    def __init__(self, secret: bytes, connect_timeout_s: float, bundle: Callable[[], bytes]) -> None:
         self._secret = secret
         self._connect_timeout_s = connect_timeout_s
         self._bundle = bundle
@@ -150,18 +150,14 @@ class Links:
         await websocket.accept()
         half = NodeHalf(self._secret)
         refusal = await self._prove(websocket, half)
-        greeting = None
-        if refusal is None:
-            try:
-                await asyncio.to_thread(self._bundle)  # it reads files, once
-                greeting = hello()
-                refusal = None if greeting is not None else (TRY_AGAIN, why_not())
-            except ModelError as error:
-                log.error("routers cannot use this node: %s", error)
-                refusal = POLICY, str(error)
-        if refusal is not None or greeting is None:
-            await _close(websocket, *(refusal or (TRY_AGAIN, "")))
+        if refusal is not None:
+            await _close(websocket, *refusal)
             return
+        greeting = hello()
+        if greeting is None:
+            await _close(websocket, TRY_AGAIN, why_not())
+            return
+        proved(websocket)
         link = Link(next(self._origins), websocket, half.outgoing, half.incoming)
         link.offer(wire.encoder.encode(greeting))
         self._links[link.origin] = link
@@ -212,7 +208,7 @@ class Links:
 
     def _send_model(self, link: Link) -> None:
         bundle = self._bundle()
-        if bundle is None or link.has_model:
+        if not bundle or link.has_model:
             link.end(POLICY, "the model is sent once a link")
             return
         frame = wire.encoder.encode(wire.Model(bundle))

@@ -16,6 +16,7 @@ from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
+from pd_serve.transfer.tls import Tls
 from pd_serve.trust import server_tls
 from pd_serve.wire.engine import EngineConfig
 
@@ -30,6 +31,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     if config.peer_host:
         config.check_door(config.peer_host, "peer_host")
     server_tls(config.ssl_certfile, config.ssl_keyfile)
+    Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca)  # what the engine will do
     model = resolve(config.model, config.dtype, config.load_format)
     listener = listen(config.host, config.port)
     scheme = "https" if config.ssl_certfile else "http"

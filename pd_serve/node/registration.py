@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Sequence
 
 import httpx
@@ -17,21 +18,28 @@ from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
 
 log = logging.getLogger(__name__)
 
-REPEAT_S = 5.0
+REPEAT_S = 5.0  # how long a router that was started anew may be without a node that still serves another one
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # the last one for ever
-_TIMEOUT_S = 5.0
-_LEAVE_TIMEOUT_S = 1.0
+_LEAVE_TIMEOUT_S = 1.0  # a router that is not told sees the link end
 
 
 class Registration:
     """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended.
 
-    ``secret``: proved to routers; empty: none. ``ssl_ca``: what https routers are verified against.
+    ``secret``: proved to routers; empty: none. ``ssl_ca``: what https routers are verified against. ``timeout_s``: of
+    each try.
     """
 
     def __init__(
-        self, routers: Sequence[str], advertise_url: str, lost: asyncio.Event, secret: bytes = b"", ssl_ca: str = ""
+        self,
+        routers: Sequence[str],
+        advertise_url: str,
+        lost: asyncio.Event,
+        secret: bytes = b"",
+        ssl_ca: str = "",
+        timeout_s: float = 4.0,
     ) -> None:
+        self._instance = secrets.token_hex(8)
         self._secret = secret
         self._routers = routers
         self._url = advertise_url
@@ -39,7 +47,8 @@ class Registration:
         secure = any(router.startswith("https:") for router in routers)
         # Without https nothing is verified, and reading a machine's certificates takes 20 ms.
         verify = client_tls(ssl_ca) if secure else False
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=verify)
+        self._timeout_s = timeout_s
+        self._client = httpx.AsyncClient(trust_env=False, verify=verify)
         self._wakers = [asyncio.Event() for _ in routers]
         self._tasks = [
             asyncio.create_task(self._keep(router, waker)) for router, waker in zip(routers, self._wakers, strict=True)
@@ -78,7 +87,7 @@ class Registration:
     async def _register(self, router: str) -> str | None:
         """None, or what went wrong."""
         try:
-            response = await self._order("POST", router, _TIMEOUT_S)
+            response = await self._order("POST", router, self._timeout_s)
         except httpx.RemoteProtocolError as error:
             return f"{error}: if that port speaks TLS, --router must begin with https"
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -89,10 +98,11 @@ class Registration:
 
     async def _order(self, method: str, router: str, timeout_s: float) -> httpx.Response:
         """Proves the secret where the router asks for that."""
+        body = {"url": self._url, "instance": self._instance}
         headers: dict[str, str] = {}
         for _ in range(2):
             response = await self._client.request(
-                method, f"{router}/nodes", json={"url": self._url}, headers=headers, timeout=timeout_s
+                method, f"{router}/nodes", json=body, headers=headers, timeout=timeout_s
             )
             nonce = response.headers.get(NONCE_HEADER, "")
             if response.status_code != 401 or not nonce or not self._secret:

@@ -30,9 +30,10 @@ from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
+from pd_serve.node.websocket import LinkProtocol
 from pd_serve.trust import is_loopback
 from pd_serve.wire.engine import EngineConfig
-from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, Status
+from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, ModelInfo, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class _Server(uvicorn.Server):
 class Node:
     def __init__(self, config: NodeConfig, engine_config: EngineConfig, engine: EngineProcess, url: str) -> None:
         self.engine = engine
-        self.links = Links(engine_config.secret.encode(), config.connect_timeout_s, self.bundle)
+        self.links = Links(engine_config.secret.encode(), config.connect_timeout_s, lambda: self._bundle)
         self.draining = False
         self.sleep = Sleep(engine, self, config.drain_timeout_s) if engine_config.enable_sleep_mode else None
         secret = engine_config.secret.encode()
@@ -68,7 +69,8 @@ class Node:
         self._stop = asyncio.Event()
         self._started_s = time.time()
         self._ready_s: float | None = None
-        self._bundle: bytes | None = None
+        self._bundle = b""  # an encoded ModelBundle, once the engine is ready
+        self._text = ""  # its hash
 
     def run(self, bound: socket.socket) -> int:
         """Serves on ``bound`` until a signal. Raises PDServeError when the engine fails or dies."""
@@ -86,7 +88,7 @@ class Node:
             node_id=self._engine_config.node_id,
             role=self._config.role,
             url=self._url,
-            model=msgspec.structs.replace(ready.model, text=text_hash(self.bundle() or b"")),
+            model=msgspec.structs.replace(ready.model, text=self._text),
             layout=ready.layout,
             epoch=ready.epoch,
             peer_address=ready.peer_address,
@@ -135,7 +137,7 @@ class Node:
     def why_not(self) -> str:
         if self.draining:
             return "draining"
-        if self.engine.ready is None:
+        if self.engine.ready is None or not self._bundle:
             return "starting"
         if self.sleep is not None and self._resting():
             return self.sleep.state.value
@@ -143,20 +145,17 @@ class Node:
             return "the engine has ended"
         return self.engine.trouble
 
-    def bundle(self) -> bytes | None:
-        """An encoded ModelBundle; None before the engine can serve. Reads files, once."""
-        if self._bundle is None and (ready := self.engine.ready) is not None:
-            model = ready.model
-            self._bundle = encode_bundle(
-                bundle_from_directory(
-                    self._engine_config.model,
-                    name=model.name,
-                    fingerprint=model.fingerprint,
-                    chat_template=self._engine_config.chat_template,
-                    generation_config=self._engine_config.generation_config,
-                )
-            )
-        return self._bundle
+    def _read_bundle(self, model: ModelInfo) -> None:
+        """What routers ask for. Reads files. Raises ModelError."""
+        bundle = bundle_from_directory(
+            self._engine_config.model,
+            name=model.name,
+            fingerprint=model.fingerprint,
+            chat_template=self._engine_config.chat_template,
+            generation_config=self._engine_config.generation_config,
+        )
+        encoded = encode_bundle(bundle)
+        self._text, self._bundle = text_hash(encoded), encoded
 
     def _state(self) -> str:
         return "stuck" if self.engine.trouble and not self.draining else self.why_not() or "serving"
@@ -185,7 +184,12 @@ class Node:
 
             secret = self._engine_config.secret.encode()
             self._registration = Registration(
-                self._config.router, self._url, self.links.lost, secret, self._config.ssl_ca
+                self._config.router,
+                self._url,
+                self.links.lost,
+                secret,
+                self._config.ssl_ca,
+                self._config.connect_timeout_s,
             )
 
     async def leave(self) -> None:
@@ -205,7 +209,7 @@ class Node:
             uvicorn.Config(
                 build(self),
                 http=bounded(self._config),
-                ws="websockets-sansio",
+                ws=LinkProtocol,
                 ws_max_size=MAX_FRAME_BYTES,
                 ws_per_message_deflate=False,  # a local network is faster than zlib
                 ws_ping_interval=self._config.router_timeout_s / 2,
@@ -244,6 +248,7 @@ class Node:
         started = await ready
         if started is None:
             raise PDServeError(self.engine.failure)
+        await asyncio.to_thread(self._read_bundle, started.model)
         self._ready_s = time.time()
         log.info(
             "serving %s (%s) on %s, transport %s, up to %d tokens; engine started in %s",

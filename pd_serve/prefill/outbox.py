@@ -381,8 +381,7 @@ class Outbox:
             self._log_once(holder, f"refused who says it is a decode node: {error}")
             self._send(holder, wire.Refused("this node could not prove that it knows the prefill node's secret"))
             return
-        if (seals := reception.seals()) is not None:
-            connection.seal(seals.sent, seals.received)
+        connection.seal(reception.outgoing, reception.incoming)
         connection.max_frame_bytes = wire.MAX_INTRODUCTION_BYTES
 
     def _introduced(self, holder: Holder, them: wire.Introduction) -> None:

@@ -128,6 +128,7 @@ class Router:
             request=parsed,
             prompts=prompts,
             group=group,
+            text=text,
             shared=self.shared,
             metrics=self.metrics,
             request_id=request_id(request.scope),
@@ -265,14 +266,17 @@ class Router:
     async def add_node(self, request: Request) -> Response:
         if self.shared.draining:
             raise APIError(503, "this router is shutting down", code="shutting_down", retry_after_s=5)
-        return await self._ordered(request, lambda url: {"url": url, "state": self.links.add(url)})
+        return await self._ordered(
+            request, lambda url, instance: {"url": url, "state": self.links.add(url, instance=instance)}
+        )
 
     async def remove_node(self, request: Request) -> Response:
-        return await self._ordered(request, lambda url: {"url": url, "known": self.links.remove(url)})
+        return await self._ordered(request, lambda url, _: {"url": url, "known": self.links.remove(url)})
 
-    async def _ordered(self, request: Request, carry_out: Callable[[str], dict[str, object]]) -> Response:
-        """An order about a node, from who may give it."""
-        url = await self._node_url(request)
+    async def _ordered(self, request: Request, carry_out: Callable[[str, str], dict[str, object]]) -> Response:
+        """An order about a node, from who may give it. ``carry_out``: of its URL and instance."""
+        given = parse(schemas.NodeRequest, await self._body(request))
+        url = _node_url(given.url)
         headers = request.headers
         try:
             self.doors.check(
@@ -290,17 +294,7 @@ class Router:
             answer = _error(error, request)
             answer.headers[NONCE_HEADER] = self.doors.nonce()
             return answer
-        return _json(carry_out(url))
-
-    async def _node_url(self, request: Request) -> str:
-        given = parse(schemas.NodeRequest, await self._body(request)).url
-        try:
-            url = str(values.URL.parse(given))
-        except ValueError:
-            url = ""
-        if not url:
-            raise bad_request("'url' must be a node's address alone, such as http://10.0.0.2:8100", "url")
-        return url
+        return _json(carry_out(url, given.instance))
 
     async def _body(self, request: Request) -> bytes:
         """Raises APIError(413) as soon as the limit is passed; never holds more than the limit."""
@@ -330,6 +324,16 @@ class Router:
 
 async def _off_loop(work: Callable[[], _T], size_bytes: int) -> _T:
     return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+
+
+def _node_url(given: str) -> str:
+    try:
+        url = str(values.URL.parse(given))
+    except ValueError:
+        url = ""
+    if not url:
+        raise bad_request("'url' must be a node's address alone, such as http://10.0.0.2:8100", "url")
+    return url
 
 
 def _json(document: object, status: int = 200) -> Response:

@@ -34,7 +34,7 @@ class Choice:
         request_id: str,
     ) -> None:
         request = generation.request
-        text_model = generation.group.text
+        text_model = generation.text
         self._generation = generation
         self._index = index
         self._prompt = prompt

@@ -17,7 +17,9 @@ from pd_serve.api.errors import APIError
 from pd_serve.trust import is_loopback
 from pd_serve.wire.registration import order_proof
 
-NONCE_AGE_S = 30.0  # between the question and the answer to it
+# Between the question and the answer to it. A node gives up after its connect_timeout_s and asks anew; this is longer
+# than any sensible one, and short enough to remember all that were used.
+NONCE_AGE_S = 30.0
 _STAMP = struct.Struct(">d16s")
 _MAC_BYTES = 16
 
@@ -59,9 +61,7 @@ class Doors:
             raise APIError(401, "the nonce is used, too old or another router's: take this one", code="proof_wanted")
         mine = order_proof(self._secret, method, nonce, url)
         if not hmac.compare_digest(mine.encode(), proof.encode()):
-            raise APIError(
-                403, "it is another secret: start router and nodes with the same --secret-file", code="wrong_secret"
-            )
+            raise APIError(403, f"it is another secret: {auth.SECRET_ADVICE}", code="wrong_secret")
         self._used = {old: until_s for old, until_s in self._used.items() if until_s > now_s}
         self._used[nonce] = now_s + NONCE_AGE_S
 

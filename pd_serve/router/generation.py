@@ -20,7 +20,8 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.responses import DONE, KEEP_ALIVE, Format, Usage, error_event
 from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
-from pd_serve.api.text_model import Prompt
+from pd_serve.api.text_model import Prompt, TextModel
+from pd_serve.http import abort
 from pd_serve.router.choice import Choice
 from pd_serve.router.clock import Timer
 from pd_serve.router.metrics import Metrics
@@ -47,14 +48,16 @@ class Generation:
         request: CompletionRequest | ChatCompletionRequest,
         prompts: list[Prompt],
         group: Group,
+        text: TextModel,
         shared: Shared,
         metrics: Metrics,
         request_id: str,
         arrived_s: float,
     ) -> None:
-        """Raises APIError(400) when the sampling fields do not fit the model."""
+        """``text``: what made the prompts. Raises APIError(400) where the sampling fields do not fit the model."""
         self.request = request
         self.group = group
+        self.text = text
         self.chat = isinstance(request, ChatCompletionRequest)
         self.stream = bool(request.stream)
         self.started = False  # the client has a status, or will at once
@@ -62,21 +65,21 @@ class Generation:
             # Clients may send one X-Request-Id with many requests.
             id=f"{'chatcmpl' if self.chat else 'cmpl'}-{request_id[:48]}-{secrets.token_hex(8)}",
             created_s=int(time.time()),
-            model=group.info.name,
+            model=text.info.name,
             chat=self.chat,
             stream=self.stream,
             usage_in_stream=request.wants_usage,
         )
         self.choices: list[Choice] = []
         for prompt in prompts:
-            sampling = sampling_params(request, group.text, len(prompt.ids))
+            sampling = sampling_params(request, text, len(prompt.ids))
             for number in range(request.choices):
                 own = msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, number)) if number else sampling
                 self.choices.append(Choice(self, len(self.choices), prompt, own, shared, request_id))
         self._prompts = prompts
         self._shared = shared
         self._metrics = metrics
-        self._own = metrics.models[group.info.name]
+        self._own = metrics.models[text.info.name]
         self.observe_itl = self._own.itl.observe
         self._request_id = request_id
         self._arrived_s = arrived_s
@@ -143,13 +146,15 @@ class Generation:
             assert self._error is not None and self._task is not None
             self._task.uncancel()
             status = self._error.status
+            if abort(scope):
+                await asyncio.wait({watch})  # returning before, uvicorn would miss the end of the answer
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             self._stop("client")
             watch.cancel()
             self._own.in_flight -= 1
-            self._finish(499 if self._left else status, scope)
+            self._finish(499 if self._left and not self._cut else status, scope)
 
     async def _stream(self, send: Send) -> int:
         self._look_later(self._events)
@@ -291,7 +296,7 @@ class Generation:
             self._request_id,
             scope["path"],
             status,
-            self.group.info.name,
+            self.text.info.name,
             usage.prompt_tokens,
             usage.cached_tokens,
             usage.completion_tokens,

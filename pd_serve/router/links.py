@@ -9,16 +9,18 @@ speaks) counts as lost: what ran there goes on elsewhere, and what such a node s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.errors import PDServeError
@@ -35,6 +37,9 @@ _T = TypeVar("_T")
 
 _BACKOFF_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # the last one for ever
 _REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that answers and cannot be worked with
+# Registered ones and listed ones. Far more than one router has tokens to carry for; each costs a socket and a task, and
+# where strangers may register it is they who say what is dialled.
+MAX_LINKS = 1000
 _TICK_S = 0.5
 _PING_AFTER_S = 1.0
 _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict on others then
@@ -65,6 +70,8 @@ class _Link:
     state: str = "connecting"
     reason: str = ""  # why the last try failed
     refused: bool = False  # the node was there, and it and this router cannot work together
+    instance: str = ""  # of the node's process, as it registered
+    again: asyncio.Event = field(default_factory=asyncio.Event)  # the next try need not wait
 
 
 class Links:
@@ -93,13 +100,27 @@ class Links:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def add(self, url: str, *, static: bool = False) -> str:
-        """Begins a link unless there is one; its state."""
+    def add(self, url: str, *, static: bool = False, instance: str = "") -> str:
+        """Begins a link unless there is one; its state. ``instance``: of the node's process, where it registers itself.
+
+        A node that was refused is tried again at once where it was started anew, or somebody gave the order by hand.
+        Raises APIError where there are too many.
+        """
         url = url.rstrip("/")
         entry = self._links.get(url)
         if entry is None:
-            entry = self._links[url] = _Link(url, static)
+            if not static and len(self._links) >= MAX_LINKS:
+                raise APIError(
+                    503,
+                    f"{MAX_LINKS} nodes are registered with this router: take some away, or start another router",
+                    code="too_many_nodes",
+                    retry_after_s=60,
+                )
+            entry = self._links[url] = _Link(url, static, instance=instance)
             entry.task = asyncio.create_task(self._keep(entry))
+        elif entry.node is None and (not instance or instance != entry.instance):
+            entry.again.set()
+        entry.instance = instance
         return entry.state
 
     def remove(self, url: str) -> bool:
@@ -129,13 +150,16 @@ class Links:
                 failures = 0 if linked else failures + 1
                 backoff_s = _REFUSED_BACKOFF_S if entry.refused else _BACKOFF_S
                 delay_s = backoff_s[min(failures, len(backoff_s) - 1)]
-                await asyncio.sleep(delay_s * random.uniform(0.8, 1.2))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(entry.again.wait(), delay_s * random.uniform(0.8, 1.2))
+                    failures = 0
         finally:
             if self._links.get(entry.url) is entry:
                 del self._links[entry.url]
 
     async def _once(self, entry: _Link) -> bool:
         """Connects and serves until the link ends; whether it was ever in use."""
+        entry.again.clear()
         if not entry.refused:
             entry.state = "connecting"  # else the reason stays readable while it is tried again
         socket = None

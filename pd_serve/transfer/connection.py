@@ -22,8 +22,8 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
+from pd_serve.auth import Seal
 from pd_serve.net import netloc
-from pd_serve.transfer.auth import TAG_BYTES, Seal
 from pd_serve.transfer.tls import Stream, Tls
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class Connection:
         self.changed: Callable[[], None] = lambda: None  # called when ``interest`` has changed
         self._socket = connected
         self._connecting = connecting
-        self._sent_seal: Seal | None = None
-        self._received_seal: Seal | None = None
+        self._outgoing = self._incoming = Seal()
         self._tls = tls
         self._unsent = bytearray()
         if tls is not None:
@@ -84,16 +83,16 @@ class Connection:
         except OSError:
             return "unknown"
 
-    def seal(self, sent: Seal, received: Seal) -> None:
+    def seal(self, outgoing: Seal, incoming: Seal) -> None:
         """From the next frame on, in both directions, frames carry MACs. May be called between frames of a turn."""
-        self._sent_seal, self._received_seal = sent, received
+        self._outgoing, self._incoming = outgoing, incoming
 
     def send(self, frame: bytes) -> None:
         """Sends, now or later, as long as the connection lives. A peer that does not read ends it."""
         if self.ended:
             return
         idle = not self._unsent and not self._connecting
-        tag = b"" if self._sent_seal is None else self._sent_seal.tag(frame)
+        tag = self._outgoing.tag(frame)
         length = (len(frame) + len(tag)).to_bytes(_LENGTH_BYTES, "little")
         if self._tls is None:
             self._unsent += length
@@ -197,16 +196,14 @@ class Connection:
                 if len(self._received) < end:
                     return
                 at = end
-                frame = bytes(self._received[begin:end])
-                if self._received_seal is not None:
-                    frame, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
-                    if not self._received_seal.holds(tag, frame):
-                        self.forged = True
-                        self.ended = (
-                            "a message was changed, repeated or put in on its way: its MAC does not hold; look for who "
-                            "else is on this network"
-                        )
-                        return
+                frame = self._incoming.open(bytes(self._received[begin:end]))
+                if frame is None:
+                    self.forged = True
+                    self.ended = (
+                        "a message was changed, repeated or put in on its way: its MAC does not hold; look for who "
+                        "else is on this network"
+                    )
+                    return
                 yield frame
         finally:
             del self._received[:at]
@@ -287,11 +284,6 @@ def resolve(address: str) -> Resolved:
     if not host or not port or address.lower() != f"tcp://{netloc(host, port)}":
         raise OSError(f"{address!r} is not of the form tcp://host:port")
     return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-
-
-def is_loopback(resolved: Resolved) -> bool:
-    """Whether what would be dialled is on this machine, whatever its name says."""
-    return ipaddress.ip_address(str(resolved[0][1][0]).partition("%")[0]).is_loopback
 
 
 def is_numeric(address: str) -> bool:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pd_serve import auth
 from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
-from pd_serve.transfer import auth
-from pd_serve.transfer.auth import Prover, Said, Seal, Speaker
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.slices import Slicing, slicings
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import PROTOCOL_MAX, PROTOCOL_MIN
 
-SECRET_ADVICE = "start both with the same --secret-file (or PD_SERVE_SECRET)"
+# Who proves, and whose messages a key vouches for.
+SOURCE, READER = b"peer: prefill", b"peer: decode"
+FROM_SOURCE, FROM_READER = b"peer: messages of prefill", b"peer: messages of decode"
 
 # From dialling, or being dialled, to the end of the handshake; for a reader to the end of the self-test.
 HANDSHAKE_S = 10.0
@@ -48,52 +49,48 @@ class Identity:
     protocol_max: int = PROTOCOL_MAX
 
 
-@dataclass(frozen=True)
-class Seals:
-    """What vouches for the messages of a connection from now on."""
-
-    sent: Seal
-    received: Seal
+def said(reader_nonce: bytes, source_nonce: bytes, hello: bytes, protocol: int) -> tuple[bytes, ...]:
+    """What both ends of a connection have said, as proofs have it. ``hello``: the frame that opened it."""
+    return reader_nonce, source_nonce, hello, protocol.to_bytes(8, "little")
 
 
 class Greeting:
-    """A decode node's half. ``hello``: the frame to begin with."""
+    """A decode node's half. ``hello``: the frame to begin with.
+
+    ``outgoing`` and ``incoming`` seal all messages once the source is proved.
+    """
+
+    outgoing: auth.Seal
+    incoming: auth.Seal
 
     def __init__(self, me: Identity, regions: tuple[Region, ...], lanes: dict[str, bytes]) -> None:
         self._me = me
         self._regions = regions
         self._lanes = lanes
         self._nonce = auth.nonce()
-        self._said: Said | None = None  # once the source has proved itself
+        self.challenged = False  # and the source has proved itself
         self.hello = wire.encoder.encode(wire.Hello(me.protocol_min, me.protocol_max, self._nonce))
-
-    @property
-    def challenged(self) -> bool:
-        return self._said is not None
 
     def prove(self, challenge: wire.Challenge) -> wire.Proof:
         """Raises HandshakeError when the other end does not know the secret; then nothing more should be said to it."""
-        me, said = self._me, Said(self._nonce, challenge.nonce, self.hello, challenge.protocol)
-        if not auth.holds(challenge.mac, me.secret, Prover.SOURCE, said):
-            why = auth.why_not(challenge.mac, me.secret, Prover.SOURCE, said)
-            raise HandshakeError(f"it could not prove that it knows the secret of this node: {why}; {SECRET_ADVICE}")
+        me = self._me
+        parts = said(self._nonce, challenge.nonce, self.hello, challenge.protocol)
+        if not auth.holds(challenge.mac, me.secret, SOURCE, *parts):
+            why = auth.why_not(challenge.mac, me.secret, SOURCE, *parts)
+            raise HandshakeError(f"it could not prove that it knows the secret: {why}; {auth.SECRET_ADVICE}")
         if not me.protocol_min <= challenge.protocol <= me.protocol_max:
             raise HandshakeError(
                 f"it settled on peer protocol {challenge.protocol}; this node speaks "
                 f"{me.protocol_min}..{me.protocol_max}; upgrade the older one"
             )
-        self._said = said
-        return wire.Proof(auth.proof(me.secret, Prover.READER, said))
-
-    def seals(self) -> Seals | None:
-        """After ``prove``; None without a secret."""
-        secret, said = self._me.secret, self._said
-        assert said is not None
-        return Seals(Seal(secret, Speaker.READER, said), Seal(secret, Speaker.SOURCE, said)) if secret else None
+        self.challenged = True
+        self.outgoing = auth.Seal(me.secret, FROM_READER, *parts)
+        self.incoming = auth.Seal(me.secret, FROM_SOURCE, *parts)
+        return wire.Proof(auth.proof(me.secret, READER, *parts))
 
     def introduction(self) -> wire.Introduction:
         """What is only said to a source that has proved itself."""
-        assert self._said is not None
+        assert self.challenged
         me = self._me
         return wire.Introduction(
             me.node_id, me.epoch, me.model, me.layout, list(self._regions), self._lanes, me.checksums
@@ -107,31 +104,30 @@ class Greeting:
 class Reception:
     """A prefill node's half, from ``hello`` (which came as ``frame``) on. ``challenge``: the answer to it.
 
-    Raises HandshakeError when no version of the peer protocol is spoken by both.
+    ``outgoing`` and ``incoming`` seal all messages once the reader is proved. Raises HandshakeError when no version of
+    the peer protocol is spoken by both.
     """
+
+    outgoing: auth.Seal
+    incoming: auth.Seal
 
     def __init__(self, me: Identity, hello: wire.Hello, frame: bytes) -> None:
         check_protocol(me, hello)
         self._me = me
-        self._said = Said(hello.nonce, auth.nonce(), frame, min(me.protocol_max, hello.protocol_max))
         self.proved = False
-        self.challenge = wire.Challenge(
-            self._said.protocol, self._said.source_nonce, auth.proof(me.secret, Prover.SOURCE, self._said)
-        )
+        protocol, nonce = min(me.protocol_max, hello.protocol_max), auth.nonce()
+        self._said = said(hello.nonce, nonce, frame, protocol)
+        self.challenge = wire.Challenge(protocol, nonce, auth.proof(me.secret, SOURCE, *self._said))
 
     def check(self, proof: wire.Proof) -> None:
         """Raises HandshakeError unless the reader knows the secret. Says nothing that it need not know."""
         secret = self._me.secret
-        if not auth.holds(proof.mac, secret, Prover.READER, self._said):
-            why = auth.why_not(proof.mac, secret, Prover.READER, self._said)
-            raise HandshakeError(f"it could not prove that it knows the secret: {why}; {SECRET_ADVICE}")
+        if not auth.holds(proof.mac, secret, READER, *self._said):
+            why = auth.why_not(proof.mac, secret, READER, *self._said)
+            raise HandshakeError(f"it could not prove that it knows the secret: {why}; {auth.SECRET_ADVICE}")
         self.proved = True
-
-    def seals(self) -> Seals | None:
-        """After ``check``; None without a secret."""
-        assert self.proved
-        secret, said = self._me.secret, self._said
-        return Seals(Seal(secret, Speaker.SOURCE, said), Seal(secret, Speaker.READER, said)) if secret else None
+        self.outgoing = auth.Seal(secret, FROM_SOURCE, *self._said)
+        self.incoming = auth.Seal(secret, FROM_READER, *self._said)
 
     def pair(self, them: wire.Introduction, regions: tuple[Region, ...]) -> Pair:
         """How the two pools fit together. Raises HandshakeError, with both sides' values, where they do not."""

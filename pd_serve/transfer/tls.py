@@ -26,6 +26,11 @@ class Tls:
         """None without an authority: there is nothing to know a node by then. Raises ConfigError."""
         if not ca:
             return None
+        if not certfile:
+            raise ConfigError(
+                "ssl_ca is given without ssl_certfile: nodes show each other a certificate of that authority; give "
+                "--ssl-certfile (and --ssl-keyfile) too, or leave --ssl-ca out"
+            )
         contexts = []
         for protocol in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER):
             context = ssl.SSLContext(protocol)

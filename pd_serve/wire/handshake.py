@@ -12,7 +12,6 @@ from pd_serve import auth
 from pd_serve.errors import PDServeError
 from pd_serve.wire import link
 
-SECRET_ADVICE = "start router and nodes with the same --secret-file"
 BROKEN_SEAL = "a frame's MAC does not hold: somebody on the network changed, dropped or inserted something"
 NO_GREETING = f"link version {link.LINK_VERSION}: the router must greet first; update the older of the two"
 
@@ -48,7 +47,7 @@ class RouterHalf:
         said = (self.greeting, challenge.nonce)
         if not auth.holds(challenge.mac, self._secret, _NODE, *said):
             why = auth.why_not(challenge.mac, self._secret, _NODE, *said)
-            raise LinkRefused(f"it could not prove that it knows the secret: {why}; {SECRET_ADVICE}")
+            raise LinkRefused(f"it could not prove that it knows the secret: {why}; {auth.SECRET_ADVICE}")
         self.outgoing = auth.Seal(self._secret, _FROM_ROUTER, *said)
         self.incoming = auth.Seal(self._secret, _FROM_NODE, *said)
         return link.encoder.encode(link.Proof(auth.proof(self._secret, _ROUTER, *said)))
@@ -92,6 +91,6 @@ class NodeHalf:
             raise LinkRefused("its second message is no proof")
         if not auth.holds(proof.mac, self._secret, _ROUTER, *self._said):
             why = auth.why_not(proof.mac, self._secret, _ROUTER, *self._said)
-            raise LinkRefused(f"the router could not prove that it knows the secret: {why}; {SECRET_ADVICE}")
+            raise LinkRefused(f"the router could not prove that it knows the secret: {why}; {auth.SECRET_ADVICE}")
         self.outgoing = auth.Seal(self._secret, _FROM_NODE, *self._said)
         self.incoming = auth.Seal(self._secret, _FROM_ROUTER, *self._said)

@@ -6,7 +6,7 @@ here: they are read over one of the lanes that the handshake found both ends to 
 A connection begins so: ``Hello``, ``Challenge``, ``Proof`` with ``Introduction`` right behind it, ``Welcome``, then
 ``LaneMessage`` as lanes need it, and ``Chosen`` after the self-test. Neither end says anything of itself before the
 other has proved the secret. Where there is one, every frame after its sender's proof ends with a MAC
-(:mod:`pd_serve.transfer.auth`). What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
+(:mod:`pd_serve.auth`). What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
 
 A *lease* is a prefill node's promise not to reuse a request's blocks. It is renewed by heartbeats
 while the decode node waits and ends by release, cancel, expiry, or a new epoch of the peer.
@@ -70,7 +70,7 @@ class Hello(msgspec.Struct, tag="hello"):
 
 
 class Challenge(msgspec.Struct, tag="challenge"):
-    """Prefill to decode: it knows the secret, if ``mac`` holds (:mod:`pd_serve.transfer.auth`). It says no more yet."""
+    """Prefill to decode: it knows the secret, if ``mac`` holds (:mod:`pd_serve.auth`). It says no more yet."""
 
     protocol: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]  # the newest that both speak
     nonce: Nonce

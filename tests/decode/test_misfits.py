@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pd_serve.auth import Seal
 from pd_serve.decode import inbox as module
 from pd_serve.decode import peer
 from pd_serve.decode.inbox import Failed, Offered
@@ -256,9 +257,9 @@ def test_a_message_put_in_on_its_way_ends_the_session(clock: Clock, caplog: pyte
     proof = wire.decode_to_prefill(source.receive())
     assert isinstance(proof, wire.Proof)
     reception.check(proof)
-    source.seals = reception.seals()
+    source.seal(reception)
     assert isinstance(wire.decode_to_prefill(source.receive()), wire.Introduction)  # sealed
-    source.seals = None
+    source.outgoing = Seal()
     source.send(wire.encoder.encode(wire.Bye("e")) + os.urandom(16))
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.PEER_LOST and "MAC does not hold" in failed.message

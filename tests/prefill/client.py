@@ -56,7 +56,7 @@ class Client:
     def prove(self, challenge: wire.Challenge) -> None:
         """Proves itself and says what it is."""
         self.say(self.greeting.prove(challenge))
-        self.socket.seals = self.greeting.seals()
+        self.socket.seal(self.greeting)
         self.socket.send(self.introduction())
 
     def introduction(self) -> bytes:

@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from pd_serve import auth
 from pd_serve.errors import HandshakeError
 from pd_serve.memory.region import PROBE_BLOCKS
 from pd_serve.prefill import outbox
-from pd_serve.transfer import auth, probe
-from pd_serve.transfer.auth import Prover, Said
+from pd_serve.transfer import handshake, probe
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import LARGE, SMALL, Clock, PrefillEnd, until
@@ -100,13 +100,13 @@ def test_close_says_goodbye(end: PrefillEnd, client: Client) -> None:
 
 def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     end = PrefillEnd(clock=clock, lanes=copy_lanes, me={"secret": b"right"})
-    for secret, what in ((b"wrong", "its secret is not this node's"), (b"", "it has no secret and this node has one")):
+    for secret, what in ((b"wrong", "its secret is another one"), (b"", "it has no secret and this process has one")):
         for _ in range(3):
             client = Client(end, secret=secret)
             challenge = client.challenge()
             with pytest.raises(HandshakeError, match="--secret-file"):  # a real client would leave now
                 client.greeting.prove(challenge)
-            client.say(wire.Proof(auth.proof(secret, Prover.READER, said(client, challenge))))
+            client.say(wire.Proof(auth.proof(secret, handshake.READER, *said(client, challenge))))
             refused = client.hear()
             assert isinstance(refused, wire.Refused) and "secret" in refused.reason
             assert end.identity.node_id not in refused.reason.split() and SMALL.dtype not in refused.reason
@@ -122,10 +122,10 @@ def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytes
     assert not any("right" in r.getMessage() for r in caplog.records)
 
 
-def said(client: Client, challenge: wire.Challenge) -> Said:
+def said(client: Client, challenge: wire.Challenge) -> tuple[bytes, ...]:
     hello = wire.decode_to_prefill(client.greeting.hello)
     assert isinstance(hello, wire.Hello)
-    return Said(hello.nonce, challenge.nonce, client.greeting.hello, challenge.protocol)
+    return handshake.said(hello.nonce, challenge.nonce, client.greeting.hello, challenge.protocol)
 
 
 def test_a_client_that_leaves_because_of_the_secret_is_counted(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -307,8 +307,7 @@ def no_seal(client: Client, frame: bytes) -> None:
 
 
 def repeat(client: Client, frame: bytes) -> None:
-    assert client.socket.seals is not None
-    sealed = frame + client.socket.seals.sent.tag(frame)
+    sealed = client.socket.outgoing.close(frame)
     client.socket.raw.sendall(2 * (len(sealed).to_bytes(4, "little") + sealed))
 
 

@@ -45,6 +45,10 @@ class Running:
         self._server = _Server(config)
         self._task = asyncio.create_task(self._server.serve(sockets=listeners))
 
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
+
     async def started(self) -> None:
         await until(lambda: self._server.started, "the router serves")
 

@@ -14,6 +14,7 @@ from pd_serve.auth import admin_token
 from pd_serve.config import RouterConfig
 from pd_serve.errors import ConfigError
 from pd_serve.node.registration import Registration
+from pd_serve.router import links
 from pd_serve.router.doors import NONCE_AGE_S, Doors
 from pd_serve.router.main import check
 from pd_serve.wire import link
@@ -176,6 +177,40 @@ async def test_a_node_that_refuses_is_asked_less_often_and_its_reason_is_shown(
     running = await start_router(node, ready=False)
     await until(lambda: [u for u in running.router.links.unlinked() if u.state == "refused"], "refused")
     assert running.router.links.unlinked()[0].reason == "the node closed the link: update the older of the two"
+
+
+async def test_a_refused_node_that_was_started_anew_is_tried_at_once(
+    start_node: StartNode, start_router: StartRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_REFUSED_BACKOFF_S", (60.0,))
+    node = await start_node("decode")
+    node.link_version = 99
+    running = await start_router(ready=False)
+
+    async def register(instance: str) -> None:
+        answer = await running.http.post("/nodes", json={"url": node.url, "instance": instance})
+        assert answer.status_code == 200
+
+    await register("one")
+    await until(lambda: [u for u in running.router.links.unlinked() if u.state == "refused"], "refused")
+    node.link_version = link.LINK_VERSION
+    await register("one")  # it only repeats itself
+    await asyncio.sleep(0.2)
+    assert not registered(running)
+    await register("two")
+    await until(lambda: registered(running), "linked")
+
+
+async def test_registrations_are_bounded(
+    start_node: StartNode, start_router: StartRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "MAX_LINKS", 1)
+    node = await start_node("decode")
+    running = await start_router(node)
+    for url, status in ((node.url, 200), ("http://127.0.0.1:9", 503)):
+        answer = await running.http.post("/nodes", json={"url": url})
+        assert answer.status_code == status
+    assert answer.json()["error"]["code"] == "too_many_nodes"
 
 
 async def test_requests_over_proven_links(start_node: StartNode, start_router: StartRouter) -> None:

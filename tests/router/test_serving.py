@@ -304,7 +304,9 @@ async def test_a_client_that_does_not_read_is_cut_off(
         await until(idle(node), "idle")
         await until(lambda: running.router.metrics.models["tiny"].in_flight == 0, "ended")
         assert not running.router.shared.active
-        assert not (await asyncio.wait_for(reader.read(), 5)).endswith(b"[DONE]\n\n")  # closed
+        await until(lambda: not running.connections, "closed before the client has read anything")
+        assert not (await asyncio.wait_for(reader.read(), 5)).endswith(b"[DONE]\n\n")
+        assert not any(record.name.startswith("uvicorn") for record in caplog.records)
     finally:
         writer.close()
 

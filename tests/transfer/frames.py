@@ -6,14 +6,14 @@ import select
 import socket
 import struct
 
-from pd_serve.transfer.auth import TAG_BYTES
-from pd_serve.transfer.handshake import Seals
+from pd_serve.auth import Seal
+from pd_serve.transfer.handshake import Greeting, Reception
 
 
 class Frames:
     def __init__(self, connected: socket.socket) -> None:
         self.raw = connected
-        self.seals: Seals | None = None  # once the connection is sealed
+        self.outgoing = self._incoming = Seal()
         self._received = b""
 
     @classmethod
@@ -21,9 +21,12 @@ class Frames:
         host, port = address.removeprefix("tcp://").rsplit(":", 1)
         return cls(socket.create_connection((host, int(port)), timeout=10))
 
+    def seal(self, end: Greeting | Reception) -> None:
+        """All that follows is sealed."""
+        self.outgoing, self._incoming = end.outgoing, end.incoming
+
     def send(self, frame: bytes) -> None:
-        if self.seals is not None:
-            frame += self.seals.sent.tag(frame)
+        frame = self.outgoing.close(frame)
         self.raw.sendall(struct.pack("<I", len(frame)) + frame)
 
     def poll(self, timeout_s: float) -> bool:
@@ -42,10 +45,9 @@ class Frames:
             self._received += data
         (size,) = struct.unpack_from("<I", self._received)
         frame, self._received = self._received[4 : 4 + size], self._received[4 + size :]
-        if self.seals is not None:
-            frame, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
-            assert self.seals.received.holds(tag, frame), "a MAC does not hold"
-        return frame
+        opened = self._incoming.open(frame)
+        assert opened is not None, "a MAC does not hold"
+        return opened
 
     def _whole(self) -> bool:
         return len(self._received) >= 4 and len(self._received) >= 4 + struct.unpack_from("<I", self._received)[0]
