@@ -38,7 +38,7 @@ from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group, Registry
 from pd_serve.router.sequence import Shared
 from pd_serve.router.status import describe, models
-from pd_serve.trust import is_loopback
+from pd_serve.trust import asks_for_others, is_loopback
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER
 
 log = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Router:
             self.doors.check(
                 request.method,
                 url,
-                request.client.host if request.client else "",
+                request.client.host if request.client and not asks_for_others(headers) else "",
                 headers.get(NONCE_HEADER, ""),
                 headers.get(PROOF_HEADER, ""),
                 headers.get("authorization", "").removeprefix("Bearer "),

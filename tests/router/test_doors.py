@@ -76,6 +76,17 @@ def test_strangers_fill_neither_the_log_nor_the_memory(caplog: pytest.LogCapture
     assert not doors.refusals()
 
 
+async def test_without_a_secret_no_proxy_or_page_speaks_for_this_machine(
+    start_node: StartNode, start_router: StartRouter
+) -> None:
+    node = await start_node("decode")
+    running = await start_router(ready=False)
+    for header in ("Origin", "Forwarded", "X-Forwarded-For"):
+        answer = await running.http.post("/nodes", json={"url": node.url}, headers={header: "http://example.org"})
+        assert answer.status_code == 403 and "--secret-file" in answer.json()["error"]["message"]
+    assert (await running.http.post("/nodes", json={"url": node.url})).status_code == 200
+
+
 async def test_an_order_is_proved_once_and_for_one_node_and_method(
     start_node: StartNode, start_router: StartRouter
 ) -> None:
