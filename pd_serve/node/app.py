@@ -73,6 +73,9 @@ def build(node: NodeState) -> Starlette:
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def link(websocket: WebSocket) -> None:
+        if "origin" in websocket.headers:  # a web page in somebody's browser here: loopback is open to it too
+            await websocket.close()
+            return
         await node.links.serve(websocket, node.hello, node.why_not, node.engine)
 
     def order(

@@ -260,6 +260,7 @@ class Router:
                 "in_flight": {name: own.in_flight for name, own in self.metrics.models.items()},
                 "sequences": len(self.shared.active),
                 **describe(self.registry, self.links.unlinked()),
+                "refused_orders": self.doors.refusals(),
             }
         )
 
@@ -289,7 +290,8 @@ class Router:
             )
         except APIError as error:
             if error.code != "proof_wanted":
-                log.warning("refused to %s node %s for %s: %s", request.method, url, request.client, error.message)
+                host = request.client.host if request.client else "a socket"
+                self.doors.refuse(request.method, url, host, error.message)
                 raise
             answer = _error(error, request)
             answer.headers[NONCE_HEADER] = self.doors.nonce()

@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from pd_serve.wire import link
 from pd_serve.wire.handshake import LinkRefused, RouterHalf
@@ -75,6 +76,12 @@ def test_answers(start_node: StartNode) -> None:
     assert b"WordLevel" in bundle.tokenizer_json
     connection.send(link.encoder.encode(link.GetModel()))
     assert close_code(connection, node) == 1008  # once a link
+
+
+def test_a_web_page_opens_no_link(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(node.url.replace("http", "ws") + "/link", origin=Origin("http://example.org"))
 
 
 def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
