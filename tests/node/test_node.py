@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -37,11 +38,12 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def close_code(connection: object, node: NodeUnderTest) -> int:
-    """Reads a link until the node closes it."""
+def close_code(end: RouterEnd | Callable[[], RouterEnd], node: NodeUnderTest) -> int:
+    """Reads a link until the node closes it; one that is still to be opened may be closed while its ends greet."""
     try:
+        connection = end if isinstance(end, RouterEnd) else end()
         while True:
-            receive(connection)  # type: ignore[arg-type]
+            receive(connection)
     except ConnectionClosed as closed:
         assert closed.rcvd is not None, node.log
         return int(closed.rcvd.code)
@@ -172,7 +174,7 @@ def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: Sta
     node = start_node("never-ready", ready=False)
     node.until(lambda: node.get("/health").status_code == 200, "alive")
     assert node.get("/ready").status_code == 503
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     node.process.terminate()
     assert node.wait() == 0
 
@@ -314,7 +316,7 @@ def test_an_engine_that_hangs_in_a_step_is_found_and_forgiven_when_it_goes_on(st
     assert "step 3 (1024 tokens) takes longer than its limit of 40.0 s" in health.json()["status"]
     assert node.status()["state"] == "stuck"
     assert "pd_serve_node_stuck 1.0" in node.get("/metrics").text
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     os.kill(engine_pid(node), signal.SIGSTOP)  # a stopped process is stuck for another reason
     node.until(lambda: "has said nothing" in node.get("/health").text, "silence")
     os.kill(engine_pid(node), signal.SIGCONT)
@@ -353,7 +355,7 @@ def test_a_node_that_drains_takes_no_link(start_node: StartNode) -> None:
     connection = node.link()
     node.process.send_signal(signal.SIGTERM)
     node.until(lambda: node.status()["state"] == "draining", "draining")
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     connection.send(submit("a", [1, 2]))
     assert receive_outputs(connection, "a") == [1, 2]  # links that there are go on
 
