@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import tempfile
@@ -21,8 +22,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import uvloop
 
+from pd_serve.bench.client import Client, HttpError
 from tests.e2e.cluster import Cluster, children
 
 HANGS_S = 300.0
@@ -30,7 +32,10 @@ HANGS_S = 300.0
 
 @dataclass
 class Run:
-    seconds: float = 0.0
+    """``seconds``: in which requests were sent; what they led to may have taken longer."""
+
+    seconds: float
+    within: int = 0  # answers that ended in that time
     statuses: Counter[str] = field(default_factory=Counter)  # of each request's last answer
     refusals: int = 0  # answers 429, those that were asked again included
     without_retry_after: int = 0
@@ -40,13 +45,21 @@ class Run:
     computed_tokens: float = 0.0
     rss_mib: list[dict[str, int]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.end_s = time.perf_counter() + self.seconds
+
+    def ended(self, how: str, why: str = "") -> None:
+        self.statuses[how] += 1
+        if why:
+            self.broken.append(why)
+
     @property
     def answers(self) -> int:
         return len(self.e2e_s)
 
     @property
     def rate(self) -> float:
-        return self.answers / self.seconds
+        return self.within / self.seconds
 
 
 class Load:
@@ -56,78 +69,71 @@ class Load:
         self._prompt_len = prompt_len
         self._output_len = output_len
         self._model = system.model
+        self._client = Client(system.url, "", HANGS_S)
+        self._whole = f'"completion_tokens":{output_len}'.encode()
 
-    def body(self) -> dict[str, object]:
+    def body(self) -> bytes:
         prompt = [self._chance.randrange(100, 30_000) for _ in range(self._prompt_len)]
-        return {
+        fields = {
             "model": self._model, "prompt": prompt, "max_tokens": self._output_len, "temperature": 0,
             "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
+        return json.dumps(fields).encode()
 
-    async def one(self, http: httpx.AsyncClient, run: Run, retries: int) -> None:
+    async def one(self, run: Run, retries: int) -> None:
         body = self.body()
         for left in range(retries, -1, -1):
             started_s = time.perf_counter()
             first_s, whole = 0.0, False
+
+            def on_event(now_s: float, data: bytes) -> None:
+                nonlocal first_s, whole
+                first_s = first_s or now_s
+                whole = whole or self._whole in data
+
             try:
-                async with (
-                    asyncio.timeout(HANGS_S),
-                    http.stream("POST", self._system.url + "/v1/completions", json=body) as answer,
-                ):
-                    if answer.status_code != 200:
-                        await answer.aread()
-                        if answer.status_code != 429:
-                            run.statuses[str(answer.status_code)] += 1
-                            run.broken.append(answer.text[:200])
-                            return
-                        run.refusals += 1
-                        after = answer.headers.get("retry-after")
-                        run.without_retry_after += after is None
-                        if not left:
-                            run.statuses["429"] += 1
-                            return
-                        await asyncio.sleep(float(after or 1) * self._chance.uniform(1.0, 1.5))
-                        continue
-                    async for line in answer.aiter_lines():
-                        if not first_s and line.startswith("data: {"):
-                            first_s = time.perf_counter()
-                        whole = whole or f'"completion_tokens":{self._output_len}' in line.replace(" ", "")
-            except (httpx.HTTPError, TimeoutError) as error:
-                run.statuses["broken"] += 1
-                run.broken.append(repr(error))
+                answer = await self._client.post("/v1/completions", body, on_event)
+            except HttpError as error:
+                run.ended("broken", str(error))
                 return
-            if not whole:
-                run.statuses["broken"] += 1
-                run.broken.append("the stream ended early")
+            if answer.status == 429:
+                run.refusals += 1
+                run.without_retry_after += not answer.retry_after
+                if not left:
+                    run.ended("429")
+                    return
+                await asyncio.sleep(float(answer.retry_after or 1) * self._chance.uniform(1.0, 1.5))
+                continue
+            if answer.status != 200 or not whole:
+                run.ended(str(answer.status), answer.body.decode(errors="replace")[:200] or "the stream ended early")
                 return
-            run.statuses["200"] += 1
+            run.ended("200")
             run.ttft_s.append(first_s - started_s)
             run.e2e_s.append(time.perf_counter() - started_s)
+            run.within += time.perf_counter() < run.end_s
             return
 
     # --- two loads ------------------------------------------------------------------------------------
 
-    async def closed(self, http: httpx.AsyncClient, clients: int, seconds: float) -> Run:
-        run = Run()
-        end_s = time.perf_counter() + seconds
+    async def closed(self, clients: int, seconds: float) -> Run:
+        run = Run(seconds)
 
         async def client() -> None:
-            while time.perf_counter() < end_s:
-                await self.one(http, run, 0)
+            while time.perf_counter() < run.end_s:
+                await self.one(run, 0)
 
         await self._measured(run, asyncio.gather(*(client() for _ in range(clients))))
         return run
 
-    async def open(self, http: httpx.AsyncClient, rate: float, seconds: float, retries: int) -> Run:
-        run = Run()
+    async def open(self, rate: float, seconds: float, retries: int) -> Run:
+        run = Run(seconds)
 
         async def arrivals() -> None:
             async with asyncio.TaskGroup() as group:
                 due_s = time.perf_counter()
-                end_s = due_s + seconds
-                while due_s < end_s:
+                while due_s < run.end_s:
                     await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                    group.create_task(self.one(http, run, retries))
+                    group.create_task(self.one(run, retries))
                     due_s += self._chance.expovariate(rate)
 
         await self._measured(run, asyncio.ensure_future(arrivals()))
@@ -135,12 +141,10 @@ class Load:
 
     async def _measured(self, run: Run, work: asyncio.Future[object]) -> None:
         computed = self._computed()
-        started_s = time.perf_counter()
         while not work.done():
             run.rss_mib.append(rss_mib(self._system))
             await asyncio.wait({work}, timeout=5)
         await work
-        run.seconds = time.perf_counter() - started_s
         run.computed_tokens = self._computed() - computed
 
     def _computed(self) -> float:
@@ -179,13 +183,11 @@ def show(name: str, run: Run, prompt_len: int) -> None:
 
 async def measure(args: argparse.Namespace, system: Cluster) -> int:
     load = Load(system, args.prompt_len, args.output_len, args.seed)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(timeout=HANGS_S, limits=limits, trust_env=False) as http:
-        await load.closed(http, args.clients, min(10.0, args.baseline))  # warm up
-        base = await load.closed(http, args.clients, args.baseline)
-        show("capacity", base, args.prompt_len)
-        over = await load.open(http, args.times * base.rate, args.seconds, args.retries)
-        show(f"{args.times:g} x capacity", over, args.prompt_len)
+    await load.closed(args.clients, min(10.0, args.baseline))  # warm up
+    base = await load.closed(args.clients, args.baseline)
+    show("capacity", base, args.prompt_len)
+    over = await load.open(args.times * base.rate, args.seconds, args.retries)
+    show(f"{args.times:g} x capacity", over, args.prompt_len)
     await asyncio.to_thread(system.assert_idle, 30)
     slower = percentile(over.e2e_s, 99) / percentile(base.e2e_s, 99)
     print(f"throughput {over.rate / base.rate:.2f} of capacity, end-to-end p99 {slower:.2f} times that at capacity")
@@ -203,13 +205,20 @@ def main() -> int:
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-queue-wait-s", type=float, default=5.0, help="the nodes' bound on waiting")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        system = Cluster(Path(directory), model=args.model, max_num_seqs=args.max_num_seqs, kv_cache_memory="64MiB")
+        system = Cluster(
+            Path(directory),
+            model=args.model,
+            max_num_seqs=args.max_num_seqs,
+            max_queue_wait_s=args.max_queue_wait_s,
+            kv_cache_memory="64MiB",
+        )
         try:
             system.wait_ready()
-            return asyncio.run(measure(args, system))
+            return uvloop.run(measure(args, system))
         finally:
             system.stop()
 

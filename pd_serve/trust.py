@@ -11,6 +11,7 @@ import os
 import re
 import ssl
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from pd_serve.errors import ConfigError
@@ -93,6 +94,11 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def asks_for_others(headers: Mapping[str, str]) -> bool:
+    """Whether a proxy or a web page speaks: that it does so from this machine says nothing of who asks."""
+    return any(name in headers for name in ("origin", "forwarded", "x-forwarded-for"))
 
 
 def server_tls(certfile: str, keyfile: str) -> ssl.SSLContext | None:

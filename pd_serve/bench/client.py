@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -21,6 +21,12 @@ OnEvent = Callable[[float, bytes], None]  # when it was read (perf_counter), the
 
 class HttpError(Exception):
     """The endpoint, or the way to it, failed; the message is fit for counting."""
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes  # empty for an event stream
+    retry_after: str  # the header, empty without one
 
 
 class Connection(asyncio.Protocol):
@@ -33,18 +39,21 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._streams = False
         self._now_s = 0.0
+        self._retry_after = ""
         self._parser = httptools.HttpResponseParser(self)
         self.reusable = False
 
-    async def request(self, head: bytes, body: bytes, on_event: OnEvent) -> tuple[int, bytes]:
-        """Sends one request: its status, and its body if that was no event stream. Raises HttpError."""
+    async def request(self, head: bytes, body: bytes, on_event: OnEvent) -> Answer:
+        """Sends one request. Raises HttpError."""
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         self._on_event, self._buffer, self._streams, self.reusable = on_event, b"", False, False
+        self._retry_after = ""
         self._transport.write(head + body)
         await self._done
-        return self._parser.get_status_code(), b"" if self._streams else self._buffer
+        body = b"" if self._streams else self._buffer
+        return Answer(self._parser.get_status_code(), body, self._retry_after)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -75,6 +84,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"content-type":
             self._streams = value.startswith(b"text/event-stream")
+        elif name.lower() == b"retry-after":
+            self._retry_after = value.decode("latin-1")
 
     def on_body(self, chunk: bytes) -> None:
         self._buffer = self._buffer + chunk if self._buffer else chunk
@@ -105,18 +116,18 @@ class Client:
         self._timeout_s = timeout_s
         self._idle: deque[Connection] = deque()
 
-    async def get(self, path: str) -> tuple[int, bytes]:
+    async def get(self, path: str) -> Answer:
         return await self._exchange(
             f"GET {path} HTTP/1.1\r\n{self._headers}\r\n".encode(), b"", lambda _now, _data: None
         )
 
-    async def post(self, path: str, body: bytes, on_event: OnEvent) -> tuple[int, bytes]:
-        """Status and, unless it was an event stream, body. Raises HttpError."""
+    async def post(self, path: str, body: bytes, on_event: OnEvent) -> Answer:
+        """Raises HttpError."""
         headers = f"{self._headers}content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         head = f"POST {path} HTTP/1.1\r\n{headers}\r\n"
         return await self._exchange(head.encode(), body, on_event)
 
-    async def _exchange(self, head: bytes, body: bytes, on_event: OnEvent) -> tuple[int, bytes]:
+    async def _exchange(self, head: bytes, body: bytes, on_event: OnEvent) -> Answer:
         connection = None
         try:
             async with asyncio.timeout(self._timeout_s):

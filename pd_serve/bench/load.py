@@ -136,7 +136,7 @@ async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
 
     path = "/v1/chat/completions" if chat else "/v1/completions"
     try:
-        status, answer = await client.post(path, body, on_event)
+        status, answer, _ = await client.post(path, body, on_event)
         if status != 200:
             record.error = f"HTTP {status}: {answer.decode(errors='replace')[:_ERROR_CHARS]}"
             if status == 401:

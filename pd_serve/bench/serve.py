@@ -71,7 +71,7 @@ async def _run(config: BenchConfig) -> dict[str, Any]:
 
 async def _first_model(client: Client, config: BenchConfig) -> str:
     try:
-        status, body = await client.get("/v1/models")
+        status, body, _ = await client.get("/v1/models")
         if status != 200:
             hint = " (give --api-key)" if status == 401 else ""
             raise HttpError(f"HTTP {status}: {body.decode(errors='replace')[:200]}{hint}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-HALF_LIFE_S = 60.0
+HALF_LIFE_S = 20.0
 # Of a placement, after fading: with less than that nothing is known.
 LEAST_SEEN = 0.5
 

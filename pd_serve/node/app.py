@@ -20,6 +20,7 @@ from starlette.websockets import WebSocket
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
 from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep
+from pd_serve.trust import asks_for_others
 from pd_serve.wire.link import Hello
 
 
@@ -72,6 +73,9 @@ def build(node: NodeState) -> Starlette:
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def link(websocket: WebSocket) -> None:
+        if "origin" in websocket.headers:  # a web page in somebody's browser here: loopback is open to it too
+            await websocket.close()
+            return
         await node.links.serve(websocket, node.hello, node.why_not, node.engine)
 
     def order(
@@ -88,6 +92,8 @@ def build(node: NodeState) -> Starlette:
                             401,
                             "send 'Authorization: Bearer TOKEN': pd-serve token --secret-file FILE prints it",
                         )
+                elif not is_question and asks_for_others(request.headers):
+                    raise Refused(403, "web pages and proxies may give no orders here: ask from this machine itself")
                 if node.sleep is None:
                     raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
                 if node.engine.ready is None or node.draining:

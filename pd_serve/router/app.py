@@ -38,7 +38,7 @@ from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group, Registry
 from pd_serve.router.sequence import Shared
 from pd_serve.router.status import describe, models
-from pd_serve.trust import is_loopback
+from pd_serve.trust import asks_for_others, is_loopback
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER
 
 log = logging.getLogger(__name__)
@@ -260,6 +260,7 @@ class Router:
                 "in_flight": {name: own.in_flight for name, own in self.metrics.models.items()},
                 "sequences": len(self.shared.active),
                 **describe(self.registry, self.links.unlinked()),
+                "refused_orders": self.doors.refusals(),
             }
         )
 
@@ -282,14 +283,15 @@ class Router:
             self.doors.check(
                 request.method,
                 url,
-                request.client.host if request.client else "",
+                request.client.host if request.client and not asks_for_others(headers) else "",
                 headers.get(NONCE_HEADER, ""),
                 headers.get(PROOF_HEADER, ""),
                 headers.get("authorization", "").removeprefix("Bearer "),
             )
         except APIError as error:
             if error.code != "proof_wanted":
-                log.warning("refused to %s node %s for %s: %s", request.method, url, request.client, error.message)
+                host = request.client.host if request.client else "a socket"
+                self.doors.refuse(request.method, url, host, error.message)
                 raise
             answer = _error(error, request)
             answer.headers[NONCE_HEADER] = self.doors.nonce()

@@ -7,6 +7,7 @@ used: a stranger who asks for many drives out nobody's.
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 import struct
 from collections.abc import Callable
@@ -17,11 +18,15 @@ from pd_serve.api.errors import APIError
 from pd_serve.trust import is_loopback
 from pd_serve.wire.registration import order_proof
 
+log = logging.getLogger(__name__)
+
 # Between the question and the answer to it. A node gives up after its connect_timeout_s and asks anew; this is longer
 # than any sensible one, and short enough to remember all that were used.
 NONCE_AGE_S = 30.0
 _STAMP = struct.Struct(">d16s")
 _MAC_BYTES = 16
+_REFUSAL_AGE_S = 60.0  # a node that is refused tries again every few seconds
+_MAX_REFUSALS = 32  # that are kept: they are strangers' words
 
 
 class Doors:
@@ -33,6 +38,7 @@ class Doors:
         self._now_s = now_s
         self._key = secrets.token_bytes(32)
         self._used: dict[str, float] = {}  # nonces of proven orders, and when they expire
+        self._refusals: dict[tuple[str, str, str], tuple[float, str]] = {}  # order: when it was last given, why not
 
     def nonce(self) -> str:
         """For one order."""
@@ -52,6 +58,28 @@ class Doors:
                 "--secret-file, or start the router with --allow-insecure-nodes",
                 code="no_secret",
             )
+
+    def refuse(self, method: str, url: str, client: str, why: str) -> None:
+        """Notes an order that was not carried out; warns of it once, however often it is repeated."""
+        self._forget()
+        order = (method, url, client)
+        if order not in self._refusals:
+            if len(self._refusals) >= _MAX_REFUSALS:
+                return
+            log.warning("refused to %s node %s for %s: %s", method, url, client, why)
+        self._refusals[order] = (self._now_s(), why)
+
+    def refusals(self) -> list[dict[str, str]]:
+        """What was refused lately, for operators who miss a node."""
+        self._forget()
+        return [
+            {"method": method, "url": url, "client": client, "reason": why}
+            for (method, url, client), (_, why) in self._refusals.items()
+        ]
+
+    def _forget(self) -> None:
+        since_s = self._now_s() - _REFUSAL_AGE_S
+        self._refusals = {order: refusal for order, refusal in self._refusals.items() if refusal[0] > since_s}
 
     def _check_proof(self, method: str, url: str, nonce: str, proof: str) -> None:
         if not proof:

@@ -150,6 +150,7 @@ class Group:
         self.decode: dict[str, Node] = {}
         self.waiting: dict[object, tuple[float, Callable[[], None]]] = {}  # (age, told of a node)
         self.line = Line()
+        self.rival = ""  # fingerprint of another group of this name, which has decode nodes; "": there is none
         self.breakers = Breakers(now_s)
         self._now_s = now_s
         self._texts = {_text_key(text.info): text}  # by age: the newest is used
@@ -225,7 +226,8 @@ class Group:
         if self.breakers:
             blocked = self.breakers.blocked(due=due)
             found = {id: ("failing", blocked[id]) for id in (*self.prefill, *self.decode) if id in blocked}
-        if unfit or len({node.hello.layout for node in self.nodes()}) > 1:
+        alone = bool(self.rival) and not self.decode
+        if unfit or alone or len({node.hello.layout for node in self.nodes()}) > 1:
             for node in self.nodes():
                 reason = self._misfit(node, unfit)
                 if reason is not None:
@@ -235,6 +237,12 @@ class Group:
     def _misfit(self, node: Node, unfit: dict[Pair, str]) -> str | None:
         """Why no node can work with ``node``."""
         source = node.role == "prefill"
+        if source and self.rival and not self.decode:
+            return (
+                f"decode nodes serve {self.info.name!r} from other files or in another dtype (fingerprint "
+                f"{self.rival}, here {self.info.fingerprint}): start all nodes alike, or name one model otherwise "
+                "(--served-model-name)"
+            )
         others = [other for other in (self.decode if source else self.prefill).values() if not other.load.draining]
         partners = [other for other in others if other.hello.layout == node.hello.layout]
         if not partners:
@@ -328,6 +336,7 @@ class Registry:
         self._by_id[node.id] = node
         (group.prefill if node.role == "prefill" else group.decode)[node.id] = node
         self.seen = True
+        self._compare(node.hello.model.name)
         group.refresh()
         group.announce()
         group.judge()
@@ -346,6 +355,7 @@ class Registry:
         if group is not None:
             group.prefill.pop(node.id, None)
             group.decode.pop(node.id, None)
+            self._compare(node.hello.model.name)
             if attempts and not node.load.draining:
                 group.breakers.failed(node.id, why)
             group.refresh()
@@ -354,6 +364,13 @@ class Registry:
             group.judge()
         for attempt in attempts.values():
             attempt.lost(node, why)
+
+    def _compare(self, name: str) -> None:
+        """Tells groups of one name of each other: prefill nodes that all decode nodes differ from are misfits."""
+        groups = [group for (other, _), group in self.groups.items() if other == name]
+        for group in groups:
+            rivals = [other.info.fingerprint for other in groups if other is not group and other.decode]
+            group.rival = rivals[-1] if rivals else ""
 
     def status(self, node: Node, status: link.Status) -> None:
         before = node.load.draining, node.misfits

@@ -31,7 +31,13 @@ def logprobs(directory: Path, prompt: list[int], output: list[int]) -> torch.Ten
 
 def first_difference(directory: Path, prompt: list[int], output: list[int]) -> tuple[int, float] | None:
     """Where greedy decoding by the reference leaves ``output``, and by how much log-probability; None = nowhere."""
-    rows = logprobs(directory, prompt, output)
+    return _first_difference(directory, tuple(prompt), tuple(output))
+
+
+@cache
+def _first_difference(directory: Path, prompt: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, float] | None:
+    """The same tokens are computed once, whichever tests ask."""
+    rows = logprobs(directory, list(prompt), list(output))
     best = rows.max(-1)
     for i, token in enumerate(output):
         if int(best.indices[i]) != token:

@@ -10,13 +10,15 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from pd_serve.wire import link
 from pd_serve.wire.handshake import LinkRefused, RouterHalf
@@ -36,11 +38,12 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def close_code(connection: object, node: NodeUnderTest) -> int:
-    """Reads a link until the node closes it."""
+def close_code(end: RouterEnd | Callable[[], RouterEnd], node: NodeUnderTest) -> int:
+    """Reads a link until the node closes it; one that is still to be opened may be closed while its ends greet."""
     try:
+        connection = end if isinstance(end, RouterEnd) else end()
         while True:
-            receive(connection)  # type: ignore[arg-type]
+            receive(connection)
     except ConnectionClosed as closed:
         assert closed.rcvd is not None, node.log
         return int(closed.rcvd.code)
@@ -75,6 +78,12 @@ def test_answers(start_node: StartNode) -> None:
     assert b"WordLevel" in bundle.tokenizer_json
     connection.send(link.encoder.encode(link.GetModel()))
     assert close_code(connection, node) == 1008  # once a link
+
+
+def test_a_web_page_opens_no_link(start_node: StartNode) -> None:
+    node = start_node("echoes")
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(node.url.replace("http", "ws") + "/link", origin=Origin("http://example.org"))
 
 
 def test_a_stranger_who_sends_too_much_or_too_little_is_ended(start_node: StartNode) -> None:
@@ -165,7 +174,7 @@ def test_a_link_before_the_engine_is_ready_is_told_to_come_again(start_node: Sta
     node = start_node("never-ready", ready=False)
     node.until(lambda: node.get("/health").status_code == 200, "alive")
     assert node.get("/ready").status_code == 503
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     node.process.terminate()
     assert node.wait() == 0
 
@@ -307,7 +316,7 @@ def test_an_engine_that_hangs_in_a_step_is_found_and_forgiven_when_it_goes_on(st
     assert "step 3 (1024 tokens) takes longer than its limit of 40.0 s" in health.json()["status"]
     assert node.status()["state"] == "stuck"
     assert "pd_serve_node_stuck 1.0" in node.get("/metrics").text
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     os.kill(engine_pid(node), signal.SIGSTOP)  # a stopped process is stuck for another reason
     node.until(lambda: "has said nothing" in node.get("/health").text, "silence")
     os.kill(engine_pid(node), signal.SIGCONT)
@@ -346,7 +355,7 @@ def test_a_node_that_drains_takes_no_link(start_node: StartNode) -> None:
     connection = node.link()
     node.process.send_signal(signal.SIGTERM)
     node.until(lambda: node.status()["state"] == "draining", "draining")
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
     connection.send(submit("a", [1, 2]))
     assert receive_outputs(connection, "a") == [1, 2]  # links that there are go on
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -51,6 +54,15 @@ class Registry:
             time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other process is given while nobody listens there; a server that reuses addresses may."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 def test_registers_with_all_routers_and_leaves(start_node: StartNode) -> None:
     ports = free_port(), free_port()
     first, second = map(Registry, ports)
@@ -65,17 +77,17 @@ def test_registers_with_all_routers_and_leaves(start_node: StartNode) -> None:
 
 
 def test_a_router_that_comes_later_or_again(start_node: StartNode) -> None:
-    port = free_port()
-    node = start_node("echoes", "--router", f"http://127.0.0.1:{port}", "--advertise-url", "http://example:81")
-    node.until(lambda: "cannot register with router" in node.log, "a warning")
-    first = Registry(port)
-    first.wait_for(("POST", "http://example:81"), 4)
-    first.close()
-    second = Registry(port)
-    second.wait_for(("POST", "http://example:81"), 8)
-    second.close()
-    node.until(lambda: f"router http://127.0.0.1:{port} is back" in node.log, "a word about its return")
-    assert node.log.count("cannot register") == 1
+    with reserved_port() as port:
+        node = start_node("echoes", "--router", f"http://127.0.0.1:{port}", "--advertise-url", "http://example:81")
+        node.until(lambda: "cannot register with router" in node.log, "a warning")
+        first = Registry(port)
+        first.wait_for(("POST", "http://example:81"), 4)
+        first.close()
+        second = Registry(port)
+        second.wait_for(("POST", "http://example:81"), 8)
+        second.close()
+        node.until(lambda: f"router http://127.0.0.1:{port} is back" in node.log, "a word about its return")
+        assert node.log.count("cannot register") == 1
 
 
 def test_a_broken_link_is_mended_at_once(start_node: StartNode) -> None:

@@ -68,7 +68,7 @@ def test_sleeps_and_wakes(start_node: StartNode) -> None:
     assert 'pd_serve_node_memory_peak_bytes{device="cpu",tag="weights"} 30.0' in metrics
     assert 'pd_serve_node_memory_reserved_bytes{device="cpu",tag="kv_cache"} 0.0' in metrics
     assert 'pd_serve_node_memory_fragmentation_ratio{device="cpu"} 0.25' in metrics
-    assert close_code(node.link(), node) == 1013
+    assert close_code(node.link, node) == 1013
 
     part = answer(node.post("/wake_up?tags=weights"))
     assert part == ASLEEP | {"asleep": ["kv_cache"]}
@@ -131,6 +131,8 @@ def test_orders_that_are_wrong(start_node: StartNode) -> None:
         assert "level is 1" in error(node.post("/sleep", **options), 400)  # type: ignore[arg-type]
     assert "'depth'" in error(node.post("/sleep?depth=1"), 400)
     assert "JSON object" in error(node.post("/sleep", content=b"[1]"), 400)
+    page = {"Origin": "http://a-web-page.example"}  # of a browser on this machine
+    assert "web pages" in error(node.post("/sleep", headers=page), 403)
     for options in ({"params": {"tags": "kv"}}, {"json": {"tags": "weights"}}, {"json": {"tags": []}}):
         assert "tags is a list" in error(node.post("/wake_up", **options), 400)  # type: ignore[arg-type]
     assert node.get("/sleep").status_code == 405

@@ -22,6 +22,7 @@ from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
 from tests.router.conftest import Running, StartNode, StartRouter, until
 from tests.router.scripted_node import ScriptedNode, expected
 from tests.router.test_failures import PROMPT, Stream
+from tests.router.test_sequence import ManualClock
 
 SECRET = "long, and random enough"
 
@@ -52,6 +53,39 @@ async def test_a_stranger_neither_registers_nor_removes_a_node(
         assert answer.status_code == 403 and "--secret-file" in answer.json()["error"]["message"]
     await running.complete()
     assert not fake.refused and registered(running) == [real.id]  # the router did not even dial it
+
+
+async def test_a_refused_order_is_shown_and_warned_of_once(
+    start_router: StartRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await start_router(secret=SECRET, ready=False)
+    for _ in range(3):
+        await order(running, "POST", "http://127.0.0.1:1", "not the secret of ours")
+    (refused,) = (await running.http.get("/v1/status")).json()["refused_orders"]
+    assert (refused["url"], refused["client"]) == ("http://127.0.0.1:1", "127.0.0.1")
+    assert "--secret-file" in refused["reason"]
+    assert sum("127.0.0.1:1" in record.getMessage() for record in caplog.records if record.levelname == "WARNING") == 1
+
+
+def test_strangers_fill_neither_the_log_nor_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock()
+    doors = Doors(SECRET.encode(), False, clock.now_s)
+    for number in range(1000):
+        doors.refuse("POST", f"http://10.0.0.1:{number}", "10.0.0.1", "why")
+    assert len(doors.refusals()) == len(caplog.records) == 32
+    clock.advance(61)
+    assert not doors.refusals()
+
+
+async def test_without_a_secret_no_proxy_or_page_speaks_for_this_machine(
+    start_node: StartNode, start_router: StartRouter
+) -> None:
+    node = await start_node("decode")
+    running = await start_router(ready=False)
+    for header in ("Origin", "Forwarded", "X-Forwarded-For"):
+        answer = await running.http.post("/nodes", json={"url": node.url}, headers={header: "http://example.org"})
+        assert answer.status_code == 403 and "--secret-file" in answer.json()["error"]["message"]
+    assert (await running.http.post("/nodes", json={"url": node.url})).status_code == 200
 
 
 async def test_an_order_is_proved_once_and_for_one_node_and_method(

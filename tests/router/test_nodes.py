@@ -176,6 +176,27 @@ def test_a_prefill_node_of_another_layout_is_a_misfit_a_decode_node_is_not() -> 
     assert not group.troubles()
 
 
+def test_a_prefill_node_of_another_model_under_the_same_name_is_a_misfit(caplog: pytest.LogCaptureFixture) -> None:
+    clock = ManualClock()
+    registry = Registry(clock.now_s)
+    ours = joined(registry, make("prefill", 0), make("decode", 0))
+    stranger = make("prefill", 1, fingerprint="other")
+    group = joined(registry, stranger)
+    for _ in range(3):
+        clock.advance(1.0)
+        registry.status(stranger, link.Status(link.Load(0, 0, 0, [])))
+    state, reason = group.troubles()["p1"]
+    assert state == "misfit" and "other" in reason and ours.info.fingerprint in reason and not ours.troubles()
+    assert group.serving() == (0, 0)
+    assert [r.levelno for r in caplog.records if "p1" in r.getMessage()] == [logging.WARNING]
+    joined(registry, make("decode", 1, fingerprint="other"))
+    assert not group.troubles()
+    registry.remove(ours.decode["d0"], "it left")
+    joined(registry, make("prefill", 2, fingerprint="third"))
+    registry.remove(group.decode["d1"], "it left")
+    assert not any(group.troubles() for group in registry.groups.values())  # nobody to differ from
+
+
 def test_who_only_fails_gets_single_trials_after_growing_pauses() -> None:
     clock = ManualClock()
     breakers = Breakers(clock.now_s)

@@ -13,7 +13,7 @@ from tests.router.conftest import StartNode
 @pytest.mark.parametrize("how", ["close frame", "end of stream", "abort", "own close"])
 async def test_nothing_raises_between_a_close_and_its_end(start_node: StartNode, how: str) -> None:
     node = await start_node("decode")
-    socket = await connect(node.url, "/link", lambda _: None, 5.0)
+    socket = await connect(node.url, "/link", lambda _: None, 5.0, None)
     if how == "close frame":
         socket.data_received(b"\x88\x02\x03\xe9")
     elif how == "end of stream":

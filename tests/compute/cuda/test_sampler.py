@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from pd_serve.engine.sequence import Sequence
 from pd_serve.wire.link import SamplingParams
 from tests.compute.cuda.device import DEVICE, INTERPRETED, error, same, skip_without_gpu
 
@@ -94,6 +95,21 @@ def test_a_token_is_the_winner_of_its_row(vocab: int, dtype: torch.dtype, spread
             weights = kept(expected[i], p)
             scores = weights / noise(p.seed, i, vocab)
             assert scores[token] > scores[wanted] * (1 - 1e-5), (p, token, wanted)
+
+
+def test_the_cpu_engine_draws_the_same() -> None:
+    """A stream may move between a GPU and a CPU node: seeds mean the same on both."""
+    from pd_serve.engine import sampler as cpu
+
+    vocab, index = 3001, 4
+    rows = [params(**{"seed": 2**63 + 11 * i, **f}) for i, f in enumerate(FILTERS * (1 if INTERPRETED else 12))]
+    logits = torch.randn(len(rows), vocab, device=DEVICE)
+    ours = sampler_for(rows, vocab, [index] * len(rows)).sample(logits.clone()).tokens.tolist()
+    tokens = np.zeros(8 + index, np.int32)
+    seqs = [Sequence(str(i), 1, tokens, 8, p, capacity=16) for i, p in enumerate(rows)]
+    theirs = cpu.Sampler(vocab, []).sample(logits.cpu(), seqs).tokens
+    ties = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    assert ties <= len(rows) // 100, [(p, a, b) for p, a, b in zip(rows, ours, theirs, strict=True) if a != b]
 
 
 def test_filters_leave_what_they_should() -> None:
