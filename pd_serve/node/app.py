@@ -1,4 +1,4 @@
-"""The node's HTTP surface: health, status, metrics and sleep for operators; the model and the link for routers.
+"""The node's HTTP surface: health, status, metrics and sleep for operators; the link for routers.
 
 Made by the node's main loop. Starlette rather than FastAPI: a few fixed routes need no schemas, and every
 tenth of a second of a start counts.
