@@ -35,7 +35,8 @@ class Common:
         4.0,
         decimal(0.1),
         "Network",
-        "How long a link between router and node may take to be opened, and its ends to prove the secret.",
+        "How long a link between router and node may take to be opened, its ends to prove the secret, and a node to "
+        "register.",
         unit="seconds",
     )
     keep_alive_s: float = setting(

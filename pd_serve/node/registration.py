@@ -35,9 +35,10 @@ class Registration:
         routers: Sequence[str],
         advertise_url: str,
         lost: asyncio.Event,
+        *,
+        timeout_s: float,
         secret: bytes = b"",
         ssl_ca: str = "",
-        timeout_s: float = 4.0,
     ) -> None:
         self._instance = secrets.token_hex(8)
         self._secret = secret

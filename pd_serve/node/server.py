@@ -187,9 +187,9 @@ class Node:
                 self._config.router,
                 self._url,
                 self.links.lost,
-                secret,
-                self._config.ssl_ca,
-                self._config.connect_timeout_s,
+                timeout_s=self._config.connect_timeout_s,
+                secret=secret,
+                ssl_ca=self._config.ssl_ca,
             )
 
     async def leave(self) -> None:
