@@ -15,10 +15,10 @@ RUN_DEV := $(VENV)/.installed-dev
 # Of pip's output what says how far it is.
 SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
 
-.PHONY: help up test lint format docs clean
+.PHONY: help up test test-fast lint format docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
 
 up: $(RUN)  ## install what is missing, get the default model, start router + prefill + decode (ARGS="--port 9000 ...")
 	@$(BIN)/python -m compileall -q pd_serve
@@ -26,6 +26,9 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 
 test: lint  ## lint, types, generated docs, and all tests (ARGS="-k router ...")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, two at a time
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 lint: $(RUN_DEV)  ## ruff, mypy, and whether docs/configuration.md is up to date
 	@$(BIN)/python -m compileall -q pd_serve

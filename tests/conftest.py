@@ -9,6 +9,16 @@ import pytest
 from pd_serve.models.source import resolve
 from tests.certificates import make_certificate
 
+REAL_MODELS = {"smollm2", "gemma3"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a real model is slow: it may have to be downloaded and converted first."""
+    for item in items:
+        if REAL_MODELS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

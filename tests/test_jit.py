@@ -36,6 +36,7 @@ def double(element, x, size):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["numba", "pd_serve.jit"])
 def test_a_kernel_is_compiled_once_and_kept_in_the_cache(tmp_path: Path, first: str) -> None:
     (tmp_path / "doubling.py").write_text(DOUBLING)

@@ -17,7 +17,7 @@ from pd_serve.errors import PDServeError
 from pd_serve.processes import Child, describe_exit
 from pd_serve.supervised import Supervised
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 class Script(Supervised):

@@ -22,7 +22,7 @@ from pd_serve.bench.load import Bodies
 from pd_serve.bench.report import kind_of, summary
 from pd_serve.config import BenchConfig
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 FIRST_S, GAP_S = 0.10, 0.02
 

@@ -28,7 +28,7 @@ from pd_serve.errors import ConfigError
 from pd_serve.memory.pool import HostPool
 from pd_serve.transfer.slices import slicings
 
-pytestmark = pytest.mark.timeout(100)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 
 COMMAND = [sys.executable, "-m", "pd_serve.cli", "bench", "transfer"]
 TINY = ("--size", "1MiB", "--block-sizes", "4KiB,64KiB", "--in-flight", "1,4", "--repeats", "2", "--warmup", "1")

@@ -17,6 +17,8 @@ from pd_serve.wire.link import Source
 from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import LARGE, DecodeEnd, PrefillEnd, PrefillProcess, until
 
+pytestmark = pytest.mark.slow
+
 NUM_BLOCKS = 200
 THEIRS = [list(range(199, 0, -1))]
 OURS = [list(range(1, 200))]

@@ -22,7 +22,7 @@ from pd_serve.doctor.report import as_json, show
 from pd_serve.doctor.section import guarded
 from pd_serve.doctor.selftest import Place, Rate, judge
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(90)]
 
 COMMAND = [sys.executable, "-m", "pd_serve.cli", "doctor"]
 

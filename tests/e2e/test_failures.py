@@ -170,7 +170,7 @@ def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
 
 
 def test_without_another_node_there_is_one_clear_error(tmp_path: Path, smollm2: Path) -> None:
-    with cluster(tmp_path, model=smollm2, dtype="float32", lease_s=6) as single:
+    with cluster(tmp_path, router={"node_wait_s": 1}, model=smollm2, dtype="float32", lease_s=6) as single:
         stream = Stream(single, max_tokens=400)
         wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
         single.decodes[0].kill()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.e2e.cluster import HTTP, Cluster, cluster, wait_for
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 TIMEOUT_S = 1.0
 # Weights are made up: what counts is that 1,800 tokens take one core some seconds.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 from pathlib import Path
 from pd_serve.engine.boot import bound_caches
@@ -26,6 +28,7 @@ print(resident_mib(range(400, 800)) - full)
 """
 
 
+@pytest.mark.slow
 def test_kernels_of_many_batch_sizes_are_not_all_kept() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=True)
     assert float(done.stdout) < 150  # 560 MiB without a bound

@@ -25,7 +25,7 @@ from pd_serve.wire.handshake import LinkRefused, RouterHalf
 from pd_serve.wire.model import ModelBundle, decode_bundle
 from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, free_port, receive, receive_outputs, submit
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 def engine_pid(node: NodeUnderTest) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.node.harness import StartNode, free_port
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 class Registry:

@@ -16,7 +16,7 @@ from tests.node.harness import NodeUnderTest, StartNode, free_port, receive, rec
 from tests.node.test_node import close_code
 from tests.node.test_registration import Registry
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 ASLEEP = {"is_sleeping": True, "state": "asleep", "level": 1, "asleep": ["weights", "kv_cache"]}
 AWAKE = {"is_sleeping": False, "state": "awake", "level": 0, "asleep": []}

@@ -171,6 +171,7 @@ async def test_a_misfit_gets_no_requests_and_says_why(
     assert caplog.text.count("gets no requests") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["internal", "transfer"])
 async def test_a_node_that_only_fails_gets_trials_only(
     start_node: StartNode, start_router: StartRouter, kind: str

@@ -118,6 +118,7 @@ names = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 async def test_fuzz(start_node: StartNode, start_router: StartRouter) -> None:
     nodes = [await start_node("prefill", token_s=0), await start_node("decode", token_s=0)]
     running = await start_router(*nodes)

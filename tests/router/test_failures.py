@@ -272,6 +272,7 @@ async def test_what_a_node_calls_invalid_is_a_400(start_node: StartNode, start_r
     await until(idle(prefill, decode), "idle")
 
 
+@pytest.mark.slow
 async def test_no_progress_is_a_504(start_node: StartNode, start_router: StartRouter) -> None:
     prefill, decode = await start_node("prefill"), await start_node("decode")
     running = await start_router(prefill, decode, request_timeout_s=1.0)

@@ -18,6 +18,8 @@ import pytest
 
 from tests.router.conftest import StartNode, until
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "transformers", "numpy", "numba", "nixl", "httpx", "fastapi", "jinja2", "prometheus_client", "yaml")
 
 

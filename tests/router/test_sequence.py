@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,6 +199,7 @@ class World:
 ACTIONS = ("step",) * 10 + ("late", "kill", "add", "tick", "transfer", "internal", "refused")
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None)
 @given(st.data(), st.integers(1, 12), st.integers(0, 2), st.integers(1, 2))
 def test_any_order_of_events(data: st.DataObject, max_tokens: int, prefill: int, decode: int) -> None:

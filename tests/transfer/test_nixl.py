@@ -22,6 +22,8 @@ from pd_serve.transfer.nixl import transport as nixl_transport
 from tests.transfer.harness import LARGE, SMALL, agent_name, until
 from tests.transfer.nixl_ends import DIRECT, Node, Session, Target, blocks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def session() -> Iterator[Session]:

@@ -13,7 +13,7 @@ from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.lanes import Lanes
 from tests.transfer.harness import LARGE, DecodeEnd, PrefillEnd, agent_name, until
 
-pytestmark = pytest.mark.skipif(find_spec("ucxx") is None, reason="pd-serve[ucx] is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ucxx") is None, reason="pd-serve[ucx] is not installed")]
 
 
 def ucx_lanes(memory: PoolMemory) -> Lanes:

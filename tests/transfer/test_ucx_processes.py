@@ -17,7 +17,7 @@ from tests.transfer.harness import LARGE
 from tests.transfer.ucx_ends import Target, blocks
 
 # not imported here: what UCX is told must be in the environment by then
-pytestmark = pytest.mark.skipif(find_spec("ucxx") is None, reason="pd-serve[ucx] is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ucxx") is None, reason="pd-serve[ucx] is not installed")]
 
 NUM_BLOCKS = 200  # of 256 KiB
 
