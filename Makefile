@@ -24,8 +24,13 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 	@$(BIN)/python -m compileall -q pd_serve
 	@exec $(BIN)/pd-serve up $(ARGS)
 
-test: lint  ## lint, types, generated docs, and all tests (ARGS="-k router ...")
+test: lint  ## lint, types, generated docs, and all tests: quick ones two at a time, then the rest (ARGS="-k router ...")
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m slow
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, two at a time
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
