@@ -46,6 +46,7 @@ class _Allocation:
     """One range of addresses and what stands behind it. ``ready``: mapped, with its content."""
 
     address: int
+    reserved: int  # bytes of addresses, of which the first ``size`` have memory
     requested: int
     size: int  # a multiple of the granularity
     tag: str
@@ -140,9 +141,10 @@ class CumemAllocator:
 
     # allocating
 
-    def malloc(self, size: int) -> int:
+    def malloc(self, size: int, *, reserve: int = 0) -> int:
         """Memory of at least ``size`` bytes under the current tag: its address.
 
+        ``reserve``: the most bytes that :meth:`resize` may give it later; addresses cost no memory.
         Raises OutOfDeviceMemory, MemoryAsleep, DriverError; then nothing was allocated.
         """
         if size <= 0:
@@ -152,9 +154,10 @@ class CumemAllocator:
             if tag in self.asleep:
                 raise MemoryAsleep(f"'{tag}' is asleep: wake it before allocating under it")
             kind = self.kind
-            mapped_size = -(-size // self._granularity) * self._granularity
-            address = self._driver.reserve(mapped_size, self._granularity)
-            allocation = _Allocation(address, size, mapped_size, tag, kind)
+            mapped_size = self._rounded(size)
+            reserved = max(mapped_size, self._rounded(reserve))
+            address = self._driver.reserve(reserved, self._granularity)
+            allocation = _Allocation(address, reserved, size, mapped_size, tag, kind)
             try:
                 self._put_up(allocation)
             except BaseException:
@@ -183,7 +186,58 @@ class CumemAllocator:
             self._counter(allocation.tag).add(-allocation.requested)
             self._drop_backup(allocation)
             self._take_down(allocation)
-            self._driver.free_address(address, allocation.size)
+            self._driver.free_address(address, allocation.reserved)
+
+    def resize(self, sizes: Mapping[int, int]) -> None:
+        """Exchanges the memory behind addresses that ``malloc`` gave: ``{address: bytes}``, all of them or none.
+
+        What an address is given is one new handle, within what was reserved for it, that holds anything. Addresses
+        stay, and so do CUDA graphs that were captured over them. Nothing may run on the memory, and peers and NICs
+        must have let go of it. The old memory is given back first, so that the new may take all there is.
+
+        Raises ValueError, MemoryAsleep: nothing has changed. OutOfDeviceMemory (it says how much is free),
+        DriverError: sizes are as before, contents are not; where even that much was not to be had again, ``asleep``
+        names the tags that have no memory now: they can be woken, freed, and slept on.
+        """
+        with self._lock:
+            allocations = [self._resizable(address, size) for address, size in sizes.items()]
+            self._driver.synchronize(self.device)
+            before = [(a, a.requested) for a in allocations]
+            try:
+                self._exchange([(a, sizes[a.address]) for a in allocations])
+            except BaseException:
+                try:
+                    self._exchange(before)
+                except PDServeError as error:
+                    log.error("cuda:%d: the memory of before resizing is not to be had again: %s", self.device, error)
+                raise
+            finally:
+                for allocation, requested in before:
+                    self._counter(allocation.tag).add(allocation.requested - requested)
+
+    def _resizable(self, address: int, size: int) -> _Allocation:
+        allocation = self._allocations.get(address)
+        if allocation is None:
+            raise ValueError(f"{address:#x} was not allocated here, or is free already")
+        if not 0 < size <= allocation.reserved:
+            raise ValueError(f"{size} bytes do not fit into the {allocation.reserved} bytes reserved at {address:#x}")
+        if not allocation.ready:
+            raise MemoryAsleep(f"'{allocation.tag}' is asleep: wake it before resizing it")
+        return allocation
+
+    def _exchange(self, sizes: list[tuple[_Allocation, int]]) -> None:
+        """New memory for all; in whatever state they are. Those that have none in the end are not ready."""
+        for allocation, size in sizes:
+            allocation.ready = False
+            self._take_down(allocation)
+            allocation.requested, allocation.size = size, self._rounded(size)
+        for allocation, _ in sizes:
+            self._put_up(allocation)
+        for allocation, _ in sizes:
+            allocation.ready = True
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self._granularity) * self._granularity
 
     def close(self) -> None:
         """Frees everything. Nobody may use any of it any more."""
@@ -332,7 +386,7 @@ class CumemAllocator:
         """Undoes an allocation that failed: as much of it as the driver lets us."""
         try:
             self._take_down(allocation)
-            self._driver.free_address(allocation.address, allocation.size)
+            self._driver.free_address(allocation.address, allocation.reserved)
         except DriverError:
             log.exception("memory of a failed allocation cannot be returned")
 

@@ -34,9 +34,11 @@ class DeviceMemory:
         """What torch allocates inside, on this thread, belongs to ``tag`` (:class:`TorchPools`)."""
         return self._pools.use_memory_pool(tag)
 
-    def kv_pool(self, layout: KVLayout, num_blocks: tuple[int, ...]) -> DevicePool:
-        """Raises OutOfDeviceMemory, DriverError."""
-        pool = DevicePool(layout, num_blocks, self.allocator.device, self.allocator)
+    def kv_pool(
+        self, layout: KVLayout, num_blocks: tuple[int, ...], *, max_blocks: tuple[int, ...] | None = None
+    ) -> DevicePool:
+        """``max_blocks``: what it may be resized to (:class:`DevicePool`). Raises OutOfDeviceMemory, DriverError."""
+        pool = DevicePool(layout, num_blocks, self.allocator.device, self.allocator, max_blocks=max_blocks)
         self._kv_pools.append(pool)
         return pool
 

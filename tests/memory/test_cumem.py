@@ -423,6 +423,7 @@ steps = st.lists(
     st.one_of(
         st.tuples(st.just("malloc"), st.sampled_from(TAGS), st.integers(1, 3 * GRANULARITY)),
         st.tuples(st.just("free"), st.integers(0, 50)),
+        st.tuples(st.just("resize"), st.integers(0, 50), st.integers(1, 5), st.integers(1, 5 * GRANULARITY)),
         st.tuples(st.just("sleep"), st.sets(st.sampled_from(TAGS))),
         st.tuples(st.just("wake"), st.none() | st.sets(st.sampled_from(TAGS))),
         st.tuples(
@@ -453,7 +454,7 @@ def test_any_sequence_keeps_content_and_leaks_nothing(sequence: list[tuple], kee
             _, tag, size = step
             try:
                 with allocator.tagged(tag):
-                    address = allocator.malloc(size)
+                    address = allocator.malloc(size, reserve=4 * GRANULARITY)
             except (OutOfDeviceMemory, MemoryAsleep, DriverError):
                 pass
             else:
@@ -469,6 +470,21 @@ def test_any_sequence_keeps_content_and_leaks_nothing(sequence: list[tuple], kee
                 if driver.is_mapped(address):
                     continue
             del model[address]
+        elif step[0] == "resize" and model:
+            first = step[1] % len(model)
+            chosen = sorted(model)[first : first + step[2]]
+            try:
+                allocator.resize(dict.fromkeys(chosen, step[3]))
+            except (ValueError, MemoryAsleep):  # more than was reserved; nothing has changed
+                assert step[3] > 4 * GRANULARITY or {model[address][0] for address in chosen} & set(allocator.asleep)
+            except (OutOfDeviceMemory, DriverError):
+                for address in chosen:
+                    model[address] = (*model[address][:2], None)
+            else:
+                for address in chosen:
+                    value = value % 250 + 1
+                    fill(address, step[3], value)
+                    model[address] = (model[address][0], step[3], value)
         elif step[0] == "sleep":
             already = set(allocator.asleep)
             try:

@@ -55,6 +55,7 @@ class Ends:
     own_gpu_only: bool = False
     cumem: bool = True
     own_pids: bool = False  # the source: in another PID namespace
+    grown: bool = False  # pools of two blocks, made larger before they are registered
 
 
 class End:
@@ -74,7 +75,12 @@ class End:
         self.layout = (ends.source, ends.reader)[index]
         self.driver = CudaDriver()
         allocator = CumemAllocator(self.driver, self.device, HostBuffers()) if ends.cumem else None
-        self.pool = DevicePool(self.layout, (ends.num_blocks[index],), self.device, allocator)
+        blocks = (ends.num_blocks[index],)
+        if ends.grown:
+            self.pool = DevicePool(self.layout, (2,), self.device, allocator, max_blocks=(4 * blocks[0],))
+            self.pool.resize(blocks)
+        else:
+            self.pool = DevicePool(self.layout, blocks, self.device, allocator)
         self.memory = self.pool.memory()
         self.blocks = self.pool.tensors()[0]
         fill(self.blocks, (SOURCE_SEED, READER_SEED)[index])
@@ -378,6 +384,10 @@ LAYOUTS = {
 def test_pulls_bring_the_right_bytes(tmp_path: Path, name: str) -> None:
     source, reader, num_blocks = LAYOUTS[name]
     run(Ends(tmp_path, source, reader, num_blocks), pulls_many_requests)
+
+
+def test_pools_that_were_made_larger(tmp_path: Path) -> None:
+    run(Ends(tmp_path, layout(), layout(), SMALL, own_gpu_only=True, grown=True), pulls_many_requests)
 
 
 def test_each_process_sees_its_own_gpu_only(tmp_path: Path) -> None:
