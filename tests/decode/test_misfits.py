@@ -79,6 +79,7 @@ def test_a_refused_source_is_told_and_tried_again_with_growing_pauses(d: Reader,
     assert d.inbox.misfits() == {}
     d.inbox.connect(p.source)
     until(lambda: d.inbox.misfits())
+    d.paused(p.source)
     assert list(d.inbox.misfits()) == ["P"] and "models differ" in d.inbox.misfits()["P"]
     assert select.select([d.inbox.fileno()], [], [], 5)[0], "the main thread is not woken"
     pause_s = peer.RETRY_MISFIT_S
@@ -103,6 +104,7 @@ def test_a_trial_that_succeeds_clears_it(clock: Clock) -> None:
     d, p = Reader(clock, script), PrefillEnd(lanes=copy_lanes)
     d.inbox.connect(p.source)
     until(lambda: "has passed its test" in d.inbox.misfits().get("P", ""))
+    d.paused(p.source)  # the next trial has its time
     script.corrupts = False
     d.later(peer.RETRY_MISFIT_S)
     until(lambda: d.counter("handshakes") == 1 and not d.inbox.misfits())
@@ -151,6 +153,7 @@ def test_one_that_does_not_answer_for_long_is_told(d: Reader) -> None:
     assert not d.inbox.misfits()
     d.later(pause_s)
     until(lambda: "nobody listens" in d.inbox.misfits().get("P", ""))
+    d.settle()
     d.later(module.FORGET_MISFIT_S)
     until(lambda: not d.inbox.misfits() and not d.inbox._peers)
 
@@ -158,6 +161,7 @@ def test_one_that_does_not_answer_for_long_is_told(d: Reader) -> None:
 def test_another_epoch_or_another_address_is_tried_at_once(d: Reader, p: PrefillEnd) -> None:
     d.inbox.connect(p.source)
     until(lambda: d.inbox.misfits())
+    d.paused(p.source)
     d.inbox.connect(Source("P", "new", p.source.address))
     until(lambda: d.counter("handshakes_refused") == 2)
     d.inbox.expect("waits", Source("P", "new", p.source.address))  # for the trial in a second

@@ -26,6 +26,9 @@ from tests.transfer.nvlink_ends import (
     settled,
 )
 
+# Not beside others: paths of sockets are short, and namespaces are made of processes.
+pytestmark = pytest.mark.slow
+
 Seen = list[tuple[int, int]]  # pid and uid of those at the other ends of sockets
 
 

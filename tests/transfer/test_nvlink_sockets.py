@@ -35,6 +35,9 @@ from tests.transfer.nvlink_ends import (
     until,
 )
 
+# Not beside others: paths of sockets are short, and namespaces are made of processes.
+pytestmark = pytest.mark.slow
+
 NEVER = threading.Event()
 
 
