@@ -130,7 +130,7 @@ def up(settings: config.UpConfig) -> int:
 @_command(
     "prefill",
     "Run one prefill node: it computes prompts and hands their KV blocks to decode nodes.",
-    """    pd-serve prefill --router http://10.0.0.1:8000 --host 10.0.0.2 --port 8100
+    """    pd-serve prefill --router http://10.0.0.1:8000 --host 10.0.0.2 --port 8100 --secret-file secret
 
     PD_SERVE_ROUTER=http://10.0.0.1:8000 pd-serve prefill --config node.yaml""",
 )
@@ -143,7 +143,7 @@ def prefill(settings: config.NodeConfig) -> int:
 @_command(
     "decode",
     "Run one decode node: it pulls KV blocks from prefill nodes and generates the text.",
-    """    pd-serve decode --router http://10.0.0.1:8000 --host 10.0.0.3 --port 8200
+    """    pd-serve decode --router http://10.0.0.1:8000 --host 10.0.0.3 --port 8200 --secret-file secret
 
     pd-serve decode --local-prefill-tokens 64 --router http://10.0.0.1:8000""",
 )
@@ -158,7 +158,7 @@ def decode(settings: config.NodeConfig) -> int:
     "Run one router: the OpenAI API in front of prefill and decode nodes.",
     """    pd-serve router --host 0.0.0.0 --api-key-file keys.txt
 
-    pd-serve router --prefill http://10.0.0.2:8100 --decode http://10.0.0.3:8200,http://10.0.0.4:8200""",
+    pd-serve router --secret-file secret --prefill http://10.0.0.2:8100 --decode http://10.0.0.3:8200""",
 )
 def router(settings: config.RouterConfig) -> int:
     from pd_serve.router.main import run
