@@ -26,6 +26,7 @@ from pd_serve.models.source import resolve
 from pd_serve.net import listen, netloc
 from pd_serve.settings import values_of
 from pd_serve.supervised import Supervised
+from pd_serve.trust import server_tls
 
 if TYPE_CHECKING:
     import httpx
@@ -46,6 +47,7 @@ def run(config: UpConfig) -> int:
     started_s = time.monotonic()
     preflight.check(config, nodes=config.prefill + config.decode)
     config.api_keys()
+    server_tls(config.ssl_certfile, config.ssl_keyfile)
     config.chat_template_text()  # a broken file is said before anything starts
     model = resolve(config.model, config.dtype, config.load_format)
     config = replace(
@@ -188,7 +190,7 @@ class Up:
         print(f"\n{table}\n\nReady after {took_s:.1f} s: {self._config.served_model_name} at {url}\n")
         print(f"Try:\n\n{_example(self._config)}\n")
         key = "YOUR_KEY" if self._config.api_key or self._config.api_key_file else "unused"
-        print(f'In Python:\n\n  client = openai.OpenAI(base_url="{url}", api_key="{key}")\n')
+        print(f'In Python:\n\n  import openai\n  client = openai.OpenAI(base_url="{url}", api_key="{key}")\n')
         print("Ctrl-C ends everything.", flush=True)
         for process in self._processes:
             process.stream()

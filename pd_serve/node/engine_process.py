@@ -113,7 +113,9 @@ class EngineProcess:
             asyncio.get_running_loop().call_soon(self._read)
 
     def tell(self, message: wire.ToEngine) -> None:
-        """Sends a message of the node itself. An engine that does not read is beyond telling."""
+        """Sends a message of the node itself. An engine that has ended, or does not read, is beyond telling."""
+        if not self.alive():
+            return
         try:
             self.send(0, wire.encoder.encode(message))
         except zmq.Again:
