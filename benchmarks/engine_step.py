@@ -16,8 +16,8 @@ import time
 import numpy as np
 import torch
 
-from pd_serve.engine.batch import Batch
-from pd_serve.engine.runner import Runner
+from pd_serve.compute.cpu.runner import Runner
+from pd_serve.compute.step import Batch
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
 from pd_serve.models.config import ModelConfig

@@ -24,10 +24,10 @@ from pd_serve.bench.transfer.link import Link
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
-from pd_serve.transfer.connection import Listener
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.nixl import Limits, NixlTransport
 from pd_serve.transfer.nixl.limits import limits_of
+from pd_serve.transfer.session.connection import Listener
 from pd_serve.transfer.slices import slicings
 
 WARMUP, REPEATS = 2, 5
@@ -35,10 +35,10 @@ WARMUP, REPEATS = 2, 5
 
 def mover_for(device: int | None) -> Mover:
     if device is None:
-        from pd_serve.transfer.host_mover import HostMover
+        from pd_serve.transfer.movers.host import HostMover
 
         return HostMover()
-    from pd_serve.transfer.cuda_mover import CudaMover
+    from pd_serve.transfer.movers.cuda import CudaMover
 
     return CudaMover(device)
 

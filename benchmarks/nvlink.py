@@ -16,10 +16,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from pd_serve.transfer import cuda_mover
-from pd_serve.transfer.cuda_calls import check, driver
-from pd_serve.transfer.cuda_mover import CudaMover
-from pd_serve.transfer.mover import Rows
+from pd_serve.transfer.movers import cuda as cuda_mover
+from pd_serve.transfer.movers.base import Rows
+from pd_serve.transfer.movers.cuda import CudaMover
+from pd_serve.transfer.movers.cuda_calls import check, driver
 
 MIB = 1 << 20
 POOL_BYTES = 4096 * MIB

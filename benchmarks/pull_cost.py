@@ -17,7 +17,7 @@ import numpy as np
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import BlockMap, PullState
-from pd_serve.transfer.mover import Rows
+from pd_serve.transfer.movers.base import Rows
 from pd_serve.transfer.nvlink import NvlinkTransport
 from tests.memory.memfd import MemfdDriver
 from tests.transfer.nvlink_ends import Link, NumpyMover, Pool, pair_of

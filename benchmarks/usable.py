@@ -24,7 +24,7 @@ from pd_serve.decode.inbox import Arrived, Failed, Inbox, Offered
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.transfer.choice import lanes_for
-from pd_serve.transfer.handshake import Identity
+from pd_serve.transfer.session.handshake import Identity
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
 

@@ -1,7 +1,7 @@
 """Ground for the CPU kernels: numba's set-up, element access for bfloat16 and float32, and a fast ``exp``.
 
-Used where kernels are: :mod:`pd_serve.models.ops`, :mod:`pd_serve.engine` (attention, sampling) and
-:mod:`pd_serve.transfer.host_kernels`. Owns where compiled kernels are kept: ``numba/<version>/`` in the cache.
+Used where kernels are: :mod:`pd_serve.compute.cpu.ops`, :mod:`pd_serve.engine` (attention, sampling) and
+:mod:`pd_serve.transfer.movers.host_kernels`. Owns where compiled kernels are kept: ``numba/<version>/`` in the cache.
 Must never import one of these rooms, nor be imported by processes without torch.
 
 Kernels take raw addresses (``Tensor.data_ptr()``): passing eight of them costs 0.2 us, passing eight tensors as
@@ -29,7 +29,7 @@ from pd_serve.paths import cache_directory
 
 # A kernel's own file alone decides whether numba takes it from its cache, but these end up inside of kernels:
 # hence a folder for each version of them.
-_INLINED = ("jit.py", "engine/attention/tiles.py")
+_INLINED = ("jit.py", "compute/cpu/attention/tiles.py")
 _PACKAGE = Path(__file__).parent
 _VERSION = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _INLINED)).hexdigest()[:12]
 # Not by way of $NUMBA_CACHE_DIR, which a user may set: numba reads it when the first module imports numba, and without

@@ -14,13 +14,13 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.transfer.base import BlockMap, Pair, Pull
-from pd_serve.transfer.mover import I64, U64, Sums
+from pd_serve.transfer.movers.base import I64, U64, Sums
 from pd_serve.transfer.slices import Slicing
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import Blocks, FailureKind, Ready
+from pd_serve.wire.peer import Blocks, Ready
 
 I32 = npt.NDArray[np.int32]
 

@@ -20,20 +20,19 @@ from dataclasses import dataclass
 from functools import partial
 
 from pd_serve.decode.expected import I32, Check, Expected, Stage
-from pd_serve.decode.peer import PrefillPeer, State
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pull, PullState
-from pd_serve.transfer.handshake import HANDSHAKE_S, Identity
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
-from pd_serve.transfer.mover import Work
+from pd_serve.transfer.movers.base import Work
 from pd_serve.transfer.poller import look_s
-from pd_serve.transfer.probe import FLOOR_BYTES_PER_S, Prober
-from pd_serve.transfer.tls import Tls
+from pd_serve.transfer.session.handshake import HANDSHAKE_S, Identity
+from pd_serve.transfer.session.probe import FLOOR_BYTES_PER_S, Prober
+from pd_serve.transfer.session.source_peer import PrefillPeer, State
+from pd_serve.transfer.session.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from pd_serve.doctor.findings import Finding, broken, note, ok, problem
 
 GPU_BYTES, GPU_BLOCK_BYTES = 256 << 20, 2 << 20  # of a pull between GPUs
 
-# Below it a lane has probably fallen back to something that it should not use; see transfer/probe.py.
+# Below it a lane has probably fallen back to something that it should not use; see transfer/session/probe.py.
 FLOOR_GB_PER_S = 1.0
 NVLINK_FLOOR_GB_PER_S = 100.0
 _CORES_A_LANE = 4

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pd_serve.memory.region import PoolMemory
     from pd_serve.models.config import ModelConfig
     from pd_serve.models.decoder import Decoder
-    from pd_serve.transfer.handshake import Identity
     from pd_serve.transfer.lanes import Lanes
+    from pd_serve.transfer.session.handshake import Identity
 
 log = logging.getLogger(__name__)
 
@@ -176,10 +176,10 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
 
+    from pd_serve.compute.cpu.runner import Runner
+    from pd_serve.compute.cpu.sampler import Sampler
     from pd_serve.engine.core import Engine
     from pd_serve.engine.presence import Presence
-    from pd_serve.engine.runner import Runner
-    from pd_serve.engine.sampler import Sampler
     from pd_serve.engine.scheduler import Limits, Scheduler
     from pd_serve.engine.sleep import HostSleeper
     from pd_serve.kv.layout import KVLayout
@@ -188,7 +188,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     from pd_serve.memory.switches import check_expandable_segments
     from pd_serve.models.config import ModelConfig, fingerprint
     from pd_serve.models.decoder import load_decoder
-    from pd_serve.transfer.handshake import Identity
+    from pd_serve.transfer.session.handshake import Identity
 
     watch.lap("import")
     directory = Path(config.model)

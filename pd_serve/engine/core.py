@@ -20,13 +20,13 @@ import numpy as np
 import zmq
 from torch import Tensor
 
+from pd_serve.compute.cpu.sampler import Sampled, Sampler
+from pd_serve.compute.step import Batch
 from pd_serve.engine import checks
-from pd_serve.engine.batch import Batch
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.plan import Work, build_batch
 from pd_serve.engine.presence import Presence
 from pd_serve.engine.pulse import Pulse
-from pd_serve.engine.sampler import Sampled, Sampler
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.engine.sleep import TAGS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.engine.batch import Batch
+from pd_serve.compute.step import Batch
 from pd_serve.engine.sequence import Sequence
 
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from pd_serve.engine.runner import Runner
+from pd_serve.compute.cpu.runner import Runner
 from pd_serve.memory.pool import HostPool
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS, Counter
 from pd_serve.models.decoder import Decoder

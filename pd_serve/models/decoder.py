@@ -1,7 +1,7 @@
 """The decoder: tokens in, hidden states and logits out. One definition for the Llama family and Gemma 3.
 
 Called by the engine's model runner. Owns the order of the computation and nothing of its means: compute is
-:mod:`pd_serve.models.ops`, attention over the paged KV is handed in. Rows of a batch are tokens; the decoder knows
+:mod:`pd_serve.compute.cpu.ops`, attention over the paged KV is handed in. Rows of a batch are tokens; the decoder knows
 no sequences, blocks or batches. Must never import transformers.
 """
 
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pd_serve.models import ops
+from pd_serve.compute.cpu import ops
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.rope import cos_sin_table
 from pd_serve.models.weights import LayerWeights, ModelWeights, load_weights

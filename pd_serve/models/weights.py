@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pd_serve.compute.cpu.ops import Linear
 from pd_serve.errors import ModelError
 from pd_serve.models.config import ModelConfig
-from pd_serve.models.ops import Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in some checkpoints, but computed here; and the half of Gemma 3 that sees

@@ -16,7 +16,7 @@ from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
-from pd_serve.transfer.tls import Tls
+from pd_serve.transfer.session.tls import Tls
 from pd_serve.trust import server_tls
 from pd_serve.wire.engine import EngineConfig
 

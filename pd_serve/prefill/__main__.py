@@ -7,7 +7,7 @@ import sys
 from pd_serve.engine.boot import Parts, main
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.prefill.role import PrefillRole
-from pd_serve.transfer.tls import Tls
+from pd_serve.transfer.session.tls import Tls
 
 
 def make_role(parts: Parts) -> PrefillRole:

@@ -18,19 +18,18 @@ from functools import partial
 
 import msgspec
 
-from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.prefill.leases import Claimed, Holder, LeaseBook
-from pd_serve.prefill.session import Session
-from pd_serve.transfer import probe
-from pd_serve.transfer.connection import MAX_FRAME_BYTES, Connection, Listener
-from pd_serve.transfer.handshake import HANDSHAKE_S, Identity, Reception, check_protocol, shortened
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import look_s
-from pd_serve.transfer.tls import Tls
+from pd_serve.transfer.session import probe
+from pd_serve.transfer.session.connection import MAX_FRAME_BYTES, Connection, Listener
+from pd_serve.transfer.session.handshake import HANDSHAKE_S, Identity, Reception, check_protocol, shortened
+from pd_serve.transfer.session.reader_session import Session
+from pd_serve.transfer.session.tls import Tls
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

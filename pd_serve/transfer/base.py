@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import PoolMemory, Region
-from pd_serve.transfer.mover import Work
+from pd_serve.transfer.movers.base import Work
 from pd_serve.transfer.slices import Slicing
 
 

@@ -12,7 +12,7 @@ from pd_serve.errors import ConfigError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import Transport
 from pd_serve.transfer.lanes import LaneFactory, Lanes
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 
 NAMES = ("nvlink", "nixl", "ucx")  # preferred first, where measurements are equal
 
@@ -72,10 +72,10 @@ def mover_maker(memory: PoolMemory) -> Callable[[], Mover]:
 
     def make() -> Mover:
         if memory.device is None:
-            from pd_serve.transfer.host_mover import HostMover
+            from pd_serve.transfer.movers.host import HostMover
 
             return HostMover()
-        from pd_serve.transfer.cuda_mover import CudaMover
+        from pd_serve.transfer.movers.cuda import CudaMover
 
         return CudaMover(memory.device)
 

@@ -3,7 +3,7 @@ them.
 
 Made by :mod:`pd_serve.transfer.choice` (and by benchmarks), owned by the transfer thread: everything but the
 constructor runs there. Which lane a *pair* of nodes uses is settled by their self-test
-(:mod:`pd_serve.transfer.probe`).
+(:mod:`pd_serve.transfer.session.probe`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import Transport
-from pd_serve.transfer.mover import Mover, Work
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.movers.base import Mover, Work
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, Region
-from pd_serve.transfer.mover import I64, Rows
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.movers.base import I64, Rows
 
 # A layout comes from another node: keeps byte offsets within 64 bits, and lists of rows short.
 MAX_BLOCK_SIZE = 1 << 16

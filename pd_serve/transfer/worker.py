@@ -20,12 +20,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from pd_serve.errors import TransferError
-from pd_serve.transfer.connection import Resolved, is_numeric, resolve
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import Poller
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.session.connection import Resolved, is_numeric, resolve
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """Messages between the engines of two nodes (the *peer channel*): a decode engine dials a prefill engine.
 
-TCP, one frame a message (:mod:`pd_serve.transfer.connection`), MessagePack. KV bytes never travel
+TCP, one frame a message (:mod:`pd_serve.transfer.session.connection`), MessagePack. KV bytes never travel
 here: they are read over one of the lanes that the handshake found both ends to have.
 
 A connection begins so: ``Hello``, ``Challenge``, ``Proof`` with ``Introduction`` right behind it, ``Welcome``, then
 ``LaneMessage`` as lanes need it, and ``Chosen`` after the self-test. Neither end says anything of itself before the
 other has proved the secret. Where there is one, every frame after its sender's proof ends with a MAC
-(:mod:`pd_serve.auth`). What a peer says is checked by :mod:`pd_serve.transfer.handshake`.
+(:mod:`pd_serve.auth`). What a peer says is checked by :mod:`pd_serve.transfer.session.handshake`.
 
 A *lease* is a prefill node's promise not to reuse a request's blocks. It is renewed by heartbeats
 while the decode node waits and ends by release, cancel, expiry, or a new epoch of the peer.
@@ -14,7 +14,6 @@ while the decode node waits and ends by release, cancel, expiry, or a new epoch 
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -25,19 +24,6 @@ from pd_serve.memory.region import Region
 # Versions of this protocol that this build speaks; both ends settle on the newest they share.
 PROTOCOL_MIN = 3
 PROTOCOL_MAX = 3
-
-
-class FailureKind(StrEnum):
-    """Why a pull ended without usable blocks."""
-
-    HANDSHAKE = "handshake"  # secret, version, model, layout or transport do not match
-    CONNECT = "connect"  # the peer cannot be reached
-    PEER_LOST = "peer_lost"  # it stopped answering, or came back with another epoch
-    EXPIRED = "expired"  # the lease had ended when the bytes arrived
-    CANCELLED = "cancelled"  # the prefill node gave the request up
-    TRANSFER = "transfer"  # the transport reported an error
-    TIMEOUT = "timeout"  # nothing moved for too long
-    CHECKSUM = "checksum"  # what arrived is not what was announced
 
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_serve.decode.expected import Check, Expected
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.slices import slicings
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import Blocks, FailureKind, First, Ready
+from pd_serve.wire.peer import Blocks, First, Ready
 from tests.transfer.harness import SMALL
 
 SOURCE = Source("P", "e", "tcp://127.0.0.1:1")

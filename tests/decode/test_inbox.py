@@ -12,10 +12,9 @@ import pytest
 from pd_serve.decode import inbox
 from pd_serve.decode.expected import Expected
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer import worker
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, PrefillEnd, until
 from tests.transfer.scripted import copy_lanes
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
+from pd_serve.errors import FailureKind
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind
 from tests.transfer.harness import LARGE, DecodeEnd, PrefillEnd, PrefillProcess, until
 
 pytestmark = pytest.mark.slow

@@ -13,12 +13,12 @@ import pytest
 
 from pd_serve.auth import Seal
 from pd_serve.decode import inbox as module
-from pd_serve.decode import peer
 from pd_serve.decode.inbox import Failed, Offered
-from pd_serve.transfer.handshake import HANDSHAKE_S, Reception
+from pd_serve.errors import FailureKind
+from pd_serve.transfer.session import source_peer as peer
+from pd_serve.transfer.session.handshake import HANDSHAKE_S, Reception
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind
 from tests.transfer.frames import Frames
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, PrefillEnd, identity, until
 from tests.transfer.scripted import Script, copy_lanes

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
-from pd_serve.transfer import probe
-from pd_serve.transfer.handshake import HANDSHAKE_S, Reception
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.errors import FailureKind
+from pd_serve.transfer.movers.host import HostMover
+from pd_serve.transfer.session import probe
+from pd_serve.transfer.session.handshake import HANDSHAKE_S, Reception
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
-from pd_serve.wire.peer import FailureKind
 from tests.transfer.frames import Frames
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, Pool, identity, until
 from tests.transfer.scripted import Script, copy_lanes

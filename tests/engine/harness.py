@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection
 import torch
 import zmq
 
-from pd_serve.engine.batch import Batch
+from pd_serve.compute.cpu.sampler import Sampler
+from pd_serve.compute.step import Batch
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.core import Engine
 from pd_serve.engine.presence import Presence
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.role import NoRole
-from pd_serve.engine.sampler import Sampler
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
 from pd_serve.engine.sleep import TAGS

@@ -12,7 +12,7 @@ from pathlib import Path
 from pd_serve.engine.boot import bound_caches
 bound_caches()
 import torch
-from pd_serve.models.ops import Linear
+from pd_serve.compute.cpu.ops import Linear
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pd_serve.compute.cpu.runner import Runner
 from pd_serve.engine import core
-from pd_serve.engine.runner import Runner
 from pd_serve.engine.sleep import TAGS, HostSleeper
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
@@ -18,8 +18,8 @@ from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import load_decoder
 from pd_serve.wire import engine as wire
 from pd_serve.wire.memory import MemoryReport, TagUsage
+from tests.compute.cpu.test_runner import batch
 from tests.engine.harness import Node
-from tests.engine.test_runner import batch
 
 
 def test_peers_lose_the_pool_before_its_memory_goes_and_find_another_epoch(node: Node) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from pd_serve.transfer.handshake import Greeting
+from pd_serve.transfer.session.handshake import Greeting
 from pd_serve.wire import peer as wire
 from tests.transfer.frames import Frames
 from tests.transfer.harness import SMALL, Pool, PrefillEnd, identity, until

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pd_serve.errors import TransferError
-from pd_serve.prefill.session import Session
+from pd_serve.transfer.session.reader_session import Session
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import SMALL, Clock, PrefillEnd, until

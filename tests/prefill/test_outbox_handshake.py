@@ -13,7 +13,7 @@ from pd_serve import auth
 from pd_serve.errors import HandshakeError
 from pd_serve.memory.region import PROBE_BLOCKS
 from pd_serve.prefill import outbox
-from pd_serve.transfer import handshake, probe
+from pd_serve.transfer.session import handshake, probe
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import LARGE, SMALL, Clock, PrefillEnd, until

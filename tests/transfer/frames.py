@@ -7,7 +7,7 @@ import socket
 import struct
 
 from pd_serve.auth import Seal
-from pd_serve.transfer.handshake import Greeting, Reception
+from pd_serve.transfer.session.handshake import Greeting, Reception
 
 
 class Frames:

@@ -20,9 +20,9 @@ from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
 from pd_serve.transfer.choice import lanes_for
-from pd_serve.transfer.handshake import Identity
 from pd_serve.transfer.lanes import Lanes
-from pd_serve.transfer.tls import Tls
+from pd_serve.transfer.session.handshake import Identity
+from pd_serve.transfer.session.tls import Tls
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
 from tests.transfer.processes import Killable

@@ -16,8 +16,8 @@ import numpy as np
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
-from pd_serve.transfer.host_mover import HostMover
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import Limits, NixlTransport
 from pd_serve.transfer.nixl.limits import HOST
 from pd_serve.transfer.nixl.pull import NixlPull

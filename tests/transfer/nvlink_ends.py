@@ -22,7 +22,7 @@ from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.driver import HandleType, MemoryKind
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region, Segment
 from pd_serve.transfer.base import BlockMap, Pair, Peer, PullState, Reader
-from pd_serve.transfer.mover import U64, Rows
+from pd_serve.transfer.movers.base import U64, Rows
 from pd_serve.transfer.nvlink import NvlinkTransport, fd_server
 from pd_serve.transfer.slices import slicings
 from tests.memory.memfd import MemfdDriver

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
-from pd_serve.transfer.host_mover import HostMover
 from pd_serve.transfer.lanes import LaneFactory, Lanes
-from pd_serve.transfer.mover import Mover, Rows, Work
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.movers.base import Mover, Rows, Work
+from pd_serve.transfer.movers.host import HostMover
 
 
 @dataclass

@@ -7,13 +7,12 @@ import logging
 
 import pytest
 
-from pd_serve.errors import ConfigError, TransferError
+from pd_serve.errors import ConfigError, FailureKind, TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.choice import lanes_for
-from pd_serve.transfer.host_mover import HostMover
 from pd_serve.transfer.lanes import LaneFactory, Lanes
-from pd_serve.transfer.mover import Mover
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.movers.base import Mover
+from pd_serve.transfer.movers.host import HostMover
 from tests.transfer.harness import SMALL, Pool
 from tests.transfer.scripted import CopyTransport, Script, copy_lanes
 

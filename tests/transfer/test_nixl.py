@@ -16,7 +16,7 @@ import pytest
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.base import PullState
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import NixlTransport, bindings
 from pd_serve.transfer.nixl import transport as nixl_transport
 from tests.transfer.harness import LARGE, SMALL, agent_name, until

@@ -14,8 +14,8 @@ from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import Pair, PullState
-from pd_serve.transfer.host_mover import HostMover, HostWork
-from pd_serve.transfer.mover import Rows
+from pd_serve.transfer.movers.base import Rows
+from pd_serve.transfer.movers.host import HostMover, HostWork
 from pd_serve.transfer.nixl import Limits, messages
 from pd_serve.transfer.nixl.limits import DEVICE, HOST, UNIT_BYTES
 from tests.transfer.harness import LARGE, SMALL, Clock, until

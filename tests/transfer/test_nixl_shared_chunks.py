@@ -10,7 +10,7 @@ import pytest
 
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.transfer.base import BlockMap, PullState
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import messages
 from pd_serve.transfer.nixl.pull import NixlPull
 from tests.transfer.harness import Clock, until

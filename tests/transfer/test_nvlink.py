@@ -14,7 +14,7 @@ from pd_serve.errors import HandshakeError, TransferError
 from pd_serve.memory.driver import HandleType
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.base import PullState
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nvlink import NvlinkTransport, messages, sources
 from pd_serve.transfer.nvlink import peer as peer_module
 from pd_serve.transfer.nvlink import transport as transport_module

@@ -68,7 +68,7 @@ class End:
         from pd_serve.memory.cumem import CumemAllocator
         from pd_serve.memory.device_pool import DevicePool
         from pd_serve.memory.host_buffers import HostBuffers
-        from pd_serve.transfer.cuda_mover import CudaMover
+        from pd_serve.transfer.movers.cuda import CudaMover
 
         torch.cuda.set_device(self.device)
         torch.zeros(1, device="cuda")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nvlink import credentials
 from pd_serve.transfer.nvlink.messages import Offer, to_reader
 from tests.transfer.namespaces import PID, USER_AND_PID, namespace, unshare

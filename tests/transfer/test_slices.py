@@ -11,7 +11,7 @@ import pytest
 from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
-from pd_serve.transfer.mover import Rows
+from pd_serve.transfer.movers.base import Rows
 from pd_serve.transfer.slices import Slicing, slicings
 
 HEADS, DIM = 4, 2

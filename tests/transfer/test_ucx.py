@@ -312,7 +312,7 @@ def ucx():
     assert before == {k: v for k, v in os.environ.items() if k.startswith("UCX")}
     return ends
 def nixl():
-    from pd_serve.transfer.host_mover import HostMover
+    from pd_serve.transfer.movers.host import HostMover
     from pd_serve.transfer.nixl import NixlTransport
     pools = Pool(SMALL, 96, seed=3), Pool(SMALL, 80)
     pair = pair_of(SMALL, SMALL, pools[0].memory(), pools[1].memory())
@@ -352,7 +352,7 @@ for ends in made:
 def test_without_ucxx_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("libucxx", "ucxx", "ucxx._lib"):
         monkeypatch.setitem(sys.modules, name, None)
-    from pd_serve.transfer.host_mover import HostMover
+    from pd_serve.transfer.movers.host import HostMover
     from pd_serve.transfer.ucx import UcxTransport
 
     with pytest.raises(TransferError, match=r"pd-serve\[ucx\]"):

@@ -55,7 +55,7 @@ class DevicePool:
 
 
 def started(pool: DevicePool) -> Any:
-    from pd_serve.transfer.cuda_mover import CudaMover
+    from pd_serve.transfer.movers.cuda import CudaMover
     from pd_serve.transfer.ucx import UcxTransport
 
     torch.cuda.set_device(pool.device)

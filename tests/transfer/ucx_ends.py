@@ -16,7 +16,7 @@ import numpy as np
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
-from pd_serve.transfer.host_mover import HostMover
+from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.slices import Slicing, slicings
 from pd_serve.transfer.ucx import UcxTransport
 from pd_serve.transfer.ucx.reader import UcxPeer, UcxPull

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout
-from pd_serve.transfer.mover import I64
+from pd_serve.transfer.movers.base import I64
 
 _CHUNK_WORDS = 1 << 22
 

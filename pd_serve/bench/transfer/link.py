@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from pd_serve.transfer.connection import Connection, dial, resolve
 from pd_serve.transfer.poller import Poller
+from pd_serve.transfer.session.connection import Connection, dial, resolve
 
 
 class Link:

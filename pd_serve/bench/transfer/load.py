@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pd_serve.bench.transfer.job import Case, cases
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pull, PullState
-from pd_serve.wire.peer import FailureKind
 
 if TYPE_CHECKING:
     from pd_serve.bench.transfer.reading import ReaderEnd

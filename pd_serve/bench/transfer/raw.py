@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
-from pd_serve.wire.peer import FailureKind
 
 _PROGRESS_DELAY_US = 100_000  # NIXL's thread is woken by events
 _WARMUP = 2

@@ -18,13 +18,12 @@ from pd_serve.bench.transfer.ends import End, as_tensor, synchronize
 from pd_serve.bench.transfer.job import Case, Job, num_blocks
 from pd_serve.bench.transfer.messages import SEED, Open, Opened, Payload, Serve, Serving
 from pd_serve.bench.transfer.sources import SourceProcess
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import BlockMap, Pair, Pull, PullState
-from pd_serve.transfer.mover import I64
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.slices import slicings
-from pd_serve.wire.peer import FailureKind
 
 START_TIMEOUT_S = 60.0
 PULL_TIMEOUT_S = 60.0

@@ -8,13 +8,12 @@ import time
 
 from pd_serve.bench.transfer.link import Link
 from pd_serve.bench.transfer.messages import Close, Failed, ToReader, ToSource, decode_to_reader, encode
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
 from pd_serve.processes import Child, describe_exit
 from pd_serve.transfer.base import Pair, Peer
-from pd_serve.transfer.connection import Listener
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.session.connection import Listener
 
 _CLOSE_TIMEOUT_S = 5.0
 

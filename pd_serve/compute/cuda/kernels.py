@@ -1,6 +1,6 @@
 """What lies between a decoder's matrices and its attention, one kernel each: norms, rotation and KV write, activations.
 
-Called by decoders on a GPU; the counterpart of :mod:`pd_serve.models.ops`, with the same meaning of each function.
+Called by decoders on a GPU; the counterpart of :mod:`pd_serve.compute.cpu.ops`, with the same meaning of each function.
 Inputs are bfloat16, float16 or float32, their elements contiguous in the last dimension; each is computed in float32.
 """
 

@@ -1,7 +1,7 @@
 """Randomness of sampling: a number for each (seed, output index, token), whatever else is in the batch, and wherever.
 
-Used inside of the sampler's kernels. It is the noise of the CPU's (:mod:`pd_serve.engine.sampler`): SplitMix64 (Steele
-et al., 2014), seeded twice over, and from there its sequence, an element for each token.
+Used inside of the sampler's kernels. It is the noise of the CPU's (:mod:`pd_serve.compute.cpu.sampler`):
+SplitMix64 (Steele et al., 2014), seeded twice over, and from there its sequence, an element for each token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chooses tokens from logits on the GPU, for a batch in which each row has its own parameters.
 
 Called by the engine after each step, within its CUDA graph. The order of what is done to a row is the CPU sampler's
-(:mod:`pd_serve.engine.sampler`): bias, penalties (log-probabilities are taken of what is then there), temperature,
+(:mod:`pd_serve.compute.cpu.sampler`): bias, penalties (log-probabilities are taken of what is then there), temperature,
 min-p, top-k, top-p. What they leave is drawn from by the Gumbel-max rule, here as a race, ``argmax weight / arrival``:
 no row is sorted, and the CPU draws the same token but where two of them tie. A row's token is a function of its logits,
 its parameters, its seed and its output index alone: must never depend on other rows, on how many there are, or on time.

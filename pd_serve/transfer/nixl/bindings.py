@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pd_serve.errors import TransferError
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, TransferError
 
 I32 = npt.NDArray[np.int32]
 U64 = npt.NDArray[np.uint64]

@@ -16,7 +16,7 @@ import numpy as np
 from pd_serve.errors import TransferError
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import PullState
-from pd_serve.transfer.mover import I64, Rows, Work
+from pd_serve.transfer.movers.base import I64, Rows, Work
 from pd_serve.transfer.nixl.reads import Read
 from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, lay_out
 from pd_serve.transfer.slices import Slicing

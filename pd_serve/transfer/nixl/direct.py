@@ -13,7 +13,7 @@ import numpy as np
 
 from pd_serve.memory.region import Region
 from pd_serve.transfer.merge import SHORT, SORTED_FROM_BYTES, count_runs, neighbours_together
-from pd_serve.transfer.mover import I64
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.nixl.bindings import U64, Agent
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.slices import Side, Slicing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.staging import Ring, units

@@ -13,9 +13,8 @@ from typing import Annotated, TypeVar
 import msgspec
 import numpy as np
 
-from pd_serve.errors import TransferError
-from pd_serve.transfer.mover import I64
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, TransferError
+from pd_serve.transfer.movers.base import I64
 
 Address = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Ticket = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]

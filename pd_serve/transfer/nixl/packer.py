@@ -14,15 +14,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, Send
-from pd_serve.transfer.mover import I64, Mover, Work
+from pd_serve.transfer.movers.base import I64, Mover, Work
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.staging import Ring, lay_out
 from pd_serve.transfer.poller import look_s
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import BlockMap, Pair, Send
-from pd_serve.transfer.mover import I64
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.nixl.bindings import I32, Agent
 from pd_serve.transfer.nixl.chunks import Item, PackedPull
 from pd_serve.transfer.nixl.direct import Index, LocalLists, in_order, listed
@@ -17,7 +17,6 @@ from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.nixl.unpacker import Unpacker
-from pd_serve.wire.peer import FailureKind
 
 
 class NixlPeer:

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import PullState
 from pd_serve.transfer.nixl.bindings import I32, Agent
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pd_serve.errors import TransferError
-from pd_serve.transfer.mover import I64, Mover
+from pd_serve.errors import FailureKind, TransferError
+from pd_serve.transfer.movers.base import I64, Mover
 from pd_serve.transfer.nixl.bindings import I32, U64, Agent
 from pd_serve.transfer.nixl.limits import UNIT_BYTES, Limits
 from pd_serve.transfer.slices import Slicing
-from pd_serve.wire.peer import FailureKind
 
 PART_ALIGNMENT = 256  # bytes: copies on a GPU use wide words
 

@@ -8,11 +8,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.nixl import messages
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.direct import LocalLists
@@ -24,7 +24,6 @@ from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.poller import SPIN_S
 from pd_serve.transfer.slices import Side
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, PullState, Send
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.chunks import Chunk, PackedPull, can_fill, take
@@ -22,7 +22,6 @@ from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.nixl.staging import unit_ids, units
 from pd_serve.transfer.poller import look_s
-from pd_serve.wire.peer import FailureKind
 
 MAX_UNITS = 1 << 17  # of a source's ring: 16 GiB
 UNFILLED = 2  # chunks that are asked for though there is room in them for pulls to come

@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pd_serve.errors import TransferError
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, TransferError
 
 NAME = re.compile(r"pd-serve-[0-9a-f]{16}\.sock")
 MAX_PATH_BYTES = 107  # sockaddr_un

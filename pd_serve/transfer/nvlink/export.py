@@ -12,13 +12,12 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from pd_serve.errors import PDServeError, TransferError
+from pd_serve.errors import FailureKind, PDServeError, TransferError
 from pd_serve.memory.driver import HandleType, VirtualMemoryDriver
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.nvlink.fd_server import FdServer
 from pd_serve.transfer.nvlink.ipc import IpcDriver
 from pd_serve.transfer.nvlink.messages import MAX_SEGMENTS, Kind, Offer, Range
-from pd_serve.wire.peer import FailureKind
 
 
 def kind_of(memory: PoolMemory) -> tuple[Kind, str]:

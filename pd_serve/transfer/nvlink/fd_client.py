@@ -14,11 +14,10 @@ import threading
 import time
 from pathlib import Path
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.nvlink import credentials, directory
 from pd_serve.transfer.nvlink.fd_server import FDS_PER_PACKET, GIVE, REFUSE
 from pd_serve.transfer.nvlink.messages import Range
-from pd_serve.wire.peer import FailureKind
 
 FETCH_TIMEOUT_S = 5.0  # the source's thread shares its interpreter with an engine that may be busy
 FD_BYTES = array.array("i").itemsize

@@ -21,10 +21,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.nvlink import credentials, directory
 from pd_serve.transfer.nvlink.messages import TOKEN_BYTES
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.driver import DriverError, HandleType, MemoryKind, VirtualMemoryDriver
 from pd_serve.memory.region import Region
 from pd_serve.transfer.nvlink import fd_client
 from pd_serve.transfer.nvlink.ipc import IpcDriver
 from pd_serve.transfer.nvlink.messages import Kind, Offer, Range
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 
 MAX_SEGMENTS = 512  # of one pool; a pool is one allocation, or a few
 TOKEN_BYTES = 32

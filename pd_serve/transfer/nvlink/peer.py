@@ -10,13 +10,12 @@ import logging
 import time
 from typing import NoReturn
 
-from pd_serve.errors import PDServeError, TransferError
+from pd_serve.errors import FailureKind, PDServeError, TransferError
 from pd_serve.transfer.base import Pair, Send
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
 from pd_serve.transfer.nvlink.messages import Declined, Kind, Offer
 from pd_serve.transfer.nvlink.sources import Source, Sources
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

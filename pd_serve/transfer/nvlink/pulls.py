@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import PullState
-from pd_serve.transfer.mover import Rows, Work
-from pd_serve.wire.peer import FailureKind
+from pd_serve.transfer.movers.base import Rows, Work
 
 if TYPE_CHECKING:
     from pd_serve.transfer.nvlink.peer import NvlinkPeer

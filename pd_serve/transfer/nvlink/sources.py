@@ -10,11 +10,10 @@ import logging
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.nvlink.background import in_background
 from pd_serve.transfer.nvlink.mapping import Mapped, Opener
 from pd_serve.transfer.nvlink.messages import Offer
-from pd_serve.wire.peer import FailureKind
 
 if TYPE_CHECKING:
     from pd_serve.transfer.nvlink.pulls import Batch

@@ -2,7 +2,7 @@
 
 Built and used by the transfer thread alone. The source only opens its pool (``export``) and takes no part in a pull;
 the reader maps it (``sources``, ``mapping``: beside the transfer thread) and hands rows to its
-:class:`pd_serve.transfer.mover.Mover`, all pulls of a turn in one call. Nothing here waits, but for ``close``.
+:class:`pd_serve.transfer.movers.base.Mover`, all pulls of a turn in one call. Nothing here waits, but for ``close``.
 
 A mapping is never taken away from under a copy. Whether what was copied may be used is not known here: a source that
 has died or reused its blocks is read without an error.
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pd_serve.errors import HandshakeError, PDServeError, TransferError
+from pd_serve.errors import FailureKind, HandshakeError, PDServeError, TransferError
 from pd_serve.memory.driver import VirtualMemoryDriver
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
 from pd_serve.transfer.merge import SORTED_FROM_BYTES, count_runs, neighbours_together
-from pd_serve.transfer.mover import Mover, Rows
+from pd_serve.transfer.movers.base import Mover, Rows
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
 from pd_serve.transfer.nvlink.ipc import IpcDriver
@@ -33,7 +33,6 @@ from pd_serve.transfer.nvlink.messages import Description, Kind
 from pd_serve.transfer.nvlink.peer import NvlinkPeer, NvlinkReader
 from pd_serve.transfer.nvlink.pulls import Batch, NvlinkPull, Part
 from pd_serve.transfer.nvlink.sources import Sources
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,7 @@ import time
 from types import ModuleType
 from typing import Any
 
-from pd_serve.errors import TransferError
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, TransferError
 
 # Read when the library is loaded; a user's own value wins.
 LIBRARY_DEFAULTS = {

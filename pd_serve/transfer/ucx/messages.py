@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.wire.peer import FailureKind
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 
 VERSION = 1
 HELLO = 0  # the source's first message, of HELLO_BYTES: UCX has found its way

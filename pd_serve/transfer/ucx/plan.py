@@ -12,7 +12,7 @@ import numpy as np
 
 from pd_serve.memory.region import Region
 from pd_serve.transfer.merge import neighbours_together
-from pd_serve.transfer.mover import I64
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.slices import Side, Slicing
 
 

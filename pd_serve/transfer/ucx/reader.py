@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
-from pd_serve.transfer.mover import Work
+from pd_serve.transfer.movers.base import Work
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
 from pd_serve.transfer.ucx.plan import Message, messages, span
 from pd_serve.transfer.ucx.shared import Shared
-from pd_serve.wire.peer import FailureKind
 
 
 class Arrival:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pd_serve.memory.region import PoolMemory
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.ucx.binding import Worker
 from pd_serve.transfer.ucx.staging import Staging
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, Send
-from pd_serve.transfer.mover import I64, Work
+from pd_serve.transfer.movers.base import I64, Work
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
 from pd_serve.transfer.ucx.plan import span
 from pd_serve.transfer.ucx.shared import Shared
-from pd_serve.wire.peer import FailureKind
 
 
 @dataclass

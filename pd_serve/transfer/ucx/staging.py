@@ -5,7 +5,7 @@ A slot is taken when a message is packed or asked for, and given back when neith
 
 from __future__ import annotations
 
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 
 
 class Staging:

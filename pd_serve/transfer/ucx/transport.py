@@ -15,18 +15,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.net import boot_id
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Send
-from pd_serve.transfer.mover import Mover
+from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Operation, Ucx, Worker
 from pd_serve.transfer.ucx.reader import UcxPeer, UcxPull
 from pd_serve.transfer.ucx.shared import DEVICE, HOST, Shared
 from pd_serve.transfer.ucx.source import UcxReader
 from pd_serve.transfer.ucx.staging import Staging
-from pd_serve.wire.peer import FailureKind
 
 log = logging.getLogger(__name__)
 

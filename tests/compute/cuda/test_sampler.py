@@ -99,7 +99,7 @@ def test_a_token_is_the_winner_of_its_row(vocab: int, dtype: torch.dtype, spread
 
 def test_the_cpu_engine_draws_the_same() -> None:
     """A stream may move between a GPU and a CPU node: seeds mean the same on both."""
-    from pd_serve.engine import sampler as cpu
+    from pd_serve.compute.cpu import sampler as cpu
 
     vocab, index = 3001, 4
     rows = [params(**{"seed": 2**63 + 11 * i, **f}) for i, f in enumerate(FILTERS * (1 if INTERPRETED else 12))]

@@ -1,0 +1,76 @@
+"""Runs a decoder on batches: arrays in, logits out.
+
+Called by the engine's core, once a step. Owns the attention over the pool's regions and the number of threads.
+Must never look at sequences, requests or sampling parameters: a batch says everything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pd_serve.compute.cpu.attention.paged import PagedAttention
+from pd_serve.compute.step import Batch
+from pd_serve.jit import set_kernel_threads
+from pd_serve.kv.layout import KVLayout
+from pd_serve.models.config import ModelConfig
+from pd_serve.models.decoder import Decoder
+
+_WARM_UP_TOKENS = 4
+
+
+class Runner:
+    """``regions``: one uint8 tensor a layer group, ``[num_blocks * block_bytes]``. ``threads``: compute threads."""
+
+    def __init__(
+        self, model: Decoder, config: ModelConfig, layout: KVLayout, regions: list[Tensor], threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        if threads > 1:
+            set_kernel_threads(threads)
+        self._model: Decoder | None = model
+        self._layout = layout
+        self._attention = PagedAttention(
+            layout, regions, config.num_heads, config.attention_scale, parallel=threads > 1
+        )
+
+    @property
+    def model(self) -> Decoder | None:
+        """None between ``unload`` and ``load``; nothing can be computed then."""
+        return self._model
+
+    def unload(self) -> None:
+        """Lets go of the weights."""
+        self._model = None
+
+    def load(self, model: Decoder) -> None:
+        """Takes the weights that come after ``unload``: of the same model."""
+        self._model = model
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> Tensor:
+        """Writes the batch's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
+        assert self._model is not None, "the weights are asleep"
+        self._attention.start(batch)
+        tokens, positions = torch.from_numpy(batch.tokens), torch.from_numpy(batch.positions)
+        rows = torch.from_numpy(batch.logits_rows) if len(batch.logits_rows) < batch.num_tokens else None
+        return self._model.logits(self._model.forward(tokens, positions, self._attention, rows))
+
+    def warm_up(self) -> None:
+        """Compiles kernels or takes them from the cache, by a short prompt and one decode into block 0."""
+        for tokens, num_decode in ((_WARM_UP_TOKENS, 0), (1, 1)):
+            self.execute(self._dummy_batch(tokens, num_decode))
+
+    def _dummy_batch(self, num_tokens: int, num_decode: int) -> Batch:
+        groups = range(len(self._layout.groups))
+        return Batch(
+            tokens=np.zeros(num_tokens, np.int64),
+            positions=np.arange(num_tokens, dtype=np.int64),
+            query_start=np.array([0, num_tokens], np.int32),
+            seq_lens=np.array([num_tokens], np.int32),
+            slots=[np.arange(num_tokens, dtype=np.int64) for _ in groups],
+            block_tables=[np.zeros((1, 1), np.int32) for _ in groups],
+            logits_rows=np.array([num_tokens - 1], np.int64),
+            num_decode=num_decode,
+        )

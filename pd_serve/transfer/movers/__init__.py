@@ -1,0 +1,1 @@
+"""Copying and summing strided rows of one kind of memory: one interface, a file for each kind."""
