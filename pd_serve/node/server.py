@@ -31,6 +31,7 @@ from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.node.websocket import LinkProtocol
+from pd_serve.tls_listener import Server
 from pd_serve.trust import is_loopback
 from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, ModelInfo, Status
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the node drains before the server stops."""
+class _Server(Server):
+    """Without uvicorn's signal handlers: the node drains before the server stops."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

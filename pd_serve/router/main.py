@@ -37,11 +37,12 @@ def run(settings: RouterConfig) -> int:
 
     from pd_serve.http import bounded
     from pd_serve.router.app import Router, create_app
+    from pd_serve.tls_listener import Server
 
     app = create_app(settings)
     router: Router = app.state.router
 
-    class Server(uvicorn.Server):
+    class Draining(Server):
         """The first signal drains, the second ends every stream with an error event. The exit status is 0."""
 
         signals = 0
@@ -72,7 +73,7 @@ def run(settings: RouterConfig) -> int:
             look()
             await super().shutdown(sockets)
 
-    server = Server(
+    server = Draining(
         uvicorn.Config(
             app,
             http=bounded(settings),

@@ -1,0 +1,101 @@
+"""TLS connections: whoever does not finish a handshake is ended, and locks nobody out."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from pd_serve.config import RouterConfig
+from pd_serve.http import bounded
+from pd_serve.tls_listener import Server
+from tests.certificates import make_certificate
+
+pytestmark = pytest.mark.timeout(30)
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Listening:
+    def __init__(self, port: int, certificate: str) -> None:
+        self.port = port
+        self._context = ssl.create_default_context(cafile=certificate)
+
+    def silent(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=8)
+
+    def ask(self) -> int:
+        client = http.client.HTTPSConnection("127.0.0.1", self.port, context=self._context, timeout=8)
+        with contextlib.closing(client):
+            client.request("GET", "/")
+            return client.getresponse().status
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def listening(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Listening]:
+    certificate, key = make_certificate(tmp_path)
+    settings = RouterConfig(head_timeout_s=1.0, max_connections=8)
+    server = Server(
+        uvicorn.Config(
+            app, http=bounded(settings), loop=request.param, lifespan="off", log_config=None,
+            ssl_certfile=certificate, ssl_keyfile=key,
+        )
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield Listening(listener.getsockname()[1], certificate)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def ended_after_s(connection: socket.socket) -> float:
+    """How long until the other end closes."""
+    began_s = time.monotonic()
+    with connection, contextlib.suppress(ConnectionError):
+        while connection.recv(4096):
+            pass
+    return time.monotonic() - began_s
+
+
+def test_a_handshake_has_its_time(listening: Listening) -> None:
+    stranger = listening.silent()
+    assert listening.ask() == 200
+    assert 0.5 < ended_after_s(stranger) < 5
+
+
+def test_silent_handshakes_lock_nobody_out(listening: Listening) -> None:
+    strangers = [listening.silent() for _ in range(30)]
+    began_s = time.monotonic()
+    assert listening.ask() == 200
+    assert time.monotonic() - began_s < 0.8  # before their time is up
+    # connections are bounded: those that came first are ended at once
+    assert sum(ended_after_s(stranger) < 0.2 for stranger in strangers[:20]) >= 20 - 8
+    for stranger in strangers[20:]:
+        ended_after_s(stranger)
+
+
+def test_one_that_speaks_no_tls_is_ended(listening: Listening) -> None:
+    stranger = listening.silent()
+    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert ended_after_s(stranger) < 0.8
+    assert listening.ask() == 200
+
+
+def test_the_end_of_a_server_ends_handshakes(listening: Listening) -> None:
+    listening.silent()  # the fixture sees the server end
