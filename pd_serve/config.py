@@ -67,7 +67,8 @@ class Common:
         10.0,
         decimal(0.1),
         "Network",
-        "How long the head of a request may take from its first byte, and a new connection to send one; 408 then. A TLS handshake has as long.",
+        "How long the head of a request may take from its first byte, and a new connection to send one; 408 then. "
+        "A TLS handshake has as long.",
         unit="seconds",
     )
     body_timeout_s: float = setting(
