@@ -19,6 +19,7 @@ from pd_serve.http import Bounds
 
 log = logging.getLogger(__name__)
 
+_FAREWELL_S = 1.0  # for a client that keeps an idle connection open: it need not notice that we end it
 _PAUSE_S = 0.1  # after an accept that failed, as it does when files run out
 _MOST_AT_ONCE = 64  # accepted in a row, before others have their turn
 
@@ -83,7 +84,11 @@ class TlsListener:
     async def _shake_hands(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
         await self._loop.connect_accepted_socket(
-            self._make_protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._bounds.head_timeout_s
+            self._make_protocol,
+            accepted,
+            ssl=self._context,
+            ssl_handshake_timeout=self._bounds.head_timeout_s,
+            ssl_shutdown_timeout=_FAREWELL_S,
         )
 
     def _done(self, accepted: socket.socket, handshake: asyncio.Task[object]) -> None:

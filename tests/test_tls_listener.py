@@ -31,14 +31,17 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 class Listening:
     def __init__(self, port: int, certificate: str) -> None:
         self.port = port
+        self.idle: http.client.HTTPSConnection | None = None
         self._context = ssl.create_default_context(cafile=certificate)
 
     def silent(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=8)
 
+    def keep_alive(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("127.0.0.1", self.port, context=self._context, timeout=8)
+
     def ask(self) -> int:
-        client = http.client.HTTPSConnection("127.0.0.1", self.port, context=self._context, timeout=8)
-        with contextlib.closing(client):
+        with contextlib.closing(self.keep_alive()) as client:
             client.request("GET", "/")
             return client.getresponse().status
 
@@ -99,3 +102,9 @@ def test_one_that_speaks_no_tls_is_ended(listening: Listening) -> None:
 
 def test_the_end_of_a_server_ends_handshakes(listening: Listening) -> None:
     listening.silent()  # the fixture sees the server end
+
+
+def test_idle_clients_do_not_hold_up_the_end_of_a_server(listening: Listening) -> None:
+    listening.idle = listening.keep_alive()  # open until the fixture has seen the server end
+    listening.idle.request("GET", "/")
+    assert listening.idle.getresponse().read() == b"ok"
