@@ -95,7 +95,7 @@ class Registration:
             return str(error) or type(error).__name__
         if response.is_success:
             return None
-        return f"HTTP {response.status_code}: {response.text[:200]}"
+        return _what_it_says(response)
 
     async def _order(self, method: str, router: str, timeout_s: float) -> httpx.Response:
         """Proves the secret where the router asks for that."""
@@ -128,3 +128,11 @@ class Registration:
             await self._order("DELETE", router, _LEAVE_TIMEOUT_S)
         except httpx.HTTPError as error:
             log.info("could not deregister from router %s (%s)", router, error)
+
+
+def _what_it_says(response: httpx.Response) -> str:
+    """A router's own words, or what else answered there."""
+    try:
+        return str(response.json()["error"]["message"])[:400]
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}: {response.text[:200]}"

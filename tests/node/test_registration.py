@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 class Registry:
     """A router's ``/nodes``: keeps what it is told."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, status: int = 200, answer: bytes = b"{}") -> None:
         self.seen: list[tuple[str, str]] = []  # method, URL of the node
         seen = self.seen
 
@@ -29,10 +29,10 @@ class Registry:
             def _take(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 seen.append((self.command, body["url"]))
-                self.send_response(200)
-                self.send_header("Content-Length", "2")
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
-                self.wfile.write(b"{}")
+                self.wfile.write(answer)
 
             do_POST = do_DELETE = _take
 
@@ -108,3 +108,15 @@ def test_a_router_that_is_gone_does_not_delay_the_end(start_node: StartNode) -> 
     node.process.send_signal(signal.SIGTERM)
     assert node.wait() == 0
     assert time.monotonic() - started_s < 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "logged"),
+    [(b'{"error": {"message": "it is another secret"}}', "(it is another secret)"), (b"<html>", "(HTTP 403: <html>)")],
+)
+def test_why_a_router_refuses_is_in_the_log(start_node: StartNode, answer: bytes, logged: str) -> None:
+    port = free_port()
+    registry = Registry(port, 403, answer)
+    node = start_node("echoes", "--router", f"http://127.0.0.1:{port}")
+    node.until(lambda: logged in node.log, "the router's words")
+    registry.close()
