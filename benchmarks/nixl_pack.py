@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pd_serve.bench.transfer.link import Link
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
 from pd_serve.transfer.movers.base import Mover
@@ -179,7 +179,7 @@ def layout_of(block_bytes: int, block_size: int = 16, tp: int = 1) -> KVLayout:
     """8 heads of 128 bfloat16 on one rank of ``tp``; ``block_bytes``: of all ranks together, at 16 tokens."""
     heads, dim = (8, 128) if block_bytes >= 64 << 10 else (1, max(1, block_bytes // 64 // 2))
     layers = block_bytes // (2 * heads * 16 * dim * 2)
-    group = LayerGroup(tuple(range(max(1, layers))), heads // tp, dim, None, 0, heads)
+    group = kv_group(tuple(range(max(1, layers))), heads // tp, dim, None, 0, heads)
     return KVLayout(block_size, "bfloat16", (group,))
 
 

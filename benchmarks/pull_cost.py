@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import BlockMap, PullState
 from pd_serve.transfer.movers.base import Rows
@@ -36,7 +36,7 @@ class NoMover(NumpyMover):
 
 
 def layout(block_size: int, block_kib: int) -> KVLayout:
-    return KVLayout(block_size, "bfloat16", (LayerGroup(tuple(range(block_kib // 4 * 16 // block_size)), 1, 64),))
+    return KVLayout(block_size, "bfloat16", (kv_group(tuple(range(block_kib // 4 * 16 // block_size)), 1, 64),))
 
 
 def main() -> None:

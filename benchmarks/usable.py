@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pd_serve.decode.inbox import Arrived, Failed, Inbox, Offered
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.session.handshake import Identity
@@ -33,7 +33,7 @@ HEADS, DIM = 8, 128
 
 def layout(block_kib: int) -> KVLayout:
     """16 tokens a block in bfloat16, with as many layers as the block has room for."""
-    return KVLayout(16, "bfloat16", (LayerGroup(tuple(range(block_kib // 64)), HEADS, DIM),))
+    return KVLayout(16, "bfloat16", (kv_group(tuple(range(block_kib // 64)), HEADS, DIM),))
 
 
 def make_pool(kv: KVLayout, num_blocks: int, device: int | None) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_serve.errors import ModelError
-from pd_serve.kv.layout import LayerGroup
+from pd_serve.kv.layout import LayerGroup, kv_group
 from pd_serve.models.end_tokens import tokenizer_end_ids
 from pd_serve.models.fields import flag, mapping, number, token_ids, whole
 from pd_serve.models.rope_config import RopeConfig, parse_rope, scaled_positions
@@ -199,7 +199,7 @@ class ModelConfig:
         for layer, window in enumerate(self.windows):
             spans.setdefault(window, []).append(layer)
         return tuple(
-            LayerGroup(tuple(layers), self.num_kv_heads, self.head_dim, window) for window, layers in spans.items()
+            kv_group(tuple(layers), self.num_kv_heads, self.head_dim, window) for window, layers in spans.items()
         )
 
 

@@ -1,10 +1,9 @@
 """Which bytes of two pools are the same part of the KV, when block sizes or tensor parallelism differ. Pure arithmetic.
 
 A *piece* is what both sides can name: ``min`` of the two block sizes in tokens (one must divide the other). Of a piece,
-the heads that both ranks hold are exchanged. Inside a block (``[layer][K|V][kv head][token][dim]``, see kv/layout.py) a
-piece is a fixed pattern of *rows*, contiguous runs of ``row_bytes`` at the offsets ``rows``, in the same order on both
-sides.
-Where layouts agree, a piece is a block and has one row.
+the heads that both ranks hold are exchanged. Inside a block a piece is a fixed pattern of *rows*, contiguous runs of
+``row_bytes`` at the offsets ``rows``, in the same order on both sides. Where layouts agree, a piece is a block and has
+one row. What lies where in a block, kv/layout.py says.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
-from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, LayerGroup
+from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, Plane
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, Region
 from pd_serve.transfer.movers.base import I64, Rows
 
@@ -86,23 +85,27 @@ class Slicing:
 
 def slicings(source: KVLayout, reader: KVLayout) -> tuple[Slicing, ...]:
     """One for each layer group, then the probe region's. Raises HandshakeError with both sides' values."""
-    _same("KV data types", source.dtype, reader.dtype, "start both with the same --dtype")
-    if source.dtype not in DTYPE_BYTES:
-        raise HandshakeError(f"KV data type {source.dtype} is unknown here; run the same version on both nodes")
-    sizes = sorted((source.block_size, reader.block_size))
-    if not 0 < sizes[0] <= sizes[1] <= MAX_BLOCK_SIZE or sizes[1] % sizes[0]:
+    if source.foreign or reader.foreign:
+        found = _whole_blocks(source, reader)
+    else:
+        _check(source, reader)
+        found = [_slicing(source, reader, group) for group in range(len(source.groups))]
+    return (*found, _whole_block(PROBE_BLOCK_BYTES))
+
+
+def _whole_blocks(source: KVLayout, reader: KVLayout) -> list[Slicing]:
+    """Of layouts of which at least one is not ours: nobody here can take its blocks apart."""
+    if source != reader:
         raise HandshakeError(
-            f"block sizes do not fit: {source.block_size} tokens at the prefill node, {reader.block_size} at the "
-            "decode node; start both with the same --block-size, or with sizes of which one divides the other"
+            f"KV layouts differ, and one is not pd-serve's own: {source.describe()} at the prefill node, "
+            f"{reader.describe()} at the decode node; start both with the same engine and the same settings"
         )
-    _same("numbers of layer groups", len(source.groups), len(reader.groups), _SAME_MODEL)
-    item = DTYPE_BYTES[source.dtype]
-    found = [
-        _slicing(a, b, source.block_size, reader.block_size, item)
-        for a, b in zip(source.groups, reader.groups, strict=True)
-    ]
-    probe = Side(PROBE_BLOCK_BYTES, 1, PROBE_BLOCK_BYTES, np.zeros(1, dtype=np.int64))
-    return (*found, Slicing(PROBE_BLOCK_BYTES, probe, probe))
+    return [_whole_block(source.block_bytes(group)) for group in range(len(source.groups))]
+
+
+def _whole_block(size_bytes: int) -> Slicing:
+    side = Side(size_bytes, 1, size_bytes, np.zeros(1, dtype=np.int64))
+    return Slicing(size_bytes, side, side)
 
 
 _SAME_MODEL = "serve the same model on both nodes"
@@ -113,65 +116,95 @@ def _same(what: str, source: object, reader: object, advice: str) -> None:
         raise HandshakeError(f"{what} differ: {source} at the prefill node, {reader} at the decode node; {advice}")
 
 
-def _slicing(source: LayerGroup, reader: LayerGroup, source_block: int, reader_block: int, item: int) -> Slicing:
-    _same("layers", source.layers, reader.layers, _SAME_MODEL)
-    _same("head sizes", source.head_dim, reader.head_dim, _SAME_MODEL)
-    _same("attention windows", source.window, reader.window, _SAME_MODEL)
-    _same("numbers of KV heads of the model", source.heads_of_model, reader.heads_of_model, _SAME_MODEL)
-    _check_heads(source, "prefill")
-    _check_heads(reader, "decode")
-    first = max(source.first_head, reader.first_head)
-    last = min(source.first_head + source.num_kv_heads, reader.first_head + reader.num_kv_heads)
-    if first >= last:
+def _check(source: KVLayout, reader: KVLayout) -> None:
+    """Raises HandshakeError for layouts of different models, and for what no rank can have."""
+    _same("KV data types", source.dtype, reader.dtype, "start both with the same --dtype")
+    if source.dtype not in DTYPE_BYTES:
+        raise HandshakeError(f"KV data type {source.dtype} is unknown here; run the same version on both nodes")
+    sizes = sorted((source.block_size, reader.block_size))
+    if not 0 < sizes[0] <= sizes[1] <= MAX_BLOCK_SIZE or sizes[1] % sizes[0]:
         raise HandshakeError(
-            f"no KV head is on both ranks: heads {_range(source)} at the prefill node, {_range(reader)} at the decode "
-            "node; connect ranks whose heads overlap"
+            f"block sizes do not fit: {source.block_size} tokens at the prefill node, {reader.block_size} at the "
+            "decode node; start both with the same --block-size, or with sizes of which one divides the other"
         )
-    tokens = min(source_block, reader_block)
-    atom = tokens * source.head_dim * item  # one head's K or V of a piece
-    at_source = _atoms(source, first, last, source_block * source.head_dim * item)
-    at_reader = _atoms(reader, first, last, reader_block * reader.head_dim * item)
-    # the longest runs that advance alike on both sides; the pattern is regular, so they are all equally long
-    breaks = np.flatnonzero((np.diff(at_source) != atom) | (np.diff(at_reader) != atom)) + 1
-    begins = np.concatenate(([0], breaks))
-    return Slicing(
-        row_bytes=len(at_source) // len(begins) * atom,
-        source=_side(source, source_block, tokens, item, at_source[begins]),
-        reader=_side(reader, reader_block, tokens, item, at_reader[begins]),
-    )
+    _same("numbers of layer groups", len(source.groups), len(reader.groups), _SAME_MODEL)
+    for a, b in zip(source.groups, reader.groups, strict=True):
+        _same("layers", a.layers, b.layers, _SAME_MODEL)
+        _same("attention windows", a.window, b.window, _SAME_MODEL)
+        _same("numbers of planes", len(a.planes), len(b.planes), _SAME_MODEL)
+        for p, q in zip(a.planes, b.planes, strict=True):
+            _same("head sizes", p.dim, q.dim, _SAME_MODEL)
+            _same("data types of a plane", p.dtype, q.dtype, _SAME_MODEL)
+            _same("numbers of KV heads of the model", p.heads_of_model, q.heads_of_model, _SAME_MODEL)
+            _check_plane(p, "prefill")
+            _check_plane(q, "decode")
+        if not a.planes or not a.layers:
+            raise HandshakeError("a layer group has no layers or nothing in its blocks; run the same version on both")
 
 
-def _check_heads(group: LayerGroup, role: str) -> None:
+def _check_plane(plane: Plane, role: str) -> None:
     if (
-        group.first_head < 0
-        or group.num_kv_heads < 1
-        or group.head_dim < 1
-        or not group.layers
-        or group.first_head + group.num_kv_heads > group.heads_of_model
-        or group.heads_of_model > MAX_HEADS
+        plane.first_head < 0
+        or plane.heads < 1
+        or plane.dim < 1
+        or plane.end_head > plane.heads_of_model
+        or plane.heads_of_model > MAX_HEADS
+        or (plane.dtype and plane.dtype not in DTYPE_BYTES)
     ):
         raise HandshakeError(
-            f"the {role} node's layout makes no sense: heads {_range(group)} of {group.heads_of_model}, "
-            f"{len(group.layers)} layers, head size {group.head_dim}; run the same version on both nodes"
+            f"the {role} node's layout makes no sense: heads {_range(plane)} of {plane.heads_of_model}, head size "
+            f"{plane.dim} {plane.dtype}; run the same version on both nodes"
         )
 
 
-def _range(group: LayerGroup) -> str:
-    return f"{group.first_head}..{group.first_head + group.num_kv_heads - 1}"
+def _range(plane: Plane) -> str:
+    return f"{plane.first_head}..{plane.end_head - 1}"
 
 
-def _atoms(group: LayerGroup, first: int, last: int, head_bytes: int) -> I64:
-    """Byte offsets in a block of K and V of the heads ``first .. last``, layer by layer."""
-    planes = np.arange(2 * len(group.layers), dtype=np.int64) * group.num_kv_heads
-    heads = np.arange(first, last, dtype=np.int64) - group.first_head
-    return ((planes[:, None] + heads[None, :]) * head_bytes).ravel()
+def _slicing(source: KVLayout, reader: KVLayout, group: int) -> Slicing:
+    tokens = min(source.block_size, reader.block_size)
+    token_bytes = source.token_bytes(group)
+    if source.block_size != reader.block_size and len(set(token_bytes)) > 1:
+        raise HandshakeError(
+            f"block sizes differ: {source.block_size} tokens at the prefill node, {reader.block_size} at the decode "
+            f"node, and a token takes {' and '.join(map(str, token_bytes))} bytes in the planes of a block, which then "
+            "cannot be taken apart; start both with the same --block-size"
+        )
+    runs_at_source, runs_at_reader, sizes = [], [], []
+    for plane, (a, b) in enumerate(zip(source.groups[group].planes, reader.groups[group].planes, strict=True)):
+        shared = max(a.first_head, b.first_head), min(a.end_head, b.end_head)
+        if shared[0] >= shared[1]:
+            raise HandshakeError(
+                f"no KV head is on both ranks: heads {_range(a)} at the prefill node, {_range(b)} at the decode node; "
+                "connect ranks whose heads overlap"
+            )
+        runs_at_source.append(_offsets(source, group, plane, *shared))
+        runs_at_reader.append(_offsets(reader, group, plane, *shared))
+        sizes.append(np.full_like(runs_at_source[-1], tokens * token_bytes[plane]))
+    at_source, at_reader, size = (np.concatenate(of, axis=1).ravel() for of in (runs_at_source, runs_at_reader, sizes))
+    # runs that go on alike on both sides are one; where runs differ in length, rows are what divides all of them
+    apart = (np.diff(at_source) != size[:-1]) | (np.diff(at_reader) != size[:-1])
+    begins = np.concatenate(([0], np.flatnonzero(apart) + 1))
+    lengths = np.add.reduceat(size, begins)
+    row_bytes = int(np.gcd.reduce(lengths))
+    rows_of_run = lengths // row_bytes
+    steps = np.arange(rows_of_run.sum()) - np.repeat(np.cumsum(rows_of_run) - rows_of_run, rows_of_run)
+
+    def side(layout: KVLayout, runs: I64) -> Side:
+        return Side(
+            block_bytes=layout.block_bytes(group),
+            pieces_per_block=layout.block_size // tokens,
+            step_bytes=tokens * token_bytes[0],
+            rows=np.repeat(runs[begins], rows_of_run) + steps * row_bytes,
+        )
+
+    return Slicing(row_bytes, side(source, at_source), side(reader, at_reader))
 
 
-def _side(group: LayerGroup, block_size: int, tokens: int, item: int, rows: I64) -> Side:
-    token_bytes = group.head_dim * item
-    return Side(
-        block_bytes=2 * len(group.layers) * group.num_kv_heads * block_size * token_bytes,
-        pieces_per_block=block_size // tokens,
-        step_bytes=tokens * token_bytes,
-        rows=rows,
-    )
+def _offsets(layout: KVLayout, group: int, plane: int, first: int, end: int) -> I64:
+    """``[layers, heads]``: where in a block the heads ``first .. end - 1`` of the model begin."""
+    at, head_bytes = layout.plane_places(group)[plane]
+    layers = np.arange(len(layout.groups[group].layers), dtype=np.int64) * layout.layer_bytes(group)
+    heads = np.arange(first, end, dtype=np.int64) - layout.groups[group].planes[plane].first_head
+    offsets: I64 = layers[:, None] + at + heads * head_bytes
+    return offsets

@@ -22,8 +22,8 @@ from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
 
 # Versions of this protocol that this build speaks; both ends settle on the newest they share.
-PROTOCOL_MIN = 3
-PROTOCOL_MAX = 3
+PROTOCOL_MIN = 4
+PROTOCOL_MAX = 4
 
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]

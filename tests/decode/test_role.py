@@ -10,7 +10,7 @@ from pd_serve.decode.inbox import Drained, Event, Offered
 from pd_serve.decode.role import DecodeRole
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire.link import SamplingParams, Source
 
@@ -43,7 +43,7 @@ class ScriptedInbox:
 
 class Decode:
     def __init__(self, blocks: int) -> None:
-        self.kv = KVManager(KVLayout(BLOCK, "float32", (LayerGroup((0,), 1, 8),)), (blocks,), 256)
+        self.kv = KVManager(KVLayout(BLOCK, "float32", (kv_group((0,), 1, 8),)), (blocks,), 256)
         self.scheduler = Scheduler(self.kv, Limits(8, 64, 1000, 100, 10.0, 255))
         self.inbox = ScriptedInbox()
         self.role = DecodeRole(self.kv, self.scheduler, self.inbox, 0)  # type: ignore[arg-type]

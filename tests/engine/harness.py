@@ -21,7 +21,7 @@ from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
 from pd_serve.engine.sleep import TAGS
 from pd_serve.errors import PDServeError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.memory.usage import WEIGHTS
 from pd_serve.wire import engine as wire
@@ -108,7 +108,7 @@ class Node:
         self.lets_go = True
         self.sleeper = ScriptedSleeper(self.said)
         self.compute = Compute()
-        layout = KVLayout(4, "float32", (LayerGroup((0,), 1, 8),))
+        layout = KVLayout(4, "float32", (kv_group((0,), 1, 8),))
         self.kv = KVManager(layout, (64,), 128)
         self._opened = 0
         self._numbers = 0  # of orders; tests that number their own begin at 101

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from pd_serve.engine.plan import Work, build_batch
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence, State
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, LayerGroup, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire.link import SamplingParams
 
 BLOCK = 4
-FULL = LayerGroup((0,), num_kv_heads=1, head_dim=8)
-WINDOW = LayerGroup((1,), num_kv_heads=1, head_dim=8, window=7)
+FULL = kv_group((0,), num_kv_heads=1, head_dim=8)
+WINDOW = kv_group((1,), num_kv_heads=1, head_dim=8, window=7)
 
 
 def scheduler(

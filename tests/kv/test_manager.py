@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pd_serve.errors import PoolExhausted
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, LayerGroup, kv_group
 from pd_serve.kv.manager import KVManager, SequenceBlocks
 
 BLOCK = 4
-FULL = LayerGroup((0, 2), num_kv_heads=2, head_dim=8)
-WINDOW = LayerGroup((1, 3), num_kv_heads=2, head_dim=8, window=6)
+FULL = kv_group((0, 2), num_kv_heads=2, head_dim=8)
+WINDOW = kv_group((1, 3), num_kv_heads=2, head_dim=8, window=6)
 
 
 def layout(*groups: LayerGroup) -> KVLayout:
@@ -132,7 +132,7 @@ def test_blocks_that_may_not_be_whole_are_offered_to_nobody() -> None:
 
 def test_nodes_are_kin_whatever_their_block_size_and_share_of_the_heads() -> None:
     mine = layout(FULL, WINDOW)
-    half = [LayerGroup(g.layers, 1, 8, g.window, first_head=1, total_kv_heads=2) for g in (FULL, WINDOW)]
+    half = [kv_group(g.layers, 1, 8, g.window, first_head=1, total_kv_heads=2) for g in (FULL, WINDOW)]
     assert KVLayout(16, "float32", tuple(half)).kin() == mine.kin()
     for other in (KVLayout(BLOCK, "bfloat16", mine.groups), layout(FULL), layout(WINDOW, FULL)):
         assert other.kin() != mine.kin()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory import alloc_conf
 from pd_serve.memory.cuda_driver import CudaDriver
 from pd_serve.memory.cumem import CumemAllocator, MemoryAsleep, OutOfDeviceMemory
@@ -243,7 +243,7 @@ def test_out_of_memory_and_then_success(driver: CudaDriver, memory: DeviceMemory
 
 
 def layout() -> KVLayout:
-    return KVLayout(16, "bfloat16", (LayerGroup((0, 1), 8, 128), LayerGroup((2,), 8, 128, window=64)))
+    return KVLayout(16, "bfloat16", (kv_group((0, 1), 8, 128), kv_group((2,), 8, 128, window=64)))
 
 
 def test_a_kv_pool_is_one_segment(memory: DeviceMemory) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.pool import HostPool
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS
 
 
 def test_regions_lie_in_one_allocation_and_do_not_overlap() -> None:
-    layout = KVLayout(16, "bfloat16", (LayerGroup((0, 1), 3, 64), LayerGroup((2,), 1, 80, window=100)))
+    layout = KVLayout(16, "bfloat16", (kv_group((0, 1), 3, 64), kv_group((2,), 1, 80, window=100)))
     pool = HostPool(layout, (7, 9))
     memory = pool.memory()
     assert memory.device is None
@@ -35,7 +35,7 @@ def test_regions_lie_in_one_allocation_and_do_not_overlap() -> None:
 
 
 def test_populating_keeps_what_is_written() -> None:
-    layout = KVLayout(16, "float32", (LayerGroup(tuple(range(8)), 4, 64),))
+    layout = KVLayout(16, "float32", (kv_group(tuple(range(8)), 4, 64),))
     pool = HostPool(layout, (200,))
     (tensor,) = pool.tensors()
     tensor.copy_(torch.arange(len(tensor), dtype=torch.int64).to(torch.uint8))
@@ -53,7 +53,7 @@ def _resident_bytes() -> int:
 
 
 def test_release_gives_pages_back_and_keeps_addresses() -> None:
-    layout = KVLayout(16, "float32", (LayerGroup(tuple(range(8)), 4, 64),))
+    layout = KVLayout(16, "float32", (kv_group(tuple(range(8)), 4, 64),))
     pool = HostPool(layout, (200,))  # 52 MB
     before = pool.memory()
     (tensor,) = pool.tensors()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory import device_pool
 from pd_serve.memory.cumem import CumemAllocator, MemoryAsleep, OutOfDeviceMemory
 from pd_serve.memory.device_pool import DevicePool
@@ -182,7 +182,7 @@ def _host_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
 
 
-LAYOUT = KVLayout(16, "bfloat16", (LayerGroup((0, 1), 2, 64), LayerGroup((2,), 2, 64, window=64)))
+LAYOUT = KVLayout(16, "bfloat16", (kv_group((0, 1), 2, 64), kv_group((2,), 2, 64, window=64)))
 PROBE = 4 << 20
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.cuda_driver import CudaDriver
 from pd_serve.memory.cumem import OutOfDeviceMemory
 from pd_serve.memory.device_pool import DevicePool, tensor_at
@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 LAYERS, HEADS, DIM, BLOCK = 32, 8, 128, 16
-LAYOUT = KVLayout(BLOCK, "bfloat16", (LayerGroup(tuple(range(LAYERS)), HEADS, DIM),))  # 2 MiB a block
+LAYOUT = KVLayout(BLOCK, "bfloat16", (kv_group(tuple(range(LAYERS)), HEADS, DIM),))  # 2 MiB a block
 SMALL = 32
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_serve.errors import ModelError
-from pd_serve.kv.layout import LayerGroup
+from pd_serve.kv.layout import kv_group
 from pd_serve.models.config import ARCHITECTURES, ModelConfig, fingerprint
 from pd_serve.models.rope import inverse_frequencies
 from pd_serve.models.rope_config import SUPPORTED, RopeConfig
@@ -31,7 +31,7 @@ def test_llama_defaults() -> None:
     c = ModelConfig.from_dict(raw)
     assert (c.num_kv_heads, c.head_dim, c.attention_scale, c.eos_token_ids) == (4, 16, 0.25, (2,))
     assert c.ropes == (RopeConfig(16, 10_000.0),)
-    assert c.layer_groups() == (LayerGroup((0, 1, 2), 4, 16, None),)
+    assert c.layer_groups() == (kv_group((0, 1, 2), 4, 16, None),)
     assert not (c.qkv_bias or c.qk_norm or c.sandwich_norms or c.tie_word_embeddings)
 
 
@@ -79,7 +79,7 @@ GEMMA3_FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("form", GEMMA3_FORMS)
 def test_gemma3_has_two_groups_and_two_ropes(form: dict[str, Any]) -> None:
     c = ModelConfig.from_dict(config("Gemma3ForCausalLM", **GEMMA3, **form))
-    assert c.layer_groups() == (LayerGroup((0, 1, 2, 3, 4, 6), 2, 32, 8), LayerGroup((5,), 2, 32, None))
+    assert c.layer_groups() == (kv_group((0, 1, 2, 3, 4, 6), 2, 32, 8), kv_group((5,), 2, 32, None))
     assert c.layer_ropes == (0, 0, 0, 0, 0, 1, 0)
     assert c.ropes == (RopeConfig(32, 1e4), RopeConfig(32, 1e6, "linear", 8.0))
     assert (c.attention_scale, c.norm_offset, c.activation) == (0.25, 1.0, "gelu_tanh")

@@ -40,7 +40,7 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
         ({"layout": LARGE}, ("numbers of layer groups differ", "2 at the prefill node", "1 at the decode node")),
         ({"lanes": {"smoke": b"", "fire": b""}}, ("no transport", "smoke", "fire", "copy")),
         ({"lanes": {}}, ("no transport", "can use none")),
-        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "3..3")),
+        ({"protocol_min": 7, "protocol_max": 9}, ("protocol", "7..9", "4..4")),
     ],
 )
 def test_refusals_name_both_values(
@@ -65,7 +65,25 @@ def test_an_older_protocol_is_told(end: PrefillEnd) -> None:
     for also in ({}, {"nonce": bytes(32)}):  # protocol 1 had none
         stranger.socket.send(msgspec.msgpack.encode(old | more | also))
         refused = stranger.hear()
-        assert isinstance(refused, wire.Refused) and "2..2" in refused.reason and "3..3" in refused.reason
+        assert isinstance(refused, wire.Refused) and "2..2" in refused.reason and "4..4" in refused.reason
+    stranger.close()
+
+
+# what a decode node of the version before says first
+HELLO_3 = (
+    "84a474797065a568656c6c6fac70726f746f636f6c5f6d696e03ac70726f746f636f6c5f6d617803a56e6f6e6365c4206e6e6e6e6e6e6e6e6e"
+    "6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e"
+)
+
+
+def test_the_protocol_before_this_one_is_told(end: PrefillEnd, client: Client) -> None:
+    stranger = Client(end, "X")
+    stranger.socket.send(bytes.fromhex(HELLO_3))
+    assert stranger.hear() == wire.Refused(
+        "peer protocol versions do not overlap: the prefill node speaks 4..4, the decode node 3..3; "
+        "upgrade the older one"
+    )
+    assert client.sync() == []
     stranger.close()
 
 
@@ -321,16 +339,22 @@ def repeat(client: Client, frame: bytes) -> None:
             "layout": {
                 "block_size": 0,
                 "dtype": "float32",
-                "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}],
+                "groups": [{"layers": [0], "planes": [{"heads": 1, "dim": 8}]}],
             }
         },
-        {"layout": {"block_size": 4, "dtype": "smoke", "groups": [{"layers": [0], "num_kv_heads": 1, "head_dim": 8}]}},
+        {
+            "layout": {
+                "block_size": 4,
+                "dtype": "smoke",
+                "groups": [{"layers": [0], "planes": [{"heads": 1, "dim": 8}]}],
+            }
+        },
         {"layout": {"block_size": 4, "dtype": "float32", "groups": []}},
         {
             "layout": {
                 "block_size": 1 << 40,
                 "dtype": "float32",
-                "groups": [{"layers": [0], "num_kv_heads": 1 << 40, "head_dim": 1 << 40}],
+                "groups": [{"layers": [0], "planes": [{"heads": 1 << 40, "dim": 1 << 40}]}],
             }
         },
     ],

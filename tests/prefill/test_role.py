@@ -6,7 +6,7 @@ import numpy as np
 
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.prefill.role import PrefillRole
 from pd_serve.wire.link import SamplingParams
@@ -27,7 +27,7 @@ class NotedOutbox:
 
 
 def test_a_router_that_is_gone_leaves_no_lease() -> None:
-    kv = KVManager(KVLayout(4, "float32", (LayerGroup((0,), 1, 8),)), (9,), 256)
+    kv = KVManager(KVLayout(4, "float32", (kv_group((0,), 1, 8),)), (9,), 256)
     scheduler = Scheduler(kv, Limits(8, 64, 1000, 100, 10.0, 255))
     outbox = NotedOutbox()
     role = PrefillRole(kv, scheduler, outbox)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pd_serve.decode.inbox import Event, Inbox, Offered
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
 from pd_serve.transfer.choice import lanes_for
@@ -29,9 +29,9 @@ from tests.transfer.processes import Killable
 from tests.transfer.scripted import aligned
 
 # two groups with blocks of different size, the second with a window
-SMALL = KVLayout(4, "float32", (LayerGroup((0, 1), 1, 8), LayerGroup((2, 3, 4), 1, 8, window=16)))
+SMALL = KVLayout(4, "float32", (kv_group((0, 1), 1, 8), kv_group((2, 3, 4), 1, 8, window=16)))
 # one group, 256 KiB a block: large enough that a transfer over TCP takes a while
-LARGE = KVLayout(16, "float32", (LayerGroup(tuple(range(16)), 2, 64),))
+LARGE = KVLayout(16, "float32", (kv_group(tuple(range(16)), 2, 64),))
 
 T = TypeVar("T")
 _names = itertools.count()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pd_serve.errors import PDServeError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.driver import HandleType, MemoryKind
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region, Segment
 from pd_serve.transfer.base import BlockMap, Pair, Peer, PullState, Reader
@@ -39,8 +39,8 @@ def layout(block_size: int = 4, first_head: int = 0, heads: int = HEADS, layers:
         block_size,
         "float32",
         (
-            LayerGroup(tuple(range(layers)), heads, 16, first_head=first_head, total_kv_heads=HEADS),
-            LayerGroup((90, 91, 92), heads, 16, window=16, first_head=first_head, total_kv_heads=HEADS),
+            kv_group(tuple(range(layers)), heads, 16, first_head=first_head, total_kv_heads=HEADS),
+            kv_group((90, 91, 92), heads, 16, window=16, first_head=first_head, total_kv_heads=HEADS),
         ),
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import Pair, PullState
 from pd_serve.transfer.movers.base import Rows
@@ -27,7 +27,7 @@ def layout(block_size: int, tp: int = 1, rank: int = 0) -> KVLayout:
     return KVLayout(
         block_size,
         "float16",
-        (LayerGroup((0, 2), heads, 16, None, rank * heads, 4), LayerGroup((1,), heads, 16, 40, rank * heads, 4)),
+        (kv_group((0, 2), heads, 16, None, rank * heads, 4), kv_group((1,), heads, 16, 40, rank * heads, 4)),
     )
 
 
@@ -118,7 +118,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("limits", [PACKED, DIRECT, None], ids=["packed", "direct", "as measured"])
-@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda kv: f"{kv.block_size}x{kv.groups[0].num_kv_heads}")
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda kv: f"{kv.block_size}x{kv.groups[0].planes[0].heads}")
 def test_any_two_layouts_exchange_what_they_share(make, a: KVLayout, b: KVLayout, limits: Limits | None) -> None:
     session = make(a, b, limits)
     for seed in range(2):

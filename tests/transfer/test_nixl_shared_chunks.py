@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.transfer.base import BlockMap, PullState
 from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import messages
@@ -17,7 +17,7 @@ from tests.transfer.harness import Clock, until
 from tests.transfer.nixl_ends import PACKED, Node, Session, blocks, check
 
 # one piece of each of its two groups is 3 KiB; a chunk of 64 KiB holds what twenty pulls of a block want
-LAYOUT = KVLayout(16, "float16", (LayerGroup((0, 2), 1, 16), LayerGroup((1,), 1, 16, 40)))
+LAYOUT = KVLayout(16, "float16", (kv_group((0, 2), 1, 16), kv_group((1,), 1, 16, 40)))
 ROOMY = dataclasses.replace(PACKED, first_chunk_bytes=64 << 10)
 COUNT = 40
 

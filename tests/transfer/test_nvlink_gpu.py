@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.errors import TransferError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.transfer.base import BlockMap, Pair, Peer, Pull, PullState, Reader
 from pd_serve.transfer.nvlink import NvlinkTransport
 from pd_serve.transfer.slices import slicings
@@ -40,7 +40,7 @@ SOURCE_SEED, READER_SEED = 11, 12
 
 
 def layout(block_size: int = 16, first_head: int = 0, heads: int = HEADS) -> KVLayout:
-    group = LayerGroup(tuple(range(LAYERS)), heads, DIM, first_head=first_head, total_kv_heads=HEADS)
+    group = kv_group(tuple(range(LAYERS)), heads, DIM, first_head=first_head, total_kv_heads=HEADS)
     return KVLayout(block_size, "bfloat16", (group,))
 
 
@@ -117,9 +117,9 @@ def expected(end: End, ends: Ends, remote: np.ndarray, local: np.ndarray) -> Ten
     ours = torch.empty_like(end.blocks)
     fill(ours, READER_SEED)
     held, kept = as_kv(theirs, ends.source), as_kv(ours, ends.reader)
-    s, r = ends.source.groups[0], ends.reader.groups[0]
+    s, r = ends.source.groups[0].planes[0], ends.reader.groups[0].planes[0]
     first = max(s.first_head, r.first_head)
-    last = min(s.first_head + s.num_kv_heads, r.first_head + r.num_kv_heads)
+    last = min(s.end_head, r.end_head)
     step = min(ends.source.block_size, ends.reader.block_size)
     for piece, target in zip(remote.tolist(), local.tolist(), strict=True):
         (sb, st), (rb, rt) = divmod(piece * step, ends.source.block_size), divmod(target * step, ends.reader.block_size)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pd_serve.errors import HandshakeError, TransferError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.transfer.base import PullState
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx import transport as module
@@ -84,7 +84,7 @@ def _random_maps(ends: Ends, seed: int) -> None:
 
 
 def _layout(block_size: int, heads: int, first_head: int) -> KVLayout:
-    return KVLayout(block_size, "float16", (LayerGroup((0, 1, 2), heads, 32, None, first_head, 4),))
+    return KVLayout(block_size, "float16", (kv_group((0, 1, 2), heads, 32, None, first_head, 4),))
 
 
 @pytest.mark.parametrize(

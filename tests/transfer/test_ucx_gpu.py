@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, PoolMemory, Region
 from pd_serve.transfer.base import BlockMap, Pair, PullState
 from pd_serve.transfer.slices import slicings
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def layout(block_size: int, layers: int = 8) -> KVLayout:
-    return KVLayout(block_size, "bfloat16", (LayerGroup(tuple(range(layers)), 4, 128),))
+    return KVLayout(block_size, "bfloat16", (kv_group(tuple(range(layers)), 4, 128),))
 
 
 class DevicePool:

@@ -30,9 +30,9 @@ def fill(memory: Tensor, seed: int) -> None:
 
 def pieces(memory: Tensor, layout: KVLayout, group: int, tokens: int) -> Tensor:
     """A group's memory as ``[block, part, layer, K|V, head, token, word]``: its pieces of ``tokens`` tokens."""
-    layers, two, heads, block_tokens, dim = layout.block_shape(group)
+    layers, planes, heads, block_tokens, dim = layout.block_shape(group)
     words = dim * DTYPE_BYTES[layout.dtype] // 4
-    shape = (-1, layers, two, heads, block_tokens // tokens, tokens, words)
+    shape = (-1, layers, planes, heads, block_tokens // tokens, tokens, words)
     return memory.view(torch.int32).view(shape).permute(0, 4, 1, 2, 3, 5, 6)
 
 
@@ -58,10 +58,9 @@ def _pick(of: Tensor, numbers: Tensor) -> Tensor:
 
 def shared_heads(source: KVLayout, reader: KVLayout, group: int) -> tuple[slice, slice]:
     """The heads that both ranks hold: where they are at the reader, and at the source."""
-    s, r = source.groups[group], reader.groups[group]
-    first = max(s.first_head, r.first_head)
-    last = min(s.first_head + s.num_kv_heads, r.first_head + r.num_kv_heads)
-    return slice(first - r.first_head, last - r.first_head), slice(first - s.first_head, last - s.first_head)
+    s, r = source.groups[group].planes[0], reader.groups[group].planes[0]
+    first, end = max(s.first_head, r.first_head), min(s.end_head, r.end_head)
+    return slice(first - r.first_head, end - r.first_head), slice(first - s.first_head, end - s.first_head)
 
 
 def equal_blocks(reader: Tensor, local: I64, source: Tensor, remote: I64, block_bytes: int) -> bool:

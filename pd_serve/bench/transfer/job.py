@@ -7,7 +7,7 @@ import math
 import msgspec
 
 from pd_serve.errors import ConfigError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.values import render_size
 
 LIMIT = "limit"  # the name of the job that measures the raw limit, in place of a transport's
@@ -84,7 +84,7 @@ def _layout(shapes: list[tuple[int, int]], tokens: int, first_head: int, heads: 
     groups, layer = [], 0
     for layers, dim in shapes:
         names = tuple(range(layer, layer + layers))
-        groups.append(LayerGroup(names, heads, dim, first_head=first_head, total_kv_heads=total))
+        groups.append(kv_group(names, heads, dim, first_head=first_head, total_kv_heads=total))
         layer += layers
     return KVLayout(tokens, _DTYPE, tuple(groups))
 

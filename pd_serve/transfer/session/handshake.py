@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pd_serve import auth
 from pd_serve.errors import HandshakeError
-from pd_serve.kv.layout import DTYPE_BYTES, KVLayout
+from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, Plane
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.slices import Slicing, slicings
@@ -30,6 +30,9 @@ MAX_LAYERS = 4096
 MAX_TOKENS = 1 << 16  # of a block
 MAX_HEADS = 1 << 12
 MAX_HEAD_DIM = 1 << 16
+MAX_PLANES = 16
+MAX_OPAQUE_BYTES = 1 << 40
+MAX_NAME = 512
 MAX_BLOCKS = 1 << 31
 MAX_ADDRESS = 1 << 64
 MAX_SHOWN = 1500  # characters
@@ -201,23 +204,34 @@ def covers(slicing: Slicing) -> bool:
 
 
 def _heads(layout: KVLayout) -> str:
-    return ", ".join(f"{g.first_head}..{g.first_head + g.num_kv_heads - 1}" for g in layout.groups)
+    return ", ".join(f"{p.first_head}..{p.end_head - 1}" for g in layout.groups for p in g.planes[:1])
 
 
 def check_layout(layout: KVLayout, role: str) -> None:
     """Raises HandshakeError for a layout that cannot be, or is too large to compute with."""
-    sound = layout.dtype in DTYPE_BYTES and 1 <= layout.block_size <= MAX_TOKENS and 1 <= len(layout.groups) <= 256
+    foreign = bool(layout.foreign)
+    sound = (foreign or layout.dtype in DTYPE_BYTES) and len(layout.foreign) <= MAX_NAME
+    sound = sound and 1 <= layout.block_size <= MAX_TOKENS and 1 <= len(layout.groups) <= 256
     for group in layout.groups:
         sound = (
             sound
             and 1 <= len(group.layers) <= MAX_LAYERS
-            and 1 <= group.num_kv_heads <= MAX_HEADS
-            and 1 <= group.head_dim <= MAX_HEAD_DIM
-            and 0 <= group.first_head <= MAX_HEADS
-            and 0 <= group.total_kv_heads <= MAX_HEADS
+            and (1 <= group.opaque_bytes <= MAX_OPAQUE_BYTES if foreign else group.opaque_bytes == 0)
+            and (len(group.planes) == 0 if foreign else 1 <= len(group.planes) <= MAX_PLANES)
+            and all(_sound(plane) for plane in group.planes)
         )
     if not sound:
         raise HandshakeError(f"the {role} node's KV layout makes no sense; run the same version on both nodes")
+
+
+def _sound(plane: Plane) -> bool:
+    return (
+        1 <= plane.heads <= MAX_HEADS
+        and 1 <= plane.dim <= MAX_HEAD_DIM
+        and 0 <= plane.first_head <= MAX_HEADS
+        and 0 <= plane.total_heads <= MAX_HEADS
+        and plane.dtype in ("", *DTYPE_BYTES)
+    )
 
 
 def check_regions(layout: KVLayout, regions: tuple[Region, ...], role: str) -> None:

@@ -14,7 +14,7 @@ from pd_serve.compute.cpu.attention.paged import PagedAttention
 from pd_serve.compute.step import Batch
 from pd_serve.errors import ModelError
 from pd_serve.jit import set_kernel_threads
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYERS = 2
@@ -42,7 +42,7 @@ def check(case: Case, seed: int = 0) -> None:
     totals = [sum(step[i] for step in case.steps) for i in range(num_seqs)]
     blocks = [-(-n // bs) for n in totals]
     groups = tuple(
-        LayerGroup(tuple(range(g, LAYERS * len(case.windows), len(case.windows))), case.kv_heads, case.dim, window)
+        kv_group(tuple(range(g, LAYERS * len(case.windows), len(case.windows))), case.kv_heads, case.dim, window)
         for g, window in enumerate(case.windows)
     )
     layout = KVLayout(bs, case.dtype, groups)
@@ -170,6 +170,6 @@ def test_head_sizes_of_tiny_models(dtype: str, dim: int) -> None:
 
 
 def test_a_block_size_that_cannot_be_computed_is_refused() -> None:
-    layout = KVLayout(6, "float32", (LayerGroup((0,), 1, 64),))
+    layout = KVLayout(6, "float32", (kv_group((0,), 1, 64),))
     with pytest.raises(ModelError, match="multiple"):
         PagedAttention(layout, [torch.zeros(layout.block_bytes(0), dtype=torch.uint8)], 2, 1.0)

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_serve.errors import HandshakeError
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, LayerGroup, Plane, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer.session.handshake import Greeting, Identity, Reception, check_protocol, shortened
 from pd_serve.wire import peer as wire
 from tests.transfer.harness import SMALL
 
-HALF = LayerGroup((0, 1, 2), 2, 16, first_head=2, total_kv_heads=4)
-WHOLE = LayerGroup((0, 1, 2), 4, 16)
+HALF = kv_group((0, 1, 2), 2, 16, first_head=2, total_kv_heads=4)
+WHOLE = kv_group((0, 1, 2), 4, 16)
 
 
 def regions(layout: KVLayout, num_blocks: int = 8) -> tuple[Region, ...]:
@@ -88,7 +88,7 @@ def test_hello_tells_nothing_of_who_says_it() -> None:
     assert set(msgspec.msgpack.decode(Two().greeting.hello)) == {"type", "protocol_min", "protocol_max", "nonce"}
 
 
-@pytest.mark.parametrize("change", [{"protocol": 4}, {"nonce": bytes(32)}, {"mac": bytes(32)}])
+@pytest.mark.parametrize("change", [{"protocol": 5}, {"nonce": bytes(32)}, {"mac": bytes(32)}])
 def test_a_challenge_that_was_changed_on_its_way(change: dict[str, object]) -> None:
     two = Two(node("P", secret=b"s"), node("D", secret=b"s"))
     with pytest.raises(HandshakeError, match="could not prove"):
@@ -110,15 +110,15 @@ def test_the_sources_proof_is_not_the_readers() -> None:
         two.reception.check(wire.Proof(two.reception.challenge.mac))
 
 
-@pytest.mark.parametrize(("low", "high"), [(4, 9), (1, 2)])
+@pytest.mark.parametrize(("low", "high"), [(5, 9), (1, 3)])
 def test_protocols_that_do_not_overlap(low: int, high: int) -> None:
-    with pytest.raises(HandshakeError, match=rf"3\.\.3.*{low}\.\.{high}"):
+    with pytest.raises(HandshakeError, match=rf"4\.\.4.*{low}\.\.{high}"):
         check_protocol(node("P"), wire.Version(low, high))
 
 
 def test_a_protocol_that_was_not_asked_for() -> None:
     two = Two(node("P", protocol_max=5), node("D", protocol_max=5))
-    two.greeting._me = dataclasses.replace(two.d, protocol_max=3)
+    two.greeting._me = dataclasses.replace(two.d, protocol_max=4)
     with pytest.raises(HandshakeError, match="settled on peer protocol 5"):
         two.prove()
 
@@ -166,7 +166,7 @@ def test_pools_that_differ_and_fit(p: KVLayout, d: KVLayout) -> None:
             "layout": {
                 "block_size": -4,
                 "dtype": "float32",
-                "groups": [{"layers": [], "num_kv_heads": 0, "head_dim": 0}],
+                "groups": [{"layers": [], "planes": [{"heads": 0, "dim": 0}]}],
             }
         },
     ],
@@ -192,22 +192,23 @@ def test_a_welcome_that_cannot_be_read(change: dict[str, object]) -> None:
 
 
 numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(-4, 64)
+dtypes = st.sampled_from(["float32", "bfloat16", "smoke", ""])
+planes = st.builds(Plane, numbers, numbers, numbers, numbers, dtypes)
 layouts = st.builds(
     KVLayout,
     numbers,
-    st.sampled_from(["float32", "bfloat16", "smoke", ""]),
+    dtypes,
     st.lists(
         st.builds(
             LayerGroup,
             st.lists(numbers, max_size=3).map(tuple),
-            numbers,
-            numbers,
+            st.lists(planes, max_size=3).map(tuple),
             st.none() | numbers,
-            numbers,
-            numbers,
+            st.just(0) | numbers,
         ),
         max_size=3,
     ).map(tuple),
+    st.sampled_from(["", "theirs"]),
 )
 many_regions = st.lists(st.builds(Region, numbers, numbers, numbers), max_size=4).map(tuple)
 

@@ -11,7 +11,7 @@ import pytest
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.errors import FailureKind
-from pd_serve.kv.layout import KVLayout, LayerGroup
+from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import PoolMemory
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.movers.base import Rows, Work
@@ -360,7 +360,7 @@ def test_blocks_of_different_sizes(make: Make, theirs: int, ours: int, cached: i
 
 
 def heads(first: int, count: int, total: int = 4) -> KVLayout:
-    return KVLayout(4, "float32", (LayerGroup((0, 1, 2), count, 8, None, first, total),))
+    return KVLayout(4, "float32", (kv_group((0, 1, 2), count, 8, None, first, total),))
 
 
 def test_a_rank_with_a_share_of_the_heads_reads_its_share(make: Make) -> None:

@@ -41,13 +41,15 @@ class PagedAttention:
                 raise ModelError(
                     f"Attention on CPU needs a block size that is a multiple of {TOKENS}, not {layout.block_size}."
                 )
-            pool = region.view(dtype).view(-1, *layout.block_shape(number))
+            shape = layout.block_shape(number)
+            kv_heads, dim = shape[2], shape[4]
+            pool = region.view(dtype).view(-1, *shape)
             for i, layer in enumerate(group.layers):
                 self._place[layer] = number, pool[:, i]
             self._decodes.append(
                 decode_kernel(
-                    group.head_dim,
-                    num_heads // group.num_kv_heads,
+                    dim,
+                    num_heads // kv_heads,
                     layout.block_size,
                     dtype.itemsize,
                     parallel=parallel,
@@ -73,19 +75,19 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [T, Hq, D]``, ``k`` and ``v [T, Hkv, D]`` with contiguous heads: returns ``[T, Hq * D]``."""
         number, pool = self._place[layer]
-        group = self._layout.groups[number]
+        window, kv_heads = self._layout.groups[number].window, pool.shape[2]
         rows, heads, dim = q.shape
         block_stride, value_offset = pool.stride(0), pool.stride(1)
         store_kv(
             self._element, _INT64, pool.data_ptr(), block_stride, value_offset, self._layout.block_size,
-            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self._slots[number], rows, group.num_kv_heads, dim,
+            k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self._slots[number], rows, kv_heads, dim,
         )  # fmt: skip
         out = torch.empty((rows, heads * dim), dtype=self._dtype)
         if self._batch.num_decode:
             table, table_stride = self._tables[number]
             self._decodes[number](
                 self._element, _INT32, pool.data_ptr(), block_stride, value_offset, q.data_ptr(), q.stride(0), table,
-                table_stride, self._seq_lens, self._batch.num_decode, group.num_kv_heads, group.window or 0,
+                table_stride, self._seq_lens, self._batch.num_decode, kv_heads, window or 0,
                 self._scale, out.data_ptr(),
             )  # fmt: skip
         for i, (begin, end, length) in enumerate(self._spans, start=self._batch.num_decode):
@@ -96,7 +98,7 @@ class PagedAttention:
         """A chunk's queries, the last of ``length`` tokens, over all that they see."""
         group, block_size = self._layout.groups[number], self._layout.block_size
         rows, heads, dim = q.shape
-        kv_heads, window = group.num_kv_heads, group.window or length
+        kv_heads, window = pool.shape[2], group.window or length
         share = heads // kv_heads
         start = length - rows  # position of the first query
         first_block = max(0, start - window + 1) // block_size
