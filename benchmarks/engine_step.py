@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pd_serve.compute.cpu.runner import Runner
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
 from pd_serve.models.config import ModelConfig
@@ -29,14 +29,14 @@ BATCH_SIZES = (1, 8)
 CONTEXTS = (256, 512, 1024)
 
 
-def batch_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Batch:
+def batch_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Step:
     """``num_seqs`` sequences of ``length`` tokens, of which the last ``new_tokens`` are computed; scattered blocks."""
     blocks = -(-length // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(num_seqs * blocks).astype(np.int32).reshape(num_seqs, blocks) + 1
     positions = np.tile(np.arange(length - new_tokens, length, dtype=np.int64), num_seqs)
     rows = np.repeat(np.arange(num_seqs), new_tokens)
     slots = tables[rows, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-    return Batch(
+    return Step(
         tokens=np.arange(num_seqs * new_tokens, dtype=np.int64) % 1000,
         positions=positions,
         query_start=np.arange(num_seqs + 1, dtype=np.int32) * new_tokens,
@@ -48,7 +48,7 @@ def batch_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Batch:
     )
 
 
-def measure(runner: Runner, batch: Batch, repeats: int) -> str:
+def measure(runner: Runner, batch: Step, repeats: int) -> str:
     runner.execute(batch)
     times = []
     for _ in range(repeats):

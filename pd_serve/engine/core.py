@@ -21,7 +21,7 @@ import zmq
 from torch import Tensor
 
 from pd_serve.compute.cpu.sampler import Sampled, Sampler
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.engine import checks
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.plan import Work, build_batch
@@ -43,7 +43,7 @@ TRANSFERS_END_S = 10.0
 
 
 class Compute(Protocol):
-    def execute(self, batch: Batch) -> Tensor:
+    def execute(self, batch: Step) -> Tensor:
         """Runs the model over a batch: ``[N, vocab]`` float32 logits of ``batch.logits_rows``."""
 
 

@@ -1,4 +1,4 @@
-"""From the scheduler's choice of sequences to a :class:`Batch`: arrays, no loop over tokens."""
+"""From the scheduler's choice of sequences to a :class:`Step`: arrays, no loop over tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.engine.sequence import Sequence
 
 
@@ -28,8 +28,8 @@ class Work:
         return self.seq.sampling.prompt_logprobs >= 0 and self.seq.num_computed < self.seq.num_prompt
 
 
-def build_batch(plan: Seq[Work], block_size: int, num_groups: int) -> Batch:
-    """Decodes come first in ``plan`` (the scheduler's order). See :class:`Batch` for shapes."""
+def build_batch(plan: Seq[Work], block_size: int, num_groups: int) -> Step:
+    """Decodes come first in ``plan`` (the scheduler's order). See :class:`Step` for shapes."""
     counts = np.array([w.num_tokens for w in plan], dtype=np.int32)
     starts = np.array([w.seq.num_computed for w in plan], dtype=np.int64)
     query_start = np.zeros(len(plan) + 1, dtype=np.int32)
@@ -63,7 +63,7 @@ def build_batch(plan: Seq[Work], block_size: int, num_groups: int) -> Batch:
         for i, w in enumerate(plan)
     ]
     num_decode = next((i for i, w in enumerate(plan) if w.num_tokens != 1 or w.seq.num_computed == 0), len(plan))
-    return Batch(
+    return Step(
         tokens=tokens,
         positions=positions,
         query_start=query_start,

@@ -11,7 +11,7 @@ import torch
 import zmq
 
 from pd_serve.compute.cpu.sampler import Sampler
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.core import Engine
 from pd_serve.engine.presence import Presence
@@ -87,7 +87,7 @@ class Compute:
         self.go = threading.Event()
         self.go.set()
 
-    def execute(self, batch: Batch) -> torch.Tensor:
+    def execute(self, batch: Step) -> torch.Tensor:
         assert self.go.wait(10)
         time.sleep(self.step_s)
         if self.poison in batch.tokens:

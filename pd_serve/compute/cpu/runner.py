@@ -1,7 +1,7 @@
-"""Runs a decoder on batches: arrays in, logits out.
+"""Runs a decoder on steps: arrays in, logits out.
 
 Called by the engine's core, once a step. Owns the attention over the pool's regions and the number of threads.
-Must never look at sequences, requests or sampling parameters: a batch says everything.
+Must never look at sequences, requests or sampling parameters: a step says everything.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cpu.attention.paged import PagedAttention
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
@@ -49,22 +49,22 @@ class Runner:
         self._model = model
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> Tensor:
-        """Writes the batch's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
+    def execute(self, step: Step) -> Tensor:
+        """Writes the step's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
         assert self._model is not None, "the weights are asleep"
-        self._attention.start(batch)
-        tokens, positions = torch.from_numpy(batch.tokens), torch.from_numpy(batch.positions)
-        rows = torch.from_numpy(batch.logits_rows) if len(batch.logits_rows) < batch.num_tokens else None
+        self._attention.start(step)
+        tokens, positions = torch.from_numpy(step.tokens), torch.from_numpy(step.positions)
+        rows = torch.from_numpy(step.logits_rows) if len(step.logits_rows) < step.num_tokens else None
         return self._model.logits(self._model.forward(tokens, positions, self._attention, rows))
 
     def warm_up(self) -> None:
         """Compiles kernels or takes them from the cache, by a short prompt and one decode into block 0."""
         for tokens, num_decode in ((_WARM_UP_TOKENS, 0), (1, 1)):
-            self.execute(self._dummy_batch(tokens, num_decode))
+            self.execute(self._dummy_step(tokens, num_decode))
 
-    def _dummy_batch(self, num_tokens: int, num_decode: int) -> Batch:
+    def _dummy_step(self, num_tokens: int, num_decode: int) -> Step:
         groups = range(len(self._layout.groups))
-        return Batch(
+        return Step(
             tokens=np.zeros(num_tokens, np.int64),
             positions=np.arange(num_tokens, dtype=np.int64),
             query_start=np.array([0, num_tokens], np.int32),

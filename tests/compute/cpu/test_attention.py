@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_serve.compute.cpu.attention.paged import PagedAttention
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.errors import ModelError
 from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout, kv_group
@@ -80,7 +80,7 @@ def check(case: Case, seed: int = 0) -> None:
                     table[j, : max(0, done[i] - group.window + 1) // bs] = 0
             tables.append(table)
         attention.start(
-            Batch(
+            Step(
                 tokens=np.zeros(len(positions), np.int64),
                 positions=positions.astype(np.int64),
                 query_start=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),

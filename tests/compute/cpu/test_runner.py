@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pd_serve.compute.cpu.runner import Runner
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
 from pd_serve.models.config import ModelConfig
@@ -21,10 +21,10 @@ BLOCK_SIZE = 4
 TOKENS = np.random.default_rng(0).integers(3, 320, 60)
 
 
-def batch(groups: int, begin: int, end: int, all_rows: bool = True) -> Batch:
+def batch(groups: int, begin: int, end: int, all_rows: bool = True) -> Step:
     """Tokens ``begin:end`` of one sequence in blocks 1, 2, 3 ..."""
     positions = np.arange(begin, end, dtype=np.int64)
-    return Batch(
+    return Step(
         tokens=TOKENS[begin:end].astype(np.int64),
         positions=positions,
         query_start=np.array([0, end - begin], np.int32),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pd_serve.compute.cpu.attention.kernels import causal_weights, decode_kernel, gather_kv, store_kv, write_heads
 from pd_serve.compute.cpu.attention.tiles import TOKENS
-from pd_serve.compute.step import Batch
+from pd_serve.compute.step import Step
 from pd_serve.errors import ModelError
 from pd_serve.jit import element_of
 from pd_serve.kv.layout import KVLayout
@@ -56,21 +56,21 @@ class PagedAttention:
                 )
             )
 
-    def start(self, batch: Batch) -> None:
-        """Holds the batch of the step whose layers follow."""
-        self._batch = batch
+    def start(self, step: Step) -> None:
+        """Holds the step whose layers follow."""
+        self._step = step
         self._spans = [
             (int(begin), int(end), int(length))
             for begin, end, length in zip(
-                batch.query_start[batch.num_decode : -1],
-                batch.query_start[batch.num_decode + 1 :],
-                batch.seq_lens[batch.num_decode :],
+                step.query_start[step.num_decode : -1],
+                step.query_start[step.num_decode + 1 :],
+                step.seq_lens[step.num_decode :],
                 strict=True,
             )
         ]
-        self._seq_lens = batch.seq_lens.ctypes.data
-        self._slots = [slots.ctypes.data for slots in batch.slots]
-        self._tables = [(table.ctypes.data, table.shape[1]) for table in batch.block_tables]
+        self._seq_lens = step.seq_lens.ctypes.data
+        self._slots = [slots.ctypes.data for slots in step.slots]
+        self._tables = [(table.ctypes.data, table.shape[1]) for table in step.block_tables]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``q [T, Hq, D]``, ``k`` and ``v [T, Hkv, D]`` with contiguous heads: returns ``[T, Hq * D]``."""
@@ -83,14 +83,14 @@ class PagedAttention:
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self._slots[number], rows, kv_heads, dim,
         )  # fmt: skip
         out = torch.empty((rows, heads * dim), dtype=self._dtype)
-        if self._batch.num_decode:
+        if self._step.num_decode:
             table, table_stride = self._tables[number]
             self._decodes[number](
                 self._element, _INT32, pool.data_ptr(), block_stride, value_offset, q.data_ptr(), q.stride(0), table,
-                table_stride, self._seq_lens, self._batch.num_decode, kv_heads, window or 0,
+                table_stride, self._seq_lens, self._step.num_decode, kv_heads, window or 0,
                 self._scale, out.data_ptr(),
             )  # fmt: skip
-        for i, (begin, end, length) in enumerate(self._spans, start=self._batch.num_decode):
+        for i, (begin, end, length) in enumerate(self._spans, start=self._step.num_decode):
             self._prefill(number, pool, i, q[begin:end], length, out[begin:end])
         return out
 
