@@ -1,7 +1,7 @@
 """The router's HTTP surface: an ASGI application made of the settings, and what lives as long as it does.
 
-Handlers read and check; generations do the rest (see :mod:`pd_serve.router.generation`). Everything that is
-not a success has OpenAI's error shape.
+Its own handlers are those for operators and nodes; clients' are in :mod:`pd_serve.router.request`. Everything that
+is not a success has OpenAI's error shape.
 """
 
 from __future__ import annotations
@@ -13,31 +13,29 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from pd_serve import __version__, values
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
-from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
-from pd_serve.api.text_model import Prompt, unknown_model
+from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
-from pd_serve.router.clock import LoopClock
 from pd_serve.router.doors import Doors
-from pd_serve.router.edge import Admin, Edge, request_id
-from pd_serve.router.generation import Generation
+from pd_serve.router.line import Timer
 from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
-from pd_serve.router.nodes import Group, Registry
-from pd_serve.router.sequence import Shared
+from pd_serve.router.middleware import Admin, Edge, request_id
+from pd_serve.router.nodes import Registry
+from pd_serve.router.request import Requests, body, json_response
 from pd_serve.router.status import describe, models
+from pd_serve.router.stream import Shared
 from pd_serve.trust import asks_for_others, is_loopback
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER
 
@@ -46,6 +44,13 @@ log = logging.getLogger(__name__)
 _INLINE_BYTES = 16 << 10  # longer bodies are tokenised in a thread, so that streams do not pause
 _SWEEP_S = 1.0
 _T = TypeVar("_T")
+
+
+class _LoopClock:
+    now_s = staticmethod(time.monotonic)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        return asyncio.get_running_loop().call_later(delay_s, callback)
 
 
 class Router:
@@ -58,15 +63,12 @@ class Router:
         self.links = Links(settings, self.registry, self.secret)
         self.doors = Doors(self.secret, settings.allow_insecure_nodes, time.monotonic)
         self.metrics = Metrics()
-        self.leniency = Leniency(strict=settings.strict_fields)
-        self.shared: Shared
-        self.begun_s: float  # on the clock
+        self.shared = Shared(settings, _LoopClock(), self.metrics.count)
+        self.requests = Requests(self.registry, self.shared, self.metrics)
         self.started_s = time.time()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        self.shared = Shared(self.settings, LoopClock(), self.metrics.count)
-        self.begun_s = self.shared.clock.now_s()
         self.links.start()
         sweeper = asyncio.create_task(self._sweep())
         try:
@@ -79,9 +81,9 @@ class Router:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now_s = self.shared.clock.now_s()
-            for sequence in list(self.shared.active):
+            for stream in list(self.shared.active):
                 try:
-                    sequence.check_time(now_s)
+                    stream.check_time(now_s)
                 except Exception:
                     log.exception("a request could not be checked")  # the others are still to be
 
@@ -90,148 +92,28 @@ class Router:
         if self.shared.draining:
             return
         self.shared.draining = True
-        log.info("draining: %d sequences, at most %g s", len(self.shared.active), self.settings.drain_timeout_s)
+        log.info("draining: %d streams, at most %g s", len(self.shared.active), self.settings.drain_timeout_s)
         self.shared.clock.call_later(self.settings.drain_timeout_s, self.end_all)
 
     def end_all(self) -> None:
         """Every open request ends now, with an error that its client can read."""
-        for sequence in list(self.shared.active):
-            sequence.fail(
-                APIError(503, "the router is shutting down: try again", code="shutting_down", retry_after_s=1)
-            )
+        for stream in list(self.shared.active):
+            stream.fail(APIError(503, "the router is shutting down: try again", code="shutting_down", retry_after_s=1))
 
-    # --- generation -----------------------------------------------------------------------------------
-
-    async def completions(self, request: Request) -> Generation:
-        return await self._generate(request, schemas.CompletionRequest)
-
-    async def chat_completions(self, request: Request) -> Generation:
-        return await self._generate(request, schemas.ChatCompletionRequest)
-
-    async def _generate(
-        self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]
-    ) -> Generation:
-        arrived_s = self.shared.clock.now_s()
-        body = await self._body(request)
-
-        parsed = await _off_loop(lambda: parse(kind, body, self.leniency), len(body))
-        group = await self._group(parsed.model)
-        text = group.text  # of now: a node with another one may link meanwhile
-
-        def prompts_of() -> list[Prompt]:
-            if isinstance(parsed, schemas.ChatCompletionRequest):
-                return [text.chat_prompt(parsed)]
-            return text.completion_prompts(parsed)
-
-        prompts = await _off_loop(prompts_of, len(body))
-        return Generation(
-            request=parsed,
-            prompts=prompts,
-            group=group,
-            text=text,
-            shared=self.shared,
-            metrics=self.metrics,
-            request_id=request_id(request.scope),
-            arrived_s=arrived_s,
-        )
-
-    async def _group(self, name: str) -> Group:
-        """The group to serve ``name``, one that has nodes; waits ``node_wait_s`` for it where one may be about to come.
-
-        That is so while no node was ever linked, for as long after this router's start, and where nodes of the model
-        were here before. Raises APIError: 404 for a model that is not served, 503 where no node came.
-        """
-        wait_s = self.settings.node_wait_s
-        deadline_s = self.shared.clock.now_s() + wait_s
-        while True:
-            group = self._find(name)
-            if group is not None:
-                return group
-            names, now_s = self.registry.names(), self.shared.clock.now_s()
-            until_s = deadline_s if not self.registry.seen or name in ("", *names) else self.begun_s + wait_s
-            if self.shared.draining or now_s >= until_s:
-                break
-            await self._a_node(until_s - now_s)
-        if names and name and name not in names:
-            raise unknown_model(name, names)
-        raise APIError(
-            503,
-            f"no node serves the model '{name[:200]}' now: start one, or try again later"
-            if name
-            else "no node is linked to this router: start nodes, or try again later",
-            code="no_nodes",
-            retry_after_s=wait_s,
-        )
-
-    def _find(self, name: str) -> Group | None:
-        if not name:
-            served = [known for known in self.registry.names() if self.registry.find(known) is not None]
-            if len(served) > 1:
-                raise bad_request(f"several models are served: name one of {', '.join(served)} in 'model'", "model")
-            name = served[0] if served else ""
-        return self.registry.find(name)
-
-    async def _a_node(self, timeout_s: float) -> None:
-        """Returns when a node was linked, or after that time."""
-        came = asyncio.Event()
-        self.registry.watchers.add(came.set)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await came.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self.registry.watchers.discard(came.set)
-
-    async def tokenize(self, request: Request) -> Response:
-        body = await self._body(request)
-
-        parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, body, self.leniency), len(body))
-        text = (await self._group(parsed.model)).text
-
-        def work() -> dict[str, object]:
-            ids = text.tokenize(parsed)
-            strings = [text.tokenizer.token(id) for id in ids] if parsed.return_token_strs else None
-            return {
-                "count": len(ids),
-                "max_model_len": text.info.max_model_len,
-                "tokens": ids,
-                "token_strs": strings,
-            }
-
-        return _json(await _off_loop(work, len(body)))
-
-    async def detokenize(self, request: Request) -> Response:
-        body = await self._body(request)
-
-        parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, body, self.leniency), len(body))
-        text = (await self._group(parsed.model)).text
-
-        def work() -> dict[str, object]:
-            if parsed.tokens:
-                text.check_ids(parsed.tokens, "tokens")
-            return {"prompt": text.tokenizer.decode(parsed.tokens, skip_special_tokens=False)}
-
-        return _json(await _off_loop(work, len(body)))
-
-    async def tokenizer_info(self, request: Request) -> Response:
-        group = await self._group(request.query_params.get("model", ""))
-        return _json(group.text.tokenizer_info())
-
-    # --- about the router -------------------------------------------------------------------------------
+    # --- what operators and nodes ask -----------------------------------------------------------------
 
     async def models(self, request: Request) -> Response:
         found = models(self.registry, int(self.started_s))
         name = request.path_params.get("name")
         if not name:
-            return _json({"object": "list", "data": found})
+            return json_response({"object": "list", "data": found})
         for model in found:
             if model["id"] == name:
-                return _json(model)
+                return json_response(model)
         raise unknown_model(name, self.registry.names())
 
     async def health(self, _: Request) -> Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         wanted = (self.settings.min_prefill, self.settings.min_decode)
@@ -246,13 +128,13 @@ class Router:
             if self.shared.draining
             else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
         )
-        return _json({"ready": ready} if ready else {"ready": False, "reason": reason}, 200 if ready else 503)
+        return json_response({"ready": ready} if ready else {"ready": False, "reason": reason}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:
         return Response(self.metrics.render(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self, _: Request) -> Response:
-        return _json(
+        return json_response(
             {
                 "version": __version__,
                 "uptime_s": time.time() - self.started_s,
@@ -276,7 +158,7 @@ class Router:
 
     async def _ordered(self, request: Request, carry_out: Callable[[str, str], dict[str, object]]) -> Response:
         """An order about a node, from who may give it. ``carry_out``: of its URL and instance."""
-        given = parse(schemas.NodeRequest, await self._body(request))
+        given = parse(schemas.NodeRequest, await body(request, self.settings))
         url = _node_url(given.url)
         headers = request.headers
         try:
@@ -296,36 +178,7 @@ class Router:
             answer = _error(error, request)
             answer.headers[NONCE_HEADER] = self.doors.nonce()
             return answer
-        return _json(carry_out(url, given.instance))
-
-    async def _body(self, request: Request) -> bytes:
-        """Raises APIError(413) as soon as the limit is passed; never holds more than the limit."""
-        limit = self.settings.max_body_bytes
-        too_large = APIError(
-            413, f"the request body is larger than {limit} bytes: send less at once", code="body_too_large"
-        )
-        length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > limit:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.settings.request_timeout_s):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > limit:
-                        raise too_large
-                    parts.append(part)
-        except TimeoutError:
-            raise APIError(
-                408, f"the request's body was not here after {self.settings.request_timeout_s:g} s: send it faster"
-            ) from None
-        except ClientDisconnect:
-            raise APIError(499, "the client left while it sent the request") from None
-        return b"".join(parts)
-
-
-async def _off_loop(work: Callable[[], _T], size_bytes: int) -> _T:
-    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+        return json_response(carry_out(url, given.instance))
 
 
 def _node_url(given: str) -> str:
@@ -338,13 +191,10 @@ def _node_url(given: str) -> str:
     return url
 
 
-def _json(document: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(document), status, media_type="application/json")
-
-
 def create_app(settings: RouterConfig) -> Starlette:
     """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs."""
     router = Router(settings)
+    requests = router.requests
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -373,14 +223,14 @@ def create_app(settings: RouterConfig) -> Starlette:
     admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
     app = Starlette(
         routes=[
-            Route("/v1/completions", router.completions, methods=["POST"]),
-            Route("/v1/chat/completions", router.chat_completions, methods=["POST"]),
+            Route("/v1/completions", requests.completions, methods=["POST"]),
+            Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
             Route("/v1/models", router.models),
             Route("/v1/models/{name:path}", router.models),
             Route("/v1/status", router.status),
-            Route("/tokenize", router.tokenize, methods=["POST"]),
-            Route("/detokenize", router.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", router.tokenizer_info),
+            Route("/tokenize", requests.tokenize, methods=["POST"]),
+            Route("/detokenize", requests.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", requests.tokenizer_info),
             Route("/health", router.health),
             Route("/ready", router.ready),
             Route("/metrics", router.metrics_text),

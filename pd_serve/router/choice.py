@@ -1,41 +1,63 @@
-"""One choice of a request: its sequence's tokens as text, events or a part of the document, in the client's shape.
+"""One choice of a request: its stream's tokens as text, events or a part of the document, in the client's shape.
 
-The sink of a sequence. Called for every step, so the common case (a stream of text and nothing else) joins
+The sink of a stream. Called for every step, so the common case (a stream of text and nothing else) joins
 bytes and does nothing more.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pd_serve.api.detokenizer import Detokenizer, StopMatcher
 from pd_serve.api.errors import APIError
 from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prompt_logprobs
-from pd_serve.api.responses import Finish
+from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
-from pd_serve.api.text_model import Prompt
-from pd_serve.router.sequence import Sequence, Shared
+from pd_serve.api.text_model import Prompt, TextModel
+from pd_serve.router.nodes import Group
+from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire.link import SamplingParams, TokenLogprob
 
-if TYPE_CHECKING:
-    from pd_serve.router.generation import Generation
+
+class Answer(Protocol):
+    """What a choice is a part of: its request's answer (see :mod:`pd_serve.router.writer`)."""
+
+    request: CompletionRequest | ChatCompletionRequest
+    text: TextModel
+    group: Group
+    format: Format
+    chat: bool
+    streamed: bool
+    started: bool
+
+    def first_token(self, now_s: float) -> None: ...
+
+    def observe_itl(self, seconds: float) -> None: ...
+
+    def emit(self, event: bytes) -> None: ...
+
+    def choice_ended(self) -> None: ...
+
+    def choice_failed(self, error: APIError) -> None: ...
+
+    def usage(self) -> Usage: ...
 
 
 class Choice:
-    """One sequence's output, as text in the client's shape. Sink of its sequence."""
+    """One stream's output, as text in the client's shape. Sink of its stream."""
 
     def __init__(
         self,
-        generation: Generation,
+        answer: Answer,
         index: int,
         prompt: Prompt,
         sampling: SamplingParams,
         shared: Shared,
         request_id: str,
     ) -> None:
-        request = generation.request
-        text_model = generation.text
-        self._generation = generation
+        request = answer.request
+        text_model = answer.text
+        self._answer = answer
         self._index = index
         self._prompt = prompt
         self._tokenizer = text_model.tokenizer
@@ -52,14 +74,14 @@ class Choice:
         # Scoring: the engine has to sample one token, the client asked for none.
         self._discard = isinstance(request, CompletionRequest) and request.max_tokens == 0
         self._logprobs: CompletionLogprobs | None = None
-        if not generation.chat and sampling.logprobs >= 0:
+        if not answer.chat and sampling.logprobs >= 0:
             skip = request.skip_special_tokens is not False
             self._logprobs = CompletionLogprobs(
                 self._tokenizer, tops=sampling.logprobs, skip_special_tokens=skip, prompt_text=prompt.text
             )
         # One step's text without anything else: the common case, made of bytes alone.
-        self._running_usage = generation.stream and request.wants_running_usage
-        self._plain = generation.stream and sampling.logprobs < 0 and not self._return_ids and not self._running_usage
+        self._running_usage = answer.streamed and request.wants_running_usage
+        self._plain = answer.streamed and sampling.logprobs < 0 and not self._return_ids and not self._running_usage
         self._fresh = True  # nothing was emitted yet
         self._last_s = 0.0
         self._texts: list[str] = []
@@ -67,7 +89,7 @@ class Choice:
         self._scores: list[Any] = []
         self._finish: Finish | None = None
         self.num_tokens = 0
-        self.sequence = Sequence(shared, generation.group, prompt.ids, sampling, self, request_id)
+        self.stream = Stream(shared, answer.group, prompt.ids, sampling, self, request_id)
 
     def _prompt_text(self, request: CompletionRequest | ChatCompletionRequest) -> str:
         if self._prompt.text is not None:
@@ -78,10 +100,10 @@ class Choice:
 
     @property
     def started(self) -> bool:
-        return self._generation.started
+        return self._answer.started
 
     def failed(self, error: APIError) -> None:
-        self._generation.choice_failed(error)
+        self._answer.choice_failed(error)
 
     def received(
         self,
@@ -91,11 +113,11 @@ class Choice:
         stop_token: int | None,
         now_s: float,
     ) -> None:
-        generation = self._generation
+        answer = self._answer
         if self._last_s:
-            generation.observe_itl(now_s - self._last_s)
+            answer.observe_itl(now_s - self._last_s)
         else:
-            generation.first_token(now_s)
+            answer.first_token(now_s)
         self._last_s = now_s
         if self._discard:
             tokens, logprobs, finish, stop_token = [], [] if logprobs is not None else None, "length", None
@@ -122,21 +144,21 @@ class Choice:
             delta = matcher.push(delta, armed=self.num_tokens >= self._min_tokens)
             if matcher.matched is not None:
                 finish = Finish("stop", matcher.matched)
-                self.sequence.stop("stop_string")
+                self.stream.stop("stop_string")
             elif finish is not None:
                 delta += matcher.finish()
         if self._plain and finish is None and not self._fresh:
-            self._generation.emit(self._generation.format.text(self._index, delta))
+            self._answer.emit(self._answer.format.text(self._index, delta))
             return
         self._keep_or_emit(delta, tokens, logprobs, finish)
         if finish is not None:
             self._finish = finish
-            self._generation.choice_ended()
+            self._answer.choice_ended()
 
     def _keep_or_emit(
         self, delta: str, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish | None
     ) -> None:
-        generation = self._generation
+        answer = self._answer
         fresh, self._fresh = self._fresh, False
         scores: Any = None
         if fresh and self._echo is not None:
@@ -144,14 +166,14 @@ class Choice:
         if self._logprobs is not None:
             parts = []
             if fresh and self._echo is not None:
-                parts.append(self._logprobs.add(self._prompt.ids, self.sequence.prompt_logprobs or []))
+                parts.append(self._logprobs.add(self._prompt.ids, self.stream.prompt_logprobs or []))
             if fresh:
                 self._logprobs.after_prompt(self._prompt.ids, len(self._echo or ""))
             parts.append(self._logprobs.add(tokens, logprobs or []))
             scores = merge(parts)
         elif logprobs is not None:
             scores = chat_logprobs(self._tokenizer, logprobs)
-        if not generation.stream:
+        if not answer.streamed:
             self._texts.append(delta)
             self._ids.extend(tokens)
             if scores is not None:
@@ -159,16 +181,16 @@ class Choice:
             return
         prompt_ids = self._prompt.ids if fresh and self._return_ids else None
         event = b""
-        usage = generation.usage() if self._running_usage else None
-        if generation.chat:
+        usage = answer.usage() if self._running_usage else None
+        if answer.chat:
             if fresh:
-                event = generation.format.first(self._index, prompt_ids, usage=usage)
+                event = answer.format.first(self._index, prompt_ids, usage=usage)
             prompt_ids = None
             scores = {"content": scores} if scores is not None else None
         if fresh and self._plain and finish is None:
-            generation.emit(event + generation.format.text(self._index, delta))
+            answer.emit(event + answer.format.text(self._index, delta))
             return
-        event += generation.format.chunk(
+        event += answer.format.chunk(
             self._index,
             delta,
             logprobs=scores,
@@ -177,23 +199,23 @@ class Choice:
             prompt_token_ids=prompt_ids,
             usage=usage,
         )
-        generation.emit(event)
+        answer.emit(event)
 
     def prompt_scores(self) -> list[dict[str, dict[str, Any]] | None] | None:
         """``prompt_logprobs``, where they were asked for."""
-        wanted = self._generation.request.prompt_logprobs
+        wanted = self._answer.request.prompt_logprobs
         if wanted is None:
             return None
-        return prompt_logprobs(self._tokenizer, self.sequence.prompt_logprobs or [], wanted)
+        return prompt_logprobs(self._tokenizer, self.stream.prompt_logprobs or [], wanted)
 
     def document(self) -> dict[str, Any]:
         """The whole choice, of a request that is not streamed."""
         assert self._finish is not None
-        chat = self._generation.chat
+        chat = self._answer.chat
         scores: Any = None
         if self._scores:
             scores = {"content": [e for part in self._scores for e in part]} if chat else merge(self._scores)
-        return self._generation.format.final(
+        return self._answer.format.final(
             self._index,
             "".join(self._texts),
             logprobs=scores,

@@ -1,15 +1,26 @@
 """Streams that have begun and that every node has refused: they wait in one line, the oldest asks first.
 
-One asks at a time. Where it is accepted the next one asks at once; where it is not, all wait for a moment.
+One asks at a time. Where it is accepted the next one asks at once; where it is not, all wait for a moment. Time is
+handed in, so that waiting and recovery can be tested without any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from pd_serve.router.clock import Clock, Timer
+from typing import Protocol
 
 _PAUSE_S = (0.2, 2.0)  # bounds of the moment
+
+
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    def now_s(self) -> float:
+        """Monotonic."""
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer: ...
 
 
 class Line:

@@ -22,7 +22,7 @@ from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
 from tests.router.conftest import Running, StartNode, StartRouter, until
 from tests.router.scripted_node import ScriptedNode, expected
 from tests.router.test_failures import PROMPT, Stream
-from tests.router.test_sequence import ManualClock
+from tests.router.test_stream import ManualClock
 
 SECRET = "long, and random enough"
 

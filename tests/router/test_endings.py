@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
 from pd_serve.router.nodes import Node, Registry
-from pd_serve.router.sequence import Sequence, Shared
+from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire import link
 from tests.api import tiny
-from tests.router.test_sequence import PROMPT, TEXT, ManualClock
+from tests.router.test_stream import PROMPT, TEXT, ManualClock
 
 TOKENS = 4
 TROUBLES = ["", "", "", "", "", "", "", "", "raise", "lose", "lose another"]  # of a send
@@ -31,7 +31,7 @@ class Sink:
     ends: int = 0
     seen: int = 0  # calls of failed(), those that raised included
     started: bool = False
-    sequence: Sequence = field(init=False)
+    stream: Stream = field(init=False)
 
     def received(
         self,
@@ -45,7 +45,7 @@ class Sink:
         if self.raises == "end" and finish is not None:
             raise ValueError("a sink that fails at the end")
         if self.raises == "stop":
-            self.sequence.stop("stop_string")
+            self.stream.stop("stop_string")
             raise ValueError("a sink that fails at a stop string")
         if self.raises == "tokens":
             raise ValueError("a sink that fails")
@@ -73,7 +73,7 @@ class Endings:
         config = RouterConfig(node_wait_s=2.0, request_timeout_s=30.0)
         self.shared = Shared(config, self.clock, lambda *_: None)
         self.jobs: dict[str, dict[str, link.Submit]] = {}  # by node, by attempt
-        self.sequences: list[tuple[Sequence, Sink]] = []
+        self.streams: list[tuple[Stream, Sink]] = []
         self.stopped: set[int] = set()
         self._numbers = itertools.count()
 
@@ -109,10 +109,10 @@ class Endings:
         raises = self.data.draw(st.sampled_from(["", "end", "tokens", "stop", "failed"]))
         sink = Sink(raises)
         sampling = link.SamplingParams(max_tokens=TOKENS, seed=0, temperature=0)
-        sequence = Sequence(self.shared, self.group, PROMPT, sampling, sink, f"r{len(self.sequences)}")
-        sink.sequence = sequence
-        self.sequences.append((sequence, sink))
-        sequence.start()
+        stream = Stream(self.shared, self.group, PROMPT, sampling, sink, f"r{len(self.streams)}")
+        sink.stream = stream
+        self.streams.append((stream, sink))
+        stream.start()
 
     def speak(self) -> None:
         """A linked node says something of one of its jobs, however wrong it is by now."""
@@ -151,10 +151,10 @@ class Endings:
 
     def check_open(self) -> None:
         """Whatever is open waits for something that can still happen."""
-        for sequence in self.shared.active:
-            attempt = sequence._attempt
+        for stream in self.shared.active:
+            attempt = stream._attempt
             if attempt is None:
-                assert sequence in self.group.waiting or sequence in self.group.line or sequence._timer is not None
+                assert stream in self.group.waiting or stream in self.group.line or stream._timer is not None
                 continue
             for node in (attempt.prefill, attempt.decode):
                 if node is not None:
@@ -163,8 +163,8 @@ class Endings:
 
     def tick(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        for sequence in list(self.shared.active):
-            sequence.check_time(self.clock.now_s())
+        for stream in list(self.shared.active):
+            stream.check_time(self.clock.now_s())
 
 
 @settings(max_examples=250, deadline=None)
@@ -182,7 +182,7 @@ def _any_order(world: Endings, data: st.DataObject) -> None:
         world.add_node(role)
     for _ in range(data.draw(st.integers(10, 40))):
         action = data.draw(st.sampled_from(ACTIONS))
-        if action == "begin" and len(world.sequences) < 6:
+        if action == "begin" and len(world.streams) < 6:
             world.begin()
         elif action == "speak":
             world.speak()
@@ -190,9 +190,9 @@ def _any_order(world: Endings, data: st.DataObject) -> None:
             world.lose(data.draw(st.sampled_from(sorted(world.jobs))))
         elif action == "add" and len(world.jobs) < 8:
             world.add_node(data.draw(st.sampled_from(["prefill", "decode"])))
-        elif action == "stop" and world.sequences:
-            place = data.draw(st.integers(0, len(world.sequences) - 1))
-            world.sequences[place][0].stop("client")
+        elif action == "stop" and world.streams:
+            place = data.draw(st.integers(0, len(world.streams) - 1))
+            world.streams[place][0].stop("client")
             world.stopped.add(place)
         elif action == "tick":
             world.tick(1.0)
@@ -200,8 +200,8 @@ def _any_order(world: Endings, data: st.DataObject) -> None:
     world.calm = True
     for _ in range(40):  # nobody says anything any more: time alone ends what is left
         world.tick(1.0)
-    for place, (sequence, sink) in enumerate(world.sequences):
-        assert sequence.done
+    for place, (stream, sink) in enumerate(world.streams):
+        assert stream.done
         if place in world.stopped:
             assert sink.ends <= 1
         elif sink.raises == "failed":

@@ -329,7 +329,7 @@ async def test_a_client_that_leaves_frees_both_nodes(
         prefill.hold.clear()
     running = await start_router(prefill, decode)
     requests = [asyncio.create_task(running.post(prompt=PROMPT, max_tokens=400, stream=stream, n=2)) for _ in range(3)]
-    await until(lambda: len(decode.running) == 6, "six sequences")
+    await until(lambda: len(decode.running) == 6, "six streams")
     if moment == "running":
         await until(lambda: not prefill.running, "prefilled")
     left_s = time.monotonic()
@@ -337,7 +337,7 @@ async def test_a_client_that_leaves_frees_both_nodes(
         request.cancel()
     await until(idle(prefill, decode), "idle", 1.0)
     assert time.monotonic() - left_s < 1
-    await until(lambda: not running.router.shared.active, "no sequence left")
+    await until(lambda: not running.router.shared.active, "no stream left")
     metrics = (await running.http.get("/metrics")).text
     assert 'pd_serve_requests_total{endpoint="/v1/completions",status="499"} 3.0' in metrics
     assert 'pd_serve_aborts_total{reason="client"} 6.0' in metrics

@@ -13,7 +13,7 @@ from pd_serve.router.breaker import Breakers
 from pd_serve.router.nodes import Group, Node, Registry
 from pd_serve.wire import link
 from tests.api import tiny
-from tests.router.test_sequence import ManualClock
+from tests.router.test_stream import ManualClock
 
 
 class Work:

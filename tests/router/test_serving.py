@@ -297,8 +297,8 @@ async def test_a_client_that_does_not_read_is_cut_off(
     try:
         if "request_timeout_s" in limits:
             await until(lambda: running.router.shared.active, "started")
-            (sequence, *_) = running.router.shared.active
-            await until(lambda: sequence._sink._generation._backlog_bytes > 10_000, "blocked")  # type: ignore[attr-defined]
+            (stream, *_) = running.router.shared.active
+            await until(lambda: stream._sink._answer._backlog_bytes > 10_000, "blocked")  # type: ignore[attr-defined]
             running.router.end_all()
         await until(lambda: any(why in record.getMessage() for record in caplog.records), "cut off")
         await until(idle(node), "idle")

@@ -1,4 +1,4 @@
-"""The life of a sequence under any order of events, with simulated nodes and time: exact text or one clear error."""
+"""The life of a stream under any order of events, with simulated nodes and time: exact text or one clear error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.router.nodes import Node, Registry
-from pd_serve.router.sequence import Sequence, Shared
+from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire import link
 from tests.api import tiny
 from tests.router.scripted_node import expected, next_token
@@ -172,7 +172,7 @@ class World:
         limits = RouterConfig(**{"max_attempts": 10_000, "node_wait_s": 5.0, **options})  # type: ignore[arg-type]
         self.shared = Shared(limits, self.clock, lambda name, kind: self.counts.append((name, kind)))
         sampling = link.SamplingParams(max_tokens=max_tokens, seed=0, temperature=0)
-        self.sequence = Sequence(self.shared, self.group, PROMPT, sampling, self.sink, "r")
+        self.stream = Stream(self.shared, self.group, PROMPT, sampling, self.sink, "r")
         self.nodes: list[SimNode] = []
         self.gone: list[SimNode] = []
         self._numbers = itertools.count()
@@ -207,7 +207,7 @@ def test_any_order_of_events(data: st.DataObject, max_tokens: int, prefill: int,
     for role, count in (("prefill", prefill), ("decode", decode)):
         for _ in range(count):
             world.add(role)
-    world.sequence.start()
+    world.stream.start()
     for _ in range(data.draw(st.integers(0, 60))):
         action = data.draw(st.sampled_from(ACTIONS))
         jobs = world.jobs(world.gone if action == "late" else None)
@@ -252,13 +252,13 @@ def test_a_stop_at_any_moment_reaches_all_nodes(steps: int, prefill: int) -> Non
     for _ in range(prefill):
         world.add("prefill")
     world.add("decode")
-    world.sequence.start()
+    world.stream.start()
     for _ in range(steps):
         for node, job in world.jobs():
             node.step(job, False, 1)
-    world.sequence.stop("client")
+    world.stream.stop("client")
     world.check_end()
-    world.sequence.stop("client")
+    world.stream.stop("client")
     assert world.sink.finish is None and world.sink.error is None
     assert world.counts.count(("aborts", "client")) == 1
 
@@ -266,7 +266,7 @@ def test_a_stop_at_any_moment_reaches_all_nodes(steps: int, prefill: int) -> Non
 def test_waiting_for_a_node_ends(start: float = 5.0) -> None:
     world = World(5, node_wait_s=start)
     world.add("prefill")
-    world.sequence.start()
+    world.stream.start()
     world.clock.advance(start - 0.1)
     assert world.sink.error is None
     world.clock.advance(0.2)
@@ -277,7 +277,7 @@ def test_waiting_for_a_node_ends(start: float = 5.0) -> None:
 def test_while_the_router_drains_nobody_waits_for_a_node() -> None:
     world = World(5)
     world.shared.draining = True
-    world.sequence.start()
+    world.stream.start()
     world.clock.advance(0.0)
     assert world.sink.error is not None and world.sink.error.status == 503
 
@@ -285,16 +285,16 @@ def test_while_the_router_drains_nobody_waits_for_a_node() -> None:
 def test_no_progress_ends_it() -> None:
     world = World(5, request_timeout_s=10.0)
     world.add("decode")
-    world.sequence.start()
+    world.stream.start()
     world.clock.advance(9.0)
-    world.sequence.check_time(world.clock.now_s())
+    world.stream.check_time(world.clock.now_s())
     (node, job) = world.jobs()[0]
     node.step(job, False, 1)
     world.clock.advance(9.0)
-    world.sequence.check_time(world.clock.now_s())
+    world.stream.check_time(world.clock.now_s())
     assert world.sink.error is None
     world.clock.advance(2.0)
-    world.sequence.check_time(world.clock.now_s())
+    world.stream.check_time(world.clock.now_s())
     assert world.sink.error is not None and world.sink.error.status == 504
     world.check_end()
 
@@ -303,7 +303,7 @@ def test_decode_may_be_faster_than_the_first_token() -> None:
     """Two links, no order between them: what comes too early waits, and is complete at once."""
     world = World(4)
     prefill, decode = world.add("prefill"), world.add("decode")
-    world.sequence.start()
+    world.stream.start()
     (id,) = prefill.jobs
     output = expected(PROMPT, 4)
     decode.jobs.clear()

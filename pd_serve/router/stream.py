@@ -1,8 +1,9 @@
-"""The life of one sequence: placed, sent to its nodes, joined by output index, and begun again where nodes fail.
+"""The life of one stream: placed, sent to its nodes, joined by output index, and begun again where nodes fail.
 
-Created by a generation for each choice; driven by the links (outputs, losses), by the registry (a node
-appeared) and by timers. No I/O of its own and no real time, so that every order of events can be tested. It calls its
-``sink`` for each new token exactly once and in order, and for its end exactly once, whatever raises meanwhile.
+A stream is a client's request on the router, one for each choice of it. It is driven by the links (outputs, losses), by
+the registry (a node appeared) and by timers. No I/O of its own and no real time, so that every order of events can be
+tested. It calls its ``sink`` for each new token exactly once and in order, and for its end exactly once, whatever
+raises meanwhile.
 
 A pair of nodes works on an *attempt*. The decode node answers whether it has room ("accepted"); until it has, the
 prefill node's first token waits here, so that a refusal can still be a status.
@@ -25,7 +26,7 @@ import msgspec
 
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
-from pd_serve.router.clock import Clock, Timer
+from pd_serve.router.line import Clock, Timer
 from pd_serve.router.nodes import Group, Node, Views
 from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
 from pd_serve.wire import link
@@ -58,21 +59,21 @@ class Sink(Protocol):
 
 @dataclass
 class Shared:
-    """What all sequences of a router share."""
+    """What all streams of a router share."""
 
     settings: RouterConfig
     clock: Clock
     # (event, kind): attempts, retries by reason, aborts; see metrics.
     count: Callable[[str, str], None]
     draining: bool = False
-    active: set[Sequence] = field(default_factory=set)
+    active: set[Stream] = field(default_factory=set)
     # Attempt ids are keys of leases on nodes that serve several routers.
     prefix: str = field(default_factory=lambda: secrets.token_hex(4))
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
 
 class Attempt:
-    """One try at a sequence on one pair of nodes; its id is the lease's key."""
+    """One try at a stream on one pair of nodes; its id is the lease's key."""
 
     __slots__ = (
         "accepted",
@@ -85,12 +86,12 @@ class Attempt:
         "local",
         "postponed",
         "prefill",
-        "sequence",
+        "stream",
     )
 
-    def __init__(self, id: str, sequence: Sequence, base: int, prefill: Node | None, decode: Node | None) -> None:
+    def __init__(self, id: str, stream: Stream, base: int, prefill: Node | None, decode: Node | None) -> None:
         self.id = id
-        self.sequence = sequence
+        self.stream = stream
         self.base = base  # output index of the first token that this attempt makes
         self.prefill = prefill  # while it has a part in the attempt
         self.decode = decode
@@ -103,19 +104,19 @@ class Attempt:
 
     def output(self, node: Node, output: link.Output, now_s: float) -> None:
         try:
-            self.sequence.on_output(self, node, output, now_s)
+            self.stream.on_output(self, node, output, now_s)
         except Exception:
             # One broken request must not end the link, and with it all others.
-            self.sequence.broken("an output")
+            self.stream.broken("an output")
 
     def lost(self, node: Node, why: str) -> None:
         try:
-            self.sequence.on_lost(self, node, why)
+            self.stream.on_lost(self, node, why)
         except Exception:
-            self.sequence.broken("a lost node")  # the other attempts of the node are still to be told
+            self.stream.broken("a lost node")  # the other attempts of the node are still to be told
 
 
-class Sequence:
+class Stream:
     def __init__(
         self, shared: Shared, group: Group, prompt: list[int], sampling: link.SamplingParams, sink: Sink, name: str
     ) -> None:
@@ -161,13 +162,13 @@ class Sequence:
             self._tell_end(error)
 
     def broken(self, what: str) -> None:
-        """To be called while an exception is handled: a mistake of ours ends this sequence and nothing else."""
+        """To be called while an exception is handled: a mistake of ours ends this stream and nothing else."""
         log.exception("%s: the router failed to handle %s", self._name, what)
         self._close()
         self._tell_end(APIError(500, "internal error of the router: see its log", code="internal"))
 
     def check_time(self, now_s: float) -> None:
-        """Called every second or so: a sequence without progress does not hang for ever, whatever it waits for."""
+        """Called every second or so: a stream without progress does not hang for ever, whatever it waits for."""
         limit = self._shared.settings.request_timeout_s
         if not self.done and now_s - self.last_progress_s > limit:
             self._shared.count("aborts", "timeout")
@@ -188,7 +189,7 @@ class Sequence:
         try:
             self._place()
         except Exception:
-            self.broken("its placement")  # timers, links and other sequences call this
+            self.broken("its placement")  # timers, links and other streams call this
 
     def _place(self) -> None:
         made = len(self.outputs)

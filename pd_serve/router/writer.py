@@ -1,9 +1,9 @@
-"""One request's generation: its sequences' tokens become text, events or one document, and reach the client.
+"""One request's answer: its streams' tokens become text, events or one document, and reach the client.
 
 Created by the HTTP handlers when a request is valid; it is the ASGI response. The status line waits for the first
 token or the final failure, so that errors keep their status codes; a stream that waits longer than
 ``sse_keep_alive_s`` begins with a comment. When the client leaves, or does not read what it asked for, at any
-moment, the sequences end on their nodes at once.
+moment, the streams end on their nodes at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.http import abort
 from pd_serve.router.choice import Choice
-from pd_serve.router.clock import Timer
+from pd_serve.router.line import Timer
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.nodes import Group
-from pd_serve.router.sequence import Shared
+from pd_serve.router.stream import Shared
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("pd_serve.access")
@@ -41,7 +41,7 @@ _STREAM_HEADERS = [
 ]
 
 
-class Generation:
+class Writer:
     def __init__(
         self,
         *,
@@ -59,7 +59,7 @@ class Generation:
         self.group = group
         self.text = text
         self.chat = isinstance(request, ChatCompletionRequest)
-        self.stream = bool(request.stream)
+        self.streamed = bool(request.stream)
         self.started = False  # the client has a status, or will at once
         self.format = Format(
             # Clients may send one X-Request-Id with many requests.
@@ -67,7 +67,7 @@ class Generation:
             created_s=int(time.time()),
             model=text.info.name,
             chat=self.chat,
-            stream=self.stream,
+            stream=self.streamed,
             usage_in_stream=request.wants_usage,
         )
         self.choices: list[Choice] = []
@@ -139,7 +139,7 @@ class Generation:
         try:
             for _ in range(min(_WINDOW, len(self.choices))):
                 self._start_next()
-            status = await (self._stream(send) if self.stream else self._document(send))
+            status = await (self._stream(send) if self.streamed else self._document(send))
         except asyncio.CancelledError:
             if not self._cut:
                 raise
@@ -264,11 +264,11 @@ class Generation:
         if self._next < len(self.choices) and self._error is None and not self._left:
             choice = self.choices[self._next]
             self._next += 1
-            choice.sequence.start()
+            choice.stream.start()
 
     def _stop(self, reason: str) -> None:
         for choice in self.choices:
-            choice.sequence.stop(reason)
+            choice.stream.stop(reason)
 
     def usage(self) -> Usage:
         """So far."""
@@ -276,7 +276,7 @@ class Generation:
         return Usage(
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(choice.num_tokens for choice in self.choices),
-            sum(choice.sequence.num_cached for choice in per_prompt),
+            sum(choice.stream.num_cached for choice in per_prompt),
         )
 
     def _finish(self, status: int, scope: Scope) -> None:

@@ -1,0 +1,189 @@
+"""What clients ask for: their requests are read, checked and put into tokens; writers do the rest.
+
+Handlers of the API's own paths (see :mod:`pd_serve.router.writer` for how an answer reaches its client).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from pd_serve.api import schemas
+from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.leniency import Leniency
+from pd_serve.api.parsing import parse
+from pd_serve.api.text_model import Prompt, unknown_model
+from pd_serve.config import RouterConfig
+from pd_serve.router.metrics import Metrics
+from pd_serve.router.middleware import request_id
+from pd_serve.router.nodes import Group, Registry
+from pd_serve.router.stream import Shared
+from pd_serve.router.writer import Writer
+
+_INLINE_BYTES = 16 << 10  # longer bodies are tokenised in a thread, so that streams do not pause
+_T = TypeVar("_T")
+
+
+class Requests:
+    def __init__(self, registry: Registry, shared: Shared, metrics: Metrics) -> None:
+        self._settings = shared.settings
+        self._registry = registry
+        self._shared = shared
+        self._metrics = metrics
+        self._leniency = Leniency(strict=shared.settings.strict_fields)
+        self._begun_s = shared.clock.now_s()
+
+    async def completions(self, request: Request) -> Writer:
+        return await self._generate(request, schemas.CompletionRequest)
+
+    async def chat_completions(self, request: Request) -> Writer:
+        return await self._generate(request, schemas.ChatCompletionRequest)
+
+    async def _generate(
+        self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]
+    ) -> Writer:
+        arrived_s = self._shared.clock.now_s()
+        content = await body(request, self._settings)
+
+        parsed = await _off_loop(lambda: parse(kind, content, self._leniency), len(content))
+        group = await self._group(parsed.model)
+        text = group.text  # of now: a node with another one may link meanwhile
+
+        def prompts_of() -> list[Prompt]:
+            if isinstance(parsed, schemas.ChatCompletionRequest):
+                return [text.chat_prompt(parsed)]
+            return text.completion_prompts(parsed)
+
+        prompts = await _off_loop(prompts_of, len(content))
+        return Writer(
+            request=parsed,
+            prompts=prompts,
+            group=group,
+            text=text,
+            shared=self._shared,
+            metrics=self._metrics,
+            request_id=request_id(request.scope),
+            arrived_s=arrived_s,
+        )
+
+    async def _group(self, name: str) -> Group:
+        """The group to serve ``name``, one that has nodes; waits ``node_wait_s`` for it where one may be about to come.
+
+        That is so while no node was ever linked, for as long after this router's start, and where nodes of the model
+        were here before. Raises APIError: 404 for a model that is not served, 503 where no node came.
+        """
+        wait_s = self._settings.node_wait_s
+        deadline_s = self._shared.clock.now_s() + wait_s
+        while True:
+            group = self._find(name)
+            if group is not None:
+                return group
+            names, now_s = self._registry.names(), self._shared.clock.now_s()
+            until_s = deadline_s if not self._registry.seen or name in ("", *names) else self._begun_s + wait_s
+            if self._shared.draining or now_s >= until_s:
+                break
+            await self._a_node(until_s - now_s)
+        if names and name and name not in names:
+            raise unknown_model(name, names)
+        raise APIError(
+            503,
+            f"no node serves the model '{name[:200]}' now: start one, or try again later"
+            if name
+            else "no node is linked to this router: start nodes, or try again later",
+            code="no_nodes",
+            retry_after_s=wait_s,
+        )
+
+    def _find(self, name: str) -> Group | None:
+        if not name:
+            served = [known for known in self._registry.names() if self._registry.find(known) is not None]
+            if len(served) > 1:
+                raise bad_request(f"several models are served: name one of {', '.join(served)} in 'model'", "model")
+            name = served[0] if served else ""
+        return self._registry.find(name)
+
+    async def _a_node(self, timeout_s: float) -> None:
+        """Returns when a node was linked, or after that time."""
+        came = asyncio.Event()
+        self._registry.watchers.add(came.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await came.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._registry.watchers.discard(came.set)
+
+    async def tokenize(self, request: Request) -> Response:
+        content = await body(request, self._settings)
+
+        parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, content, self._leniency), len(content))
+        text = (await self._group(parsed.model)).text
+
+        def work() -> dict[str, object]:
+            ids = text.tokenize(parsed)
+            strings = [text.tokenizer.token(id) for id in ids] if parsed.return_token_strs else None
+            return {
+                "count": len(ids),
+                "max_model_len": text.info.max_model_len,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+
+        return json_response(await _off_loop(work, len(content)))
+
+    async def detokenize(self, request: Request) -> Response:
+        content = await body(request, self._settings)
+
+        parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, content, self._leniency), len(content))
+        text = (await self._group(parsed.model)).text
+
+        def work() -> dict[str, object]:
+            if parsed.tokens:
+                text.check_ids(parsed.tokens, "tokens")
+            return {"prompt": text.tokenizer.decode(parsed.tokens, skip_special_tokens=False)}
+
+        return json_response(await _off_loop(work, len(content)))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        group = await self._group(request.query_params.get("model", ""))
+        return json_response(group.text.tokenizer_info())
+
+
+async def body(request: Request, settings: RouterConfig) -> bytes:
+    """Raises APIError(413) as soon as the limit is passed; never holds more than the limit."""
+    limit = settings.max_body_bytes
+    too_large = APIError(
+        413, f"the request body is larger than {limit} bytes: send less at once", code="body_too_large"
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length[:20]) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(settings.request_timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise APIError(
+            408, f"the request's body was not here after {settings.request_timeout_s:g} s: send it faster"
+        ) from None
+    except ClientDisconnect:
+        raise APIError(499, "the client left while it sent the request") from None
+    return b"".join(parts)
+
+
+async def _off_loop(work: Callable[[], _T], size_bytes: int) -> _T:
+    return work() if size_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+
+
+def json_response(document: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")
