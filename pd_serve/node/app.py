@@ -44,61 +44,14 @@ class NodeState(Protocol):
 
 
 def build(node: NodeState) -> Starlette:
-    async def health(_: Request) -> Response:
-        trouble = node.engine.trouble or ("" if node.engine.alive() else "the engine has ended")
-        if trouble:
-            return JSONResponse({"status": trouble}, status_code=503)
-        return JSONResponse({"status": node.why_not() or "ok"})
+    pages = _Pages(node)
 
-    async def ready(_: Request) -> Response:
-        if reason := node.why_not():
-            return JSONResponse({"ready": False, "reason": reason}, status_code=503)
-        return JSONResponse({"ready": True})
-
-    async def status(_: Request) -> Response:
-        return JSONResponse(node.describe())
-
-    async def metrics(_: Request) -> Response:
-        from pd_serve.node.metrics import render  # 50 ms that the start need not pay
-
-        sleeping = node.sleep is not None and node.sleep.describe().is_sleeping
-        body = render(
-            node.engine.status,
-            node.engine.ready,
-            links=len(node.links),
-            draining=node.draining,
-            sleeping=sleeping,
-            stuck=bool(node.engine.trouble),
-        )
-        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def link(websocket: WebSocket) -> None:
-        if "origin" in websocket.headers:  # a web page in somebody's browser here: loopback is open to it too
-            await websocket.close()
-            return
-        await node.links.serve(websocket, node.hello, node.why_not, node.engine)
-
-    def order(
-        carry_out: Callable[[Sleep, Request], Awaitable[Document]], *, is_question: bool = False
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """A route of sleep: what ``carry_out`` answers or refuses. ``is_question``: it changes nothing."""
-
+    def order(carry_out: _Order, *, is_question: bool = False) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             try:
-                if node.order_token and not is_question:
-                    shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-                    if not hmac.compare_digest(shown.encode(), node.order_token.encode()):
-                        raise Refused(
-                            401,
-                            "send 'Authorization: Bearer TOKEN': pd-serve token --secret-file FILE prints it",
-                        )
-                elif not is_question and asks_for_others(request.headers):
-                    raise Refused(403, "web pages and proxies may give no orders here: ask from this machine itself")
-                if node.sleep is None:
-                    raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
-                if node.engine.ready is None or node.draining:
-                    raise Refused(503, f"the node is {'shutting down' if node.draining else 'starting'}: try again")
-                document = await carry_out(node.sleep, request)
+                if not is_question:
+                    _check_sender(node.order_token, request)
+                document = await carry_out(_sleep_of(node), request)
             except Refused as error:
                 headers = {"Retry-After": "1"} if error.status == 503 else None
                 return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
@@ -106,37 +59,106 @@ def build(node: NodeState) -> Starlette:
 
         return answer
 
-    async def fall_asleep(sleep: Sleep, request: Request) -> Document:
-        fields = await _fields(request, "level")
-        level = fields.get("level", 1)
-        if str(level) not in map(str, LEVELS):
-            raise Refused(
-                400, f"level is 1 (keep the weights in host memory) or 2 (drop them too), not {level!r}: change it"
-            )
-        return await sleep.sleep(int(str(level)))
-
-    async def wake_up(sleep: Sleep, request: Request) -> Document:
-        fields = await _fields(request, "tags")
-        tags = fields.get("tags", list(TAGS))
-        if not isinstance(tags, list) or not tags or not all(tag in TAGS for tag in tags):
-            raise Refused(400, f"tags is a list of {' and '.join(TAGS)}, not {tags!r}: leave it out to wake everything")
-        return await sleep.wake(tags)
-
-    async def is_sleeping(sleep: Sleep, _: Request) -> Document:
-        return sleep.describe()
-
     return Starlette(
         routes=[
-            Route("/health", health),
-            Route("/ready", ready),
-            Route("/metrics", metrics),
-            Route("/v1/status", status),
-            Route("/sleep", order(fall_asleep), methods=["POST"]),
-            Route("/wake_up", order(wake_up), methods=["POST"]),
-            Route("/is_sleeping", order(is_sleeping, is_question=True)),
-            WebSocketRoute("/link", link),
+            Route("/health", pages.health),
+            Route("/ready", pages.ready),
+            Route("/metrics", pages.metrics),
+            Route("/v1/status", pages.status),
+            Route("/sleep", order(_fall_asleep), methods=["POST"]),
+            Route("/wake_up", order(_wake_up), methods=["POST"]),
+            Route("/is_sleeping", order(_is_sleeping, is_question=True)),
+            WebSocketRoute("/link", pages.link),
         ]
     )
+
+
+class _Pages:
+    """What anyone may ask, and the link, whose routers prove themselves."""
+
+    def __init__(self, node: NodeState) -> None:
+        self._node = node
+
+    async def health(self, _: Request) -> Response:
+        engine = self._node.engine
+        trouble = engine.trouble or ("" if engine.alive() else "the engine has ended")
+        if trouble:
+            return JSONResponse({"status": trouble}, status_code=503)
+        return JSONResponse({"status": self._node.why_not() or "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        if reason := self._node.why_not():
+            return JSONResponse({"ready": False, "reason": reason}, status_code=503)
+        return JSONResponse({"ready": True})
+
+    async def status(self, _: Request) -> Response:
+        return JSONResponse(self._node.describe())
+
+    async def metrics(self, _: Request) -> Response:
+        from pd_serve.node.metrics import render  # 50 ms that the start need not pay
+
+        node = self._node
+        body = render(
+            node.engine.status,
+            node.engine.ready,
+            links=len(node.links),
+            draining=node.draining,
+            sleeping=node.sleep is not None and node.sleep.describe().is_sleeping,
+            stuck=bool(node.engine.trouble),
+        )
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def link(self, websocket: WebSocket) -> None:
+        if "origin" in websocket.headers:  # a web page in somebody's browser here: loopback is open to it too
+            await websocket.close()
+            return
+        node = self._node
+        await node.links.serve(websocket, node.hello, node.why_not, node.engine)
+
+
+# --- orders ---------------------------------------------------------------------------------------------
+
+_Order = Callable[[Sleep, Request], Awaitable[Document]]  # what it answers, or raises Refused
+
+
+def _check_sender(token: str, request: Request) -> None:
+    """Raises Refused for who may give no orders. ``token``: what has to be shown; empty: nothing."""
+    if token:
+        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(shown.encode(), token.encode()):
+            raise Refused(401, "send 'Authorization: Bearer TOKEN': pd-serve token --secret-file FILE prints it")
+    elif asks_for_others(request.headers):
+        raise Refused(403, "web pages and proxies may give no orders here: ask from this machine itself")
+
+
+def _sleep_of(node: NodeState) -> Sleep:
+    if node.sleep is None:
+        raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
+    if node.engine.ready is None or node.draining:
+        raise Refused(503, f"the node is {'shutting down' if node.draining else 'starting'}: try again")
+    return node.sleep
+
+
+async def _fall_asleep(sleep: Sleep, request: Request) -> Document:
+    fields = await _fields(request, "level")
+    level = fields.get("level", 1)
+    if str(level) not in map(str, LEVELS):
+        raise Refused(
+            400, f"level is 1 (keep the weights in host memory) or 2 (drop them too), not {level!r}: change it"
+        )
+    return await sleep.sleep(int(str(level)))
+
+
+async def _wake_up(sleep: Sleep, request: Request) -> Document:
+    fields = await _fields(request, "tags")
+    tags = fields.get("tags", list(TAGS))
+    if not isinstance(tags, list) or not tags or not all(tag in TAGS for tag in tags):
+        raise Refused(400, f"tags is a list of {' and '.join(TAGS)}, not {tags!r}: leave it out to wake everything")
+    return await sleep.wake(tags)
+
+
+async def _is_sleeping(sleep: Sleep, _: Request) -> Document:
+    return sleep.describe()
 
 
 async def _fields(request: Request, known: str) -> dict[str, object]:
