@@ -28,11 +28,11 @@ from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
 from pd_serve.router.doors import Doors
+from pd_serve.router.groups import Registry
 from pd_serve.router.line import Timer
 from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import Admin, Edge, request_id
-from pd_serve.router.nodes import Registry
 from pd_serve.router.request import Requests, body, json_response
 from pd_serve.router.status import describe, models
 from pd_serve.router.stream import Shared

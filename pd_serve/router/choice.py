@@ -14,7 +14,7 @@ from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prom
 from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
-from pd_serve.router.nodes import Group
+from pd_serve.router.groups import Group
 from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire.link import SamplingParams, TokenLogprob
 

@@ -24,7 +24,8 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.errors import PDServeError
-from pd_serve.router.nodes import Node, Registry
+from pd_serve.router.groups import Registry
+from pd_serve.router.nodes import Node
 from pd_serve.router.websocket import WebSocket, connect
 from pd_serve.trust import client_tls
 from pd_serve.wire import link as wire

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from pd_serve.router.nodes import Node, Registry
+from pd_serve.router.groups import Registry
+from pd_serve.router.nodes import Node
 from pd_serve.router.status import state as state_of
 from pd_serve.wire.memory import FRAGMENTATION_METRIC, USAGE_METRICS
 

@@ -19,9 +19,9 @@ from pd_serve.api.leniency import Leniency
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import Prompt, unknown_model
 from pd_serve.config import RouterConfig
+from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import request_id
-from pd_serve.router.nodes import Group, Registry
 from pd_serve.router.stream import Shared
 from pd_serve.router.writer import Writer
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
+from pd_serve.router.groups import Group, Registry
 from pd_serve.router.links import Unlinked
-from pd_serve.router.nodes import Group, Node, Registry
+from pd_serve.router.nodes import Node
 
 
 def models(registry: Registry, created_s: int) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ import msgspec
 
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
+from pd_serve.router.groups import Group, Views
 from pd_serve.router.line import Clock, Timer
-from pd_serve.router.nodes import Group, Node, Views
+from pd_serve.router.nodes import Node
 from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
 from pd_serve.wire import link
 

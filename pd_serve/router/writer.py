@@ -23,9 +23,9 @@ from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.http import abort
 from pd_serve.router.choice import Choice
+from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
 from pd_serve.router.metrics import Metrics
-from pd_serve.router.nodes import Group
 from pd_serve.router.stream import Shared
 
 log = logging.getLogger(__name__)

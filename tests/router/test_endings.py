@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
-from pd_serve.router.nodes import Node, Registry
+from pd_serve.router.groups import Registry
+from pd_serve.router.nodes import Node
 from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire import link
 from tests.api import tiny

@@ -10,7 +10,8 @@ import pytest
 
 from pd_serve.api.text_model import TextModel
 from pd_serve.router.breaker import Breakers
-from pd_serve.router.nodes import Group, Node, Registry
+from pd_serve.router.groups import Group, Registry
+from pd_serve.router.nodes import Node
 from pd_serve.wire import link
 from tests.api import tiny
 from tests.router.test_stream import ManualClock
