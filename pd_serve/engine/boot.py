@@ -170,6 +170,7 @@ def bound_caches() -> None:
 
 def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
     """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
+    # long: every part of an engine once, in the order in which they need each other
     watch = Stopwatch()
     import torch
 

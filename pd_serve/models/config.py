@@ -123,6 +123,7 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any], end_ids: Sequence[int] = ()) -> ModelConfig:
         """From the contents of ``config.json``, and tokens that other files name as ends of a text. Raises
         ``ModelError`` for what pd-serve cannot compute."""
+        # long: a line a field
         architecture = _architecture(raw)
         family = ARCHITECTURES[architecture]
         eos = token_ids(raw, "eos_token_id")

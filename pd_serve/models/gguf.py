@@ -143,18 +143,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     bias = "blk.0.attn_q.bias" in file.tensors
     if arch == "gemma3":
         scalar = hidden // heads if config["num_hidden_layers"] == _GEMMA3_27B_LAYERS else head_dim
-        config |= {
-            "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": get("attention.sliding_window"),
-            "rope_local_base_freq": get("rope.freq_base_swa", 10_000.0),
-            "query_pre_attn_scalar": scalar,
-            "final_logit_softcapping": get("final_logit_softcapping", None),
-        }
-        pattern = get("attention.sliding_window_pattern", 6)  # every n-th layer is global, or a flag for each layer
-        if isinstance(pattern, list):
-            config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
-        else:
-            config["sliding_window_pattern"] = pattern
+        config |= _gemma3_config(get, scalar)
     elif arch == "llama":
         config |= {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
         if window := get("attention.sliding_window", 0):
@@ -163,6 +152,22 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         config |= {"hidden_act": "silu", "use_sliding_window": False}
         if arch == "qwen3":
             config["attention_bias"] = bias
+    return config
+
+
+def _gemma3_config(get: Callable[..., Any], scalar: int) -> dict[str, Any]:
+    config = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": get("attention.sliding_window"),
+        "rope_local_base_freq": get("rope.freq_base_swa", 10_000.0),
+        "query_pre_attn_scalar": scalar,
+        "final_logit_softcapping": get("final_logit_softcapping", None),
+    }
+    pattern = get("attention.sliding_window_pattern", 6)  # every n-th layer is global, or a flag for each layer
+    if isinstance(pattern, list):
+        config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    else:
+        config["sliding_window_pattern"] = pattern
     return config
 
 

@@ -76,21 +76,7 @@ def parse_rope(
             raise ModelError(f"config.json: {what} needs a factor of at least 1, not {factor:g}.")
         return RopeConfig(head_dim, theta, kind, factor, original_positions=max_positions)
     if kind == "llama3":
-        trained = _needed(raw, "original_max_position_embeddings", what)
-        low, high = _needed(raw, "low_freq_factor", what), _needed(raw, "high_freq_factor", what)
-        if low >= high:
-            raise ModelError(
-                f"config.json: {what} needs a low_freq_factor ({low:g}) below high_freq_factor ({high:g})."
-            )
-        return RopeConfig(
-            head_dim,
-            theta,
-            kind,
-            _needed(raw, "factor", what),
-            original_positions=int(trained),
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
+        return _llama3(raw, theta, head_dim, what)
     original = original_positions or max_positions
     if raw.get("original_max_position_embeddings") is not None and original_positions is None:
         original = whole(raw, "original_max_position_embeddings")
@@ -117,6 +103,23 @@ def parse_rope(
         truncate=flag(raw, "truncate", True),
         mscale=_optional(raw, "mscale", what),
         mscale_all_dim=_optional(raw, "mscale_all_dim", what),
+    )
+
+
+def _llama3(raw: Mapping[str, Any], theta: float, head_dim: int, what: str) -> RopeConfig:
+    trained = _needed(raw, "original_max_position_embeddings", what)
+    low, high = _needed(raw, "low_freq_factor", what), _needed(raw, "high_freq_factor", what)
+    if low >= high:
+        raise ModelError(f"config.json: {what} needs a low_freq_factor ({low:g}) below high_freq_factor ({high:g}).")
+    factor = _needed(raw, "factor", what)
+    return RopeConfig(
+        head_dim,
+        theta,
+        "llama3",
+        factor,
+        original_positions=int(trained),
+        low_freq_factor=low,
+        high_freq_factor=high,
     )
 
 

@@ -33,6 +33,15 @@ def run(settings: RouterConfig) -> int:
         listeners.append(listen(*admin, "--admin-host or --admin-port"))
     end_unread(listeners[0], settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
+    scheme = "https" if settings.ssl_certfile else "http"
+    for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
+        log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
+    _serve(settings, listeners)
+    log.info("ended")
+    return 0
+
+
+def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
     import uvicorn
 
     from pd_serve.http import bounded
@@ -73,28 +82,21 @@ def run(settings: RouterConfig) -> int:
             look()
             await super().shutdown(sockets)
 
-    server = Draining(
-        uvicorn.Config(
-            app,
-            http=bounded(settings),
-            ws="none",
-            loop="uvloop",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_certfile=settings.ssl_certfile or None,
-            ssl_keyfile=settings.ssl_keyfile or None,
-            timeout_keep_alive=int(settings.keep_alive_s),
-            timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
-        )
+    config = uvicorn.Config(
+        app,
+        http=bounded(settings),
+        ws="none",
+        loop="uvloop",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=settings.ssl_certfile or None,
+        ssl_keyfile=settings.ssl_keyfile or None,
+        timeout_keep_alive=int(settings.keep_alive_s),
+        timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
     )
-    scheme = "https" if settings.ssl_certfile else "http"
-    for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
-        log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
-    server.run(sockets=listeners)
-    log.info("ended")
-    return 0
+    Draining(config).run(sockets=listeners)
 
 
 def check(settings: RouterConfig) -> None:

@@ -113,6 +113,7 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
     The sizes are constants of the kernel, as its vectors need them. K and V are read once for all query heads that
     share them, and asked for ahead of time: their blocks are scattered, which the processor cannot foresee.
     """
+    # long: one loop over K, one over V; what they share would be copied for every call of a part
     if not is_tileable(dim, itemsize):
         return _plain_decode_kernel(dim, group, block_size, itemsize, parallel=parallel)
     line = CACHE_LINE_BYTES // itemsize
