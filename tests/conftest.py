@@ -1,8 +1,13 @@
-"""What all tests share: the real models, converted once into the cache that users have too."""
+"""What all tests share: the real models, converted once into the cache that users have too; and who runs which file.
+
+A file of tests is one worker's (``pytest -n 2``): its fixtures are made once.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +15,30 @@ from pd_serve.models.source import resolve
 from tests.certificates import make_certificate
 
 REAL_MODELS = {"smollm2", "gemma3"}
+# What takes longest begins first, so that workers end together: names of files, or what a name begins with.
+# Files in one entry share a system, and therefore a worker.
+FIRST = (
+    ("e2e/test_parity", "e2e/test_openai", "e2e/test_limits"),
+    ("e2e/test_chaos",),
+    ("e2e/test_failures",),
+    ("e2e/",),
+    ("doctor/test_doctor",),
+    ("bench/test_transfer",),
+    ("node/test_node",),
+    ("transfer/test_nixl.",),
+    ("decode/test_kills",),
+    ("transfer/test_ucx_processes",),
+)
+
+# Two workers whose torch computes with all cores would wait for each other, turning. Engines have their own setting.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _place(name: str) -> int:
+    """Of a test's file in :data:`FIRST`."""
+    path = name.split("::")[0].removeprefix("tests/")
+    return next((place for place, names in enumerate(FIRST) if path.startswith(names)), len(FIRST))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -18,6 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if REAL_MODELS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: _place(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, place = nodeid.split("::")[0], _place(nodeid)
+            return str(FIRST[place]) if place < len(FIRST) and len(FIRST[place]) > 1 else file
+
+    config.option.loadscopereorder = False  # in the order above
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

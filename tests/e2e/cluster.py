@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import socket
@@ -140,7 +141,7 @@ class Cluster:
         **flags: object,
     ) -> None:
         self.directory = directory
-        self.flags = {"threads": 1, "drain_timeout_s": 5, **flags}
+        self.flags = {"threads": 1, "drain_timeout_s": 5, "dtype": "float32", "kv_cache_memory": "256MiB", **flags}
         self.only = only or {}
         self.router = self.start_router(free_port(), router or {}, prefill, decode)
         self.prefills = [self.start_node("prefill") for _ in range(prefill)]
@@ -148,7 +149,7 @@ class Cluster:
 
     def start_router(self, port: int, flags: dict[str, object], prefill: int, decode: int) -> Server:
         flags = {"port": port, "min_prefill": prefill, "min_decode": decode, **flags}
-        return Server("router", flags, self.directory / "router.log")
+        return Server("router", flags, self.directory / f"router-{port}.log")
 
     def start_node(self, role: str, *, environ: dict[str, str] | None = None, **flags: object) -> Server:
         own = {k: v for k, v in self.flags.items() if role == "decode" or k != "local_prefill_tokens"}
@@ -156,6 +157,20 @@ class Cluster:
         port = free_port()
         flags = {"port": port, "router": self.router.url, **own, **flags}
         return Server(role, flags, self.directory / f"{role}-{port}.log", environ)
+
+    @contextlib.contextmanager
+    def another_router(self, prefills: list[Server], decodes: list[Server], **flags: object) -> Iterator[Cluster]:
+        """The same nodes, or some of them, behind a second router."""
+        front = copy.copy(self)
+        front.prefills, front.decodes = list(prefills), list(decodes)
+        for role, nodes in (("prefill", prefills), ("decode", decodes)):
+            if nodes:
+                flags[role] = ",".join(node.url for node in nodes)
+        front.router = self.start_router(free_port(), flags, len(prefills), len(decodes))
+        try:
+            yield front.wait_ready()
+        finally:
+            front.router.stop()
 
     def revive(self) -> None:
         """Starts dead nodes again and waits until the router has all of them."""

@@ -25,7 +25,7 @@ def sizes(prefill: int, decode: int) -> dict[str, dict[str, object]]:
 def running(tmp_path_factory: pytest.TempPathFactory, gemma3: Path) -> Iterator[Cluster]:
     """A model with sliding windows."""
     directory = tmp_path_factory.mktemp("sizes")
-    with cluster(directory, only=sizes(16, 64), model=gemma3, dtype="float32", max_model_len=2048) as made:
+    with cluster(directory, only=sizes(16, 64), model=gemma3, max_model_len=2048) as made:
         yield made
 
 

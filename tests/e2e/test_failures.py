@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.cluster import Cluster, Server, cluster, wait_for
 from tests.e2e.prompts import raw_prompts
+from tests.e2e.tiny_model import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -74,10 +75,9 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(
-        tmp_path_factory.mktemp("pair"), prefill=2, decode=2, model=smollm2, dtype="float32", lease_s=6
-    ) as running:
+def nodes(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp("pair")
+    with cluster(directory, prefill=2, decode=2, model=small_model, kv_cache_memory="128MiB", lease_s=6) as running:
         yield running
 
 
@@ -88,8 +88,10 @@ def pair(nodes: Cluster) -> Cluster:
     return nodes
 
 
-def busy(nodes: list[Server], key: str) -> Server | None:
-    return next((n for n in nodes if n.process.poll() is None and n.load()[key]), None)
+def busy(pair: Cluster, nodes: list[Server]) -> Server | None:
+    """One of the nodes that the router has given requests; the router knows it before the node reports it."""
+    at = {node["url"]: node.get("in_flight", 0) for node in pair.router.get("/v1/status")["nodes"]}
+    return next((node for node in nodes if at.get(node.url)), None)
 
 
 def expected(cluster: Cluster, prompt: str, max_tokens: int) -> str:
@@ -97,17 +99,16 @@ def expected(cluster: Cluster, prompt: str, max_tokens: int) -> str:
 
 
 def test_decode_node_killed_in_mid_stream(pair: Cluster) -> None:
-    text = expected(pair, PROMPT, 180)
-    streams = [Stream(pair, max_tokens=180) for _ in range(4)]
+    text = expected(pair, PROMPT, 300)
+    streams = [Stream(pair, max_tokens=300) for _ in range(4)]
     wait_for(lambda: all(len(s.tokens) > 10 for s in streams), 60, "tokens")
-    # a node reports its load at most once a second while it works
-    victim = wait_for(lambda: busy(pair.decodes, "running"), 30, "a decode node that says that it runs something")
+    victim = wait_for(lambda: busy(pair, pair.decodes), 30, "a decode node with streams")
     victim.kill()
     for stream in streams:
         stream.wait()
         assert stream.error is None
         assert stream.text == text
-        assert len(stream.tokens) == 180
+        assert len(stream.tokens) == 300
     pair.assert_idle()
 
 
@@ -129,16 +130,16 @@ threading.Thread(target=wait, daemon=True).start()
 def test_a_decode_node_whose_transfer_thread_only_fails(pair: Cluster, tmp_path: Path) -> None:
     """A mistake of ours in every turn: the node ends, as if it had died, and no request is lost."""
     (tmp_path / "sitecustomize.py").write_text(FAULT)
-    text = expected(pair, PROMPT, 100)
+    text = expected(pair, PROMPT, 400)
     pair.decodes[0].kill()
     faulty = pair.decodes[0] = pair.start_node("decode", environ={"PYTHONPATH": str(tmp_path)})
     pair.revive()
-    streams = [Stream(pair, max_tokens=100) for _ in range(4)]
+    streams = [Stream(pair, max_tokens=400) for _ in range(4)]
     wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
-    wait_for(lambda: faulty.load()["running"], 30, "the faulty node says that it runs something")
+    assert busy(pair, [faulty])
     (tmp_path / "now").touch()
     time.sleep(0.2)
-    for stream in [*streams, *(Stream(pair, max_tokens=100) for _ in range(4))]:  # the new ones wake the thread
+    for stream in [*streams, *(Stream(pair, max_tokens=400) for _ in range(4))]:  # the new ones wake the thread
         stream.wait()
         assert stream.error is None
         assert stream.text == text
@@ -153,7 +154,8 @@ def test_a_decode_node_whose_transfer_thread_only_fails(pair: Cluster, tmp_path:
 def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
     prompt = f"Killed {moment}.\n" + LONG  # in nobody's prefix cache
     streams = [Stream(pair, prompt, 60) for _ in range(2)]
-    victim = wait_for(lambda: busy(pair.prefills, "waiting_tokens"), 30, "a prompt being computed")
+    victim = wait_for(lambda: busy(pair, pair.prefills), 30, "a prefill node with a prompt")
+    wait_for(lambda: victim.get("/v1/status")["engine"]["running"], 30, "the prompt being computed")
     if moment == "during":
         # blocks of a first chunk are being read, or just have been, while the next chunk is computed
         wait_for(lambda: any(n.blocks_used() for n in pair.decodes), 30, "a pull")
@@ -169,60 +171,56 @@ def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
     pair.assert_idle()
 
 
-def test_without_another_node_there_is_one_clear_error(tmp_path: Path, smollm2: Path) -> None:
-    with cluster(tmp_path, router={"node_wait_s": 1}, model=smollm2, dtype="float32", lease_s=6) as single:
-        stream = Stream(single, max_tokens=400)
+def test_without_another_node_there_is_one_clear_error(pair: Cluster) -> None:
+    with pair.another_router(pair.prefills[:1], pair.decodes[:1], node_wait_s=1) as single:
+        stream = Stream(single, max_tokens=2000)
         wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
-        single.decodes[0].kill()
+        victim = pair.decodes[0]
+        victim.kill()
         stream.wait(30)
         assert stream.error is not None and stream.error["message"]
         assert "Traceback" not in stream.error["message"]
         refused = httpx.post(
-            single.url + "/v1/completions", json={"model": single_model(stream), "prompt": "x"}, timeout=30
+            single.url + "/v1/completions", json={"model": stream.body["model"], "prompt": "x"}, timeout=30
         )
         assert refused.status_code == 503
         assert httpx.get(single.url + "/ready", timeout=5).status_code == 503
-        single.decodes[0] = single.start_node("decode")
+        single.decodes[0] = pair.decodes[0] = pair.start_node("decode", port=victim.port)
         single.wait_ready()
         assert single.complete("The capital of France is", 5)["choices"][0]["text"]
         single.assert_idle()
 
 
-def single_model(stream: Stream) -> str:
-    return str(stream.body["model"])
-
-
-def test_router_restarted(tmp_path: Path, smollm2: Path) -> None:
-    with cluster(tmp_path, model=smollm2, dtype="float32") as one:
-        stream = Stream(one, max_tokens=400)
-        wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
-        one.router.kill()
-        stream.wait(20)
-        one.assert_idle(5)  # the nodes end what the router asked for
-        one.router = one.start_router(one.router.port, {}, 1, 1)
-        one.wait_ready()
-        assert one.complete("The capital of France is", 5)["choices"][0]["text"]
+def test_router_restarted(pair: Cluster) -> None:
+    stream = Stream(pair, max_tokens=2000)
+    wait_for(lambda: len(stream.tokens) > 5, 60, "tokens")
+    pair.router.kill()
+    stream.wait(20)
+    pair.assert_idle(5)  # the nodes end what the router asked for
+    pair.router = pair.start_router(pair.router.port, {}, 2, 2)
+    pair.wait_ready()
+    assert pair.complete("The capital of France is", 5)["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_paused_node_is_left_and_comes_back(pair: Cluster, role: str) -> None:
     prompt = f"Paused {role}.\n" + PROMPT
-    streams = [Stream(pair, prompt) for _ in range(2)]
+    streams = [Stream(pair, prompt, 500) for _ in range(2)]
     nodes = pair.prefills if role == "prefill" else pair.decodes
     if role == "decode":
         wait_for(lambda: all(len(s.tokens) > 10 for s in streams), 60, "tokens")
-    victim = busy(nodes, "running") or nodes[0]
+    victim = busy(pair, nodes) or nodes[0]
     victim.signal_all(signal.SIGSTOP)
     try:
         for stream in streams:
             assert stream.wait().error is None
-            assert len(stream.tokens) == 120
+            assert len(stream.tokens) == 500
     finally:
         victim.signal_all(signal.SIGCONT)
     wait_for(
         lambda: sum(n["state"] == "ready" for n in pair.router.get("/v1/status")["nodes"]) == 4, 30, "all four back"
     )
-    text = expected(pair, prompt, 120)
+    text = expected(pair, prompt, 500)
     assert [stream.text for stream in streams] == [text, text]
     pair.assert_idle(20)
 
@@ -240,18 +238,18 @@ def test_a_client_that_leaves_frees_its_blocks(pair: Cluster) -> None:
 
 
 def test_an_abort_during_prefill_frees_both_nodes(pair: Cluster) -> None:
-    body = {"model": pair.model, "prompt": LONG, "max_tokens": 50}
-    for _ in range(3):
+    for turn in range(3):
+        body = {"model": pair.model, "prompt": f"{turn}\n" + LONG, "max_tokens": 200}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(pair.url + "/v1/completions", json=body, timeout=0.4)
     pair.assert_idle(10)
 
 
 def test_sigterm_finishes_streams_first(pair: Cluster) -> None:
-    text = expected(pair, PROMPT, 60)
-    streams = [Stream(pair, max_tokens=60) for _ in range(4)]
+    text = expected(pair, PROMPT, 300)
+    streams = [Stream(pair, max_tokens=300) for _ in range(4)]
     wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
-    leaving = [busy(pair.decodes, "running") or pair.decodes[0], pair.prefills[0]]
+    leaving = [busy(pair, pair.decodes) or pair.decodes[0], pair.prefills[0]]
     for node in leaving:
         os.kill(node.pid, signal.SIGTERM)
     for stream in streams:
@@ -262,16 +260,14 @@ def test_sigterm_finishes_streams_first(pair: Cluster) -> None:
     pair.assert_idle()
 
 
-def test_a_full_pool_and_queue_answer_429(tmp_path: Path, smollm2: Path) -> None:
-    memory = 737_280 * 64
-    with cluster(
-        tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900, max_queue=2
-    ) as small:
+def test_a_full_pool_and_queue_answer_429(tmp_path: Path, small_model: Path) -> None:
+    memory = 64 * SMALL.block_bytes  # for two requests and a little more
+    with cluster(tmp_path, model=small_model, kv_cache_memory=memory, max_model_len=900, max_queue=2) as small:
         statuses: list[int] = []
         answers: list[httpx.Response] = []
 
         def one() -> None:
-            body = {"model": model, "prompt": PROMPT[:1500], "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+            body = {"model": model, "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
             answer = httpx.post(small.url + "/v1/completions", json=body, timeout=120)
             answers.append(answer)
             statuses.append(answer.status_code)

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("limits"), model=smollm2, dtype="float32", max_model_len=1024) as one:
-        yield one
 
 
 OK: dict[str, Any] = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
@@ -50,14 +42,14 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
-def post(running: Cluster, content: bytes | str, path: str = "/v1/completions") -> httpx.Response:
-    return httpx.post(running.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
+def post(smol: Cluster, content: bytes | str, path: str = "/v1/completions") -> httpx.Response:
+    return httpx.post(smol.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests(running: Cluster, name: str) -> None:
+def test_bad_requests(smol: Cluster, name: str) -> None:
     change, status, hint = BAD[name]
-    answer = post(running, json.dumps({"model": running.model, **OK, **change}))
+    answer = post(smol, json.dumps({"model": smol.model, **OK, **change}))
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert hint in error["message"] or hint == error["param"]
@@ -78,22 +70,22 @@ def test_bad_requests(running: Cluster, name: str) -> None:
         (b"x" * 10_000_000, 413),
     ],
 )
-def test_broken_bodies(running: Cluster, content: bytes, status: int) -> None:
+def test_broken_bodies(smol: Cluster, content: bytes, status: int) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        answer = post(running, content, path)
+        answer = post(smol, content, path)
         assert answer.status_code == status, answer.text
         assert answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none(running: Cluster, value: str) -> None:
+def test_numbers_that_are_none(smol: Cluster, value: str) -> None:
     for field in ("temperature", "top_p", "presence_penalty", "repetition_penalty", "min_p"):
-        content = f'{{"model": "{running.model}", "prompt": "Hello", "max_tokens": 2, "{field}": {value}}}'
-        answer = post(running, content)
+        content = f'{{"model": "{smol.model}", "prompt": "Hello", "max_tokens": 2, "{field}": {value}}}'
+        answer = post(smol, content)
         assert answer.status_code == 400, (field, answer.text)
 
 
-def test_chat_garbage(running: Cluster) -> None:
+def test_chat_garbage(smol: Cluster) -> None:
     for messages in (
         [],
         None,
@@ -103,25 +95,25 @@ def test_chat_garbage(running: Cluster) -> None:
         [{"role": 5, "content": "x"}],
         [{"role": "user", "content": 5}],
     ):
-        answer = post(running, json.dumps({"model": running.model, "messages": messages}), "/v1/chat/completions")
+        answer = post(smol, json.dumps({"model": smol.model, "messages": messages}), "/v1/chat/completions")
         assert answer.status_code == 400, (messages, answer.text)
 
 
-def test_unknown_paths_and_methods(running: Cluster) -> None:
-    assert httpx.get(running.url + "/v1/nothing", timeout=5).json()["error"]["message"]
-    answer = httpx.get(running.url + "/v1/completions", timeout=5)
+def test_unknown_paths_and_methods(smol: Cluster) -> None:
+    assert httpx.get(smol.url + "/v1/nothing", timeout=5).json()["error"]["message"]
+    answer = httpx.get(smol.url + "/v1/completions", timeout=5)
     assert answer.status_code == 405 and answer.json()["error"]["message"]
 
 
-def test_it_still_serves_and_holds_nothing(running: Cluster) -> None:
-    assert running.complete("The capital of France is", 8)["choices"][0]["text"]
-    assert httpx.get(running.url + "/health", timeout=5).status_code == 200
-    metrics = httpx.get(running.url + "/metrics", timeout=5).text
+def test_it_still_serves_and_holds_nothing(smol: Cluster) -> None:
+    assert smol.complete("The capital of France is", 8)["choices"][0]["text"]
+    assert httpx.get(smol.url + "/health", timeout=5).status_code == 200
+    metrics = httpx.get(smol.url + "/metrics", timeout=5).text
     assert "pd_serve" in metrics
-    running.assert_idle()
+    smol.assert_idle()
 
 
-def test_the_longest_that_fits(running: Cluster) -> None:
-    answer = running.complete([7] * 1000, 24, ignore_eos=True)
+def test_the_longest_that_fits(smol: Cluster) -> None:
+    answer = smol.complete([7] * 1000, 24, ignore_eos=True)
     assert answer["usage"]["completion_tokens"] == 24
-    running.assert_idle()
+    smol.assert_idle()

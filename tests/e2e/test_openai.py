@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(
-        tmp_path_factory.mktemp("openai"), model=smollm2, dtype="float32", router={"api_key": "sk-test"}
-    ) as one:
+def running(smol: Cluster) -> Iterator[Cluster]:
+    with smol.another_router(smol.prefills, smol.decodes, api_key="sk-test") as one:
         yield one
 
 

@@ -19,14 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def smol(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("smol"), model=smollm2, dtype="float32") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory, gemma3: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("gemma"), model=gemma3, dtype="float32", max_model_len=2048) as running:
+    with cluster(tmp_path_factory.mktemp("gemma"), model=gemma3, max_model_len=2048) as running:
         yield running
 
 

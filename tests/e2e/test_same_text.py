@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.cluster import Cluster, cluster
 from tests.e2e.prompts import raw_prompts
+from tests.e2e.tiny_model import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -29,8 +30,8 @@ def texts(cluster: Cluster) -> Texts:
 
 
 @pytest.fixture(scope="module")
-def pd(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("pd"), model=smollm2, dtype="float32") as running:
+def pd(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("pd"), model=small_model) as running:
         yield running
 
 
@@ -63,23 +64,22 @@ def test_a_batch_of_sixteen(pd: Cluster, baseline: Texts) -> None:
     pd.assert_idle()
 
 
-def test_one_node_alone(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
-    with cluster(tmp_path, prefill=0, model=smollm2, dtype="float32") as alone:
+def test_one_node_alone(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
+    with cluster(tmp_path, prefill=0, model=small_model) as alone:
         assert texts(alone) == baseline
         alone.assert_idle()
 
 
-def test_chunked_prefill(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
+def test_chunked_prefill(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
     # a block and a half
-    with cluster(tmp_path, model=smollm2, dtype="float32", max_num_batched_tokens=24) as chunked:
+    with cluster(tmp_path, model=small_model, max_num_batched_tokens=24) as chunked:
         assert texts(chunked) == baseline
         chunked.assert_idle()
 
 
-def test_preempted_and_resumed(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
-    # 736,560 bytes are one float32 block of this model (16 tokens): room for one long prompt and little more
-    memory = 737_280 * 60
-    with cluster(tmp_path, model=smollm2, dtype="float32", kv_cache_memory=memory, max_model_len=900) as small:
+def test_preempted_and_resumed(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
+    memory = 84 * SMALL.block_bytes  # room for one long prompt and little more
+    with cluster(tmp_path, model=small_model, kv_cache_memory=memory, max_model_len=1300) as small:
 
         def run(i: int) -> str:
             return str(small.complete(PROMPTS[i], 160, ignore_eos=True)["choices"][0]["text"])
@@ -92,8 +92,8 @@ def test_preempted_and_resumed(tmp_path: Path, smollm2: Path, baseline: Texts) -
         small.assert_idle()
 
 
-def test_short_prompts_on_the_decode_node(tmp_path: Path, smollm2: Path, baseline: Texts) -> None:
-    with cluster(tmp_path, model=smollm2, dtype="float32", local_prefill_tokens=64) as running:
+def test_short_prompts_on_the_decode_node(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
+    with cluster(tmp_path, model=small_model, local_prefill_tokens=64) as running:
         assert texts(running) == baseline
         counters = running.prefills[0].get("/v1/status")["counters"]
         assert counters["requests"] < 2 * len(PROMPTS)

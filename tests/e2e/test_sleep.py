@@ -21,12 +21,11 @@ KV_BYTES = 256 << 20
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
+def nodes(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     with cluster(
         tmp_path_factory.mktemp("sleep"),
         router={"node_wait_s": 0.5},
-        model=smollm2,
-        dtype="float32",
+        model=small_model,
         kv_cache_memory=KV_BYTES,
         enable_sleep_mode=True,
         drain_timeout_s=3,
@@ -119,10 +118,10 @@ def test_a_prefill_node_sleeps_at_level_2_and_wakes_by_tags(nodes: Cluster) -> N
 def test_a_stream_waits_out_the_sleep_of_its_node(nodes: Cluster) -> None:
     """It has time to end; then the node sleeps. A longer one is cut off after drain_timeout_s and told so."""
     decode = nodes.decodes[0]
-    short = Stream(nodes, PROMPT, max_tokens=20)
+    short = Stream(nodes, PROMPT, max_tokens=100)
     wait_for(lambda: short.tokens, 20, "a token")
     assert post(decode, "/sleep")["is_sleeping"]
-    assert short.wait().error is None and len(short.tokens) == 20
+    assert short.wait().error is None and len(short.tokens) == 100
     post(decode, "/wake_up")
     wait_for(lambda: decode.url in linked(nodes), 5, "the node is back")
 

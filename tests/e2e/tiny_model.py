@@ -1,8 +1,12 @@
-"""A model of two layers that is ready in a moment and whose every token depends on all KV: for kills and overload."""
+"""Models that are ready in a moment and whose every token depends on all KV: for kills, overload and same texts.
+
+Real ones are for what only real ones show: that the text is transformers', and what a newcomer sees.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,14 +14,34 @@ from safetensors.torch import save_file
 
 from tests.api import tiny
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 2, 4, 2, 16, 128
+
+@dataclass(frozen=True)
+class Size:
+    """``length``: the most tokens of a prompt and its answer."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    length: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a KV block of 16 tokens in float32."""
+        return 16 * 2 * self.layers * self.kv_heads * self.head_dim * 4
+
+
+TINY = Size(64, 2, 4, 2, 16, 128, 1024)  # a step in about a millisecond
+SMALL = Size(576, 4, 9, 3, 64, 1536, 8192)  # layers of SmolLM2-135M's shape, four of its thirty
 # Attention that looks at a few tokens hard, and layers that outweigh the embedding of the last token: a KV block that
 # is missing, stale or another prompt's changes the text at once.
 SCALE, SHARP = 0.25, 0.6
 
 
-def write(directory: Path) -> Path:
-    """Writes the model in HuggingFace form; its length limit is 1,024 tokens."""
+def write(directory: Path, size: Size = TINY) -> Path:
+    """Writes a model in HuggingFace form; a token of it is about a byte."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny.byte_level()
     vocab = len(json.loads(tokenizer)["model"]["vocab"]) + 8
@@ -25,13 +49,13 @@ def write(directory: Path) -> Path:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 1024,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": size.length,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "eos_token_id": tiny.EOS,
@@ -42,25 +66,25 @@ def write(directory: Path) -> Path:
     generator = torch.Generator().manual_seed(8)
 
     def normal(*shape: int, scale: float = SCALE) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale
+        return torch.randn(*shape, generator=generator) * (scale * (TINY.hidden / size.hidden) ** 0.5)
 
     weights = {
-        "model.embed_tokens.weight": normal(vocab, HIDDEN, scale=0.5),
-        "model.norm.weight": torch.ones(HIDDEN),
-        "lm_head.weight": normal(vocab, HIDDEN),
+        "model.embed_tokens.weight": torch.randn(vocab, size.hidden, generator=generator) * 0.5,
+        "model.norm.weight": torch.ones(size.hidden),
+        "lm_head.weight": normal(vocab, size.hidden),
     }
-    for layer in range(LAYERS):
+    for layer in range(size.layers):
         name = f"model.layers.{layer}."
         weights |= {
-            name + "self_attn.q_proj.weight": normal(HEADS * HEAD_DIM, HIDDEN, scale=SHARP),
-            name + "self_attn.k_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            name + "self_attn.v_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            name + "self_attn.o_proj.weight": normal(HIDDEN, HEADS * HEAD_DIM),
-            name + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            name + "mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            name + "mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE),
-            name + "input_layernorm.weight": torch.ones(HIDDEN),
-            name + "post_attention_layernorm.weight": torch.ones(HIDDEN),
+            name + "self_attn.q_proj.weight": normal(size.heads * size.head_dim, size.hidden, scale=SHARP),
+            name + "self_attn.k_proj.weight": normal(size.kv_heads * size.head_dim, size.hidden),
+            name + "self_attn.v_proj.weight": normal(size.kv_heads * size.head_dim, size.hidden),
+            name + "self_attn.o_proj.weight": normal(size.hidden, size.heads * size.head_dim),
+            name + "mlp.gate_proj.weight": normal(size.intermediate, size.hidden),
+            name + "mlp.up_proj.weight": normal(size.intermediate, size.hidden),
+            name + "mlp.down_proj.weight": normal(size.hidden, size.intermediate),
+            name + "input_layernorm.weight": torch.ones(size.hidden),
+            name + "post_attention_layernorm.weight": torch.ones(size.hidden),
         }
     save_file(weights, str(directory / "model.safetensors"))
     return directory
