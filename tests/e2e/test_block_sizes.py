@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.api import tiny
 from tests.e2e import reference
 from tests.e2e.cluster import Cluster, cluster
-from tests.e2e.prompts import raw_prompts
+from tests.models.reference import make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
-PROMPTS = [raw_prompts()[i] for i in (0, 13, 20)]  # 5, 170 and 700 tokens; the window is 512
+WINDOW, LENGTH, VOCAB = 512, 2048, 512
+PROMPTS = [random.Random(length).choices(range(5, 400), k=length) for length in (5, 170, 700)]
 TOKENS = 12
 
 
@@ -22,27 +25,31 @@ def sizes(prefill: int, decode: int) -> dict[str, dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, gemma3: Path) -> Iterator[Cluster]:
-    """A model with sliding windows."""
-    directory = tmp_path_factory.mktemp("sizes")
-    with cluster(directory, only=sizes(16, 64), model=gemma3, max_model_len=2048) as made:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With sliding windows."""
+    directory = tmp_path_factory.mktemp("model") / "gemma"
+    changes = {"sliding_window": WINDOW, "max_position_embeddings": LENGTH, "vocab_size": VOCAB}
+    make_tiny("gemma3", directory, changes)
+    (directory / "tokenizer.json").write_bytes(tiny.byte_level())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("sizes"), only=sizes(16, 64), model=model) as made:
         yield made
 
 
-def texts(running: Cluster) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each prompt and its answer."""
-    found = []
-    for prompt in PROMPTS:
-        answer = running.complete(prompt, TOKENS, ignore_eos=True, return_token_ids=True)
-        choice = answer["choices"][0]
-        found.append((choice.get("prompt_token_ids") or answer["prompt_token_ids"], choice["token_ids"]))
-    return found
+def texts(running: Cluster) -> list[list[int]]:
+    """Token ids of the answer to each prompt."""
+    answers = [running.complete(prompt, TOKENS, ignore_eos=True, return_token_ids=True) for prompt in PROMPTS]
+    return [answer["choices"][0]["token_ids"] for answer in answers]
 
 
 def check(running: Cluster, directory: Path) -> None:
     decode = running.decodes[0]
     computed = texts(running)
-    for prompt, output in computed:
+    for prompt, output in zip(PROMPTS, computed, strict=True):
         assert reference.first_difference(directory, prompt, output) is None, len(prompt)
     assert texts(running) == computed  # with prefixes cached on both nodes, at different places
     running.assert_idle()
@@ -52,13 +59,13 @@ def check(running: Cluster, directory: Path) -> None:
     assert counters["pull_failures_checksum"] == counters["transfer_faults"] == 0
 
 
-def test_large_blocks_pull_from_small_ones(running: Cluster, gemma3: Path) -> None:
-    check(running, gemma3)
+def test_large_blocks_pull_from_small_ones(running: Cluster, model: Path) -> None:
+    check(running, model)
 
 
-def test_small_blocks_pull_from_large_ones(running: Cluster, gemma3: Path) -> None:
+def test_small_blocks_pull_from_large_ones(running: Cluster, model: Path) -> None:
     for server in running.nodes:
         server.kill()
     running.only = sizes(64, 16)
     running.revive()
-    check(running, gemma3)
+    check(running, model)

@@ -64,37 +64,51 @@ def test_a_batch_of_sixteen(pd: Cluster, baseline: Texts) -> None:
     pd.assert_idle()
 
 
-def test_one_node_alone(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
-    with cluster(tmp_path, prefill=0, model=small_model) as alone:
+@pytest.fixture(scope="module")
+def uncached(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    """A pair that computes all prompts anew, short ones on the decode node."""
+    flags: dict[str, object] = {"prefix_caching": False, "local_prefill_tokens": 64}
+    with cluster(tmp_path_factory.mktemp("uncached"), model=small_model, **flags) as running:
+        yield running
+
+
+def test_one_node_alone(uncached: Cluster, baseline: Texts) -> None:
+    with uncached.another_router([], uncached.decodes) as alone:
         assert texts(alone) == baseline
-        alone.assert_idle()
+    uncached.assert_idle()
 
 
-def test_chunked_prefill(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
-    # a block and a half
-    with cluster(tmp_path, model=small_model, max_num_batched_tokens=24) as chunked:
-        assert texts(chunked) == baseline
-        chunked.assert_idle()
+def test_short_prompts_on_the_decode_node(uncached: Cluster, baseline: Texts) -> None:
+    assert texts(uncached) == baseline
+    counters = uncached.prefills[0].get("/v1/status")["counters"]
+    assert 0 < counters["requests"] < 2 * len(PROMPTS)
+    uncached.assert_idle()
 
 
-def test_preempted_and_resumed(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
-    memory = 84 * SMALL.block_bytes  # room for one long prompt and little more
-    with cluster(tmp_path, model=small_model, kv_cache_memory=memory, max_model_len=1300) as small:
-
-        def run(i: int) -> str:
-            return str(small.complete(PROMPTS[i], 160, ignore_eos=True)["choices"][0]["text"])
-
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(run, [0, 1, 2, 3, 0, 1, 2, 3]))
-        for i, text in zip([0, 1, 2, 3, 0, 1, 2, 3], answers, strict=True):
-            assert text.startswith(baseline["greedy"][i])
-        assert small.decodes[0].get("/v1/status")["counters"]["preemptions"] > 0
-        small.assert_idle()
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    """A pair whose steps take a block and a half, and whose pools one long prompt and little more."""
+    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300}
+    memory = 84 * SMALL.block_bytes
+    directory = tmp_path_factory.mktemp("narrow")
+    with cluster(directory, model=small_model, kv_cache_memory=memory, **flags) as running:
+        yield running
 
 
-def test_short_prompts_on_the_decode_node(tmp_path: Path, small_model: Path, baseline: Texts) -> None:
-    with cluster(tmp_path, model=small_model, local_prefill_tokens=64) as running:
-        assert texts(running) == baseline
-        counters = running.prefills[0].get("/v1/status")["counters"]
-        assert counters["requests"] < 2 * len(PROMPTS)
-        running.assert_idle()
+def test_chunked_prefill(narrow: Cluster, baseline: Texts) -> None:
+    assert texts(narrow) == baseline
+    narrow.assert_idle()
+
+
+def test_preempted_and_resumed(narrow: Cluster, baseline: Texts) -> None:
+    order = [0, 1, 2, 3] * 2
+
+    def run(i: int) -> str:
+        return str(narrow.complete(PROMPTS[i], 160, ignore_eos=True)["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(run, order))
+    for i, text in zip(order, answers, strict=True):
+        assert text.startswith(baseline["greedy"][i])
+    assert narrow.decodes[0].get("/v1/status")["counters"]["preemptions"] > 0
+    narrow.assert_idle()

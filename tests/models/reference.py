@@ -100,12 +100,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_tiny(family: str, directory: Path, **save: Any) -> Any:
-    """A tiny model with random weights, saved to ``directory``; returns transformers' model."""
+def make_tiny(family: str, directory: Path, changes: dict[str, Any] | None = None, **save: Any) -> Any:
+    """A tiny model with random weights, saved to ``directory``; returns transformers' model.
+
+    ``changes``: what its configuration has otherwise.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32).eval()
+    config = FAMILIES[family]()
+    config.update(changes or {})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # norms and biases too, or a model that forgets them looks right
