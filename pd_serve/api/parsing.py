@@ -47,4 +47,6 @@ def _explain(error: ValidationError) -> APIError:
         return bad_request(f"the field '{place}' is required", place, "missing_field")
     if first["type"] == "finite_number":
         message = "must be a finite number"
+    elif first["type"] == "model_type":  # pydantic's own names our classes
+        message = "must be a JSON object" if place else "the request body must be a JSON object"
     return bad_request(f"{place}: {message}" if place else message, place, "invalid_value")

@@ -55,7 +55,7 @@ class Body(BaseModel):
     @classmethod
     def _known_fields(cls, body: Any, info: ValidationInfo) -> Any:
         if not isinstance(body, dict):
-            raise pydantic_core.PydanticCustomError("body", "the request body must be a JSON object")
+            raise pydantic_core.PydanticCustomError("model_type", "must be a JSON object")
         leniency = info.context if isinstance(info.context, Leniency) else _STRICT
         kept = {}
         for name, value in body.items():

@@ -131,6 +131,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
     ({"messages": "hi"}, "messages"),
+    ({"messages": [3]}, "messages.0: must be a JSON object"),
+    ({"tools": ["f"]}, "tools.0: must be a JSON object"),
     ({"messages": [{}]}, "role"),
     ({"messages": [{"role": "user"}]}, "content"),
     ({"messages": [{"role": 5, "content": "x"}]}, "role"),
