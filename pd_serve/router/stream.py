@@ -5,8 +5,7 @@ the registry (a node appeared) and by timers. No I/O of its own and no real time
 tested. It calls its ``sink`` for each new token exactly once and in order, and for its end exactly once, whatever
 raises meanwhile.
 
-A pair of nodes works on an *attempt*. The decode node answers whether it has room ("accepted"); until it has, the
-prefill node's first token waits here, so that a refusal can still be a status.
+What a pair of nodes says of one try at it is joined by :mod:`pd_serve.router.attempt`.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import msgspec
 
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
+from pd_serve.router.attempt import Attempt, Disagreement
 from pd_serve.router.groups import Group, Views
 from pd_serve.router.line import Clock, Timer
 from pd_serve.router.nodes import Node
@@ -71,50 +71,6 @@ class Shared:
     # Attempt ids are keys of leases on nodes that serve several routers.
     prefix: str = field(default_factory=lambda: secrets.token_hex(4))
     numbers: itertools.count[int] = field(default_factory=itertools.count)
-
-
-class Attempt:
-    """One try at a stream on one pair of nodes; its id is the lease's key."""
-
-    __slots__ = (
-        "accepted",
-        "arrived",
-        "base",
-        "decode",
-        "early",
-        "held",
-        "id",
-        "local",
-        "postponed",
-        "prefill",
-        "stream",
-    )
-
-    def __init__(self, id: str, stream: Stream, base: int, prefill: Node | None, decode: Node | None) -> None:
-        self.id = id
-        self.stream = stream
-        self.base = base  # output index of the first token that this attempt makes
-        self.prefill = prefill  # while it has a part in the attempt
-        self.decode = decode
-        self.postponed = False  # the prefill node gets it when the decode node has accepted
-        self.accepted = False  # the decode node has room
-        self.arrived = False  # the KV is on the decode node
-        self.local = False  # the decode node computes the prompt itself
-        self.held: list[link.Output] = []  # of the prefill node, before the decode node accepted
-        self.early: list[link.Output] = []  # of the decode node, before the prefill node's first token came
-
-    def output(self, node: Node, output: link.Output, now_s: float) -> None:
-        try:
-            self.stream.on_output(self, node, output, now_s)
-        except Exception:
-            # One broken request must not end the link, and with it all others.
-            self.stream.broken("an output")
-
-    def lost(self, node: Node, why: str) -> None:
-        try:
-            self.stream.on_lost(self, node, why)
-        except Exception:
-            self.stream.broken("a lost node")  # the other attempts of the node are still to be told
 
 
 class Stream:
@@ -334,7 +290,7 @@ class Stream:
         if output.failure is not None:
             self._on_failure(attempt, node, output.failure)
             return
-        absurd = self._absurd(attempt, output)
+        absurd = attempt.absurd(output, self._sampling.max_tokens, self._group.info.vocab_size)
         if absurd is not None:
             self._on_fault(attempt, node, link.Failure("internal", f"it sent {absurd}"))
             return
@@ -345,26 +301,8 @@ class Stream:
             self._on_event(attempt, node, output, now_s)
         if attempt is self._attempt and (output.tokens or output.finish is not None):
             self._join(attempt, node, output, now_s)
-        if attempt is self._attempt and attempt.arrived and len(self.outputs) > attempt.base:
+        if attempt is self._attempt and attempt.prefill_is_done(len(self.outputs)):
             self._detach_prefill(attempt, abort=False)
-
-    def _absurd(self, attempt: Attempt, output: link.Output) -> str | None:
-        """What no sound node says: it would break the join, or the client's text."""
-        tokens = output.tokens
-        last = self._sampling.max_tokens
-        if not (tokens or output.finish is not None):
-            return None
-        if not attempt.base <= output.index <= last or output.index + len(tokens) > last:
-            return f"{len(tokens)} tokens at index {output.index}, of {attempt.base} to {last} that were asked for"
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._group.info.vocab_size:
-            return "token ids beyond the vocabulary"
-        if output.logprobs is not None and len(output.logprobs) != len(tokens):
-            return f"{len(output.logprobs)} log-probabilities for {len(tokens)} tokens"
-        if output.finish not in (None, "stop", "length"):
-            return f"the end '{output.finish[:40]}'"
-        if len(attempt.early) + len(attempt.held) > last:
-            return "the same tokens again and again"
-        return None
 
     def _on_event(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
         """A decode node's word that is no refusal: it has accepted, whatever else it says."""
@@ -375,14 +313,13 @@ class Stream:
             if attempt.prefill is not None and self._group.breakers:
                 self._group.breakers.succeeded((attempt.prefill.id, node.id))
         if not attempt.accepted:
-            attempt.accepted = True
+            held = attempt.accept()
             self._refused.clear()
             if self._lined_up:
                 self._lined_up = False
                 self._group.line.advance()
             if attempt.postponed and attempt.prefill is not None and not attempt.local:
                 self._submit_prefill(attempt, attempt.prefill)
-            held, attempt.held = attempt.held, []
             for waiting in held:
                 if attempt is self._attempt and attempt.prefill is not None:
                     self._join(attempt, attempt.prefill, waiting, now_s)
@@ -393,31 +330,20 @@ class Stream:
         """Takes an output, and those of the decode node that waited for it."""
         self._take(attempt, node, output, now_s)
         while attempt is self._attempt and attempt.decode is not None:
-            place = next((p for p, early in enumerate(attempt.early) if early.index <= len(self.outputs)), None)
-            if place is None:
+            early = attempt.next_early(len(self.outputs))
+            if early is None:
                 return
-            self._take(attempt, attempt.decode, attempt.early.pop(place), now_s)
+            self._take(attempt, attempt.decode, early, now_s)
 
     def _take(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
-        """By output index: what is known already is compared, what is too early waits."""
-        if node is attempt.prefill and attempt.decode is not None and not attempt.accepted and output.finish is None:
-            attempt.held.append(output)
+        try:
+            news = attempt.news(node, output, self.outputs)
+        except Disagreement:
+            self._disagreement(attempt)
             return
-        tokens, logprobs = output.tokens, output.logprobs
-        known = len(self.outputs) - output.index
-        if known < 0:
-            attempt.early.append(output)
+        if news is None:
             return
-        if known > 0:
-            if tokens[:known] != self.outputs[output.index : output.index + len(tokens)]:
-                self._disagreement(attempt)
-                return
-            tokens = tokens[known:]
-            logprobs = logprobs[known:] if logprobs is not None else None
-        if node is attempt.decode and len(self.outputs) + len(tokens) > attempt.base + 1:
-            attempt.arrived = True  # it could not have made more than the first token otherwise
-        if not tokens and output.finish is None:
-            return
+        tokens, logprobs = news
         if not self.outputs:
             self.num_cached = output.num_cached
         self.outputs.extend(tokens)
@@ -439,7 +365,7 @@ class Stream:
 
     def _on_failure(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
         node.release(attempt, abort=False)  # it has ended its part; an abort would name an id that it no longer knows
-        if node is attempt.prefill and (attempt.local or (attempt.arrived and len(self.outputs) > attempt.base)):
+        if node is attempt.prefill and (attempt.local or attempt.prefill_is_done(len(self.outputs))):
             attempt.prefill = None
         elif failure.kind == "refused":
             self._on_refusal(attempt, node, failure)
@@ -484,7 +410,7 @@ class Stream:
         """The link to ``node`` has ended, and with it the attempt, unless the node had done its part."""
         if attempt is not self._attempt:
             return
-        if node is attempt.prefill and attempt.arrived and len(self.outputs) > attempt.base:
+        if node is attempt.prefill and attempt.prefill_is_done(len(self.outputs)):
             attempt.prefill = None
             return
         self._end_attempt()
