@@ -16,6 +16,7 @@ import time
 import numpy as np
 import torch
 
+from pd_serve.compute.cpu import ops
 from pd_serve.compute.cpu.runner import Runner
 from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
@@ -75,7 +76,7 @@ def main() -> None:
     for region in pool.tensors():  # or all of it would be the kernel's one page of zeros, and in the cache
         region.view(getattr(torch, files.dtype)).normal_()
     torch.set_num_threads(args.threads)
-    model = load_decoder(files.directory, config, files.dtype, files.load_format, max_positions=max(CONTEXTS))
+    model = load_decoder(files.directory, config, files.dtype, files.load_format, ops=ops, max_positions=max(CONTEXTS))
     runner = Runner(model, config, layout, pool.tensors(), args.threads)
     begin = time.perf_counter()
     runner.warm_up()

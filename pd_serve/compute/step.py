@@ -78,8 +78,8 @@ class Step(msgspec.Struct, array_like=True):
     block_tables: list[I32]  # a group: [B, max blocks of this step], 0 = no block (before a window, or padding)
     logits_rows: I64  # [N] rows of T whose logits are wanted
     num_decode: int
-    # For executors of depth 1: [num_decode] a row's token is the sample of this index of the step launched before; -1: it
-    # is in ``tokens``. Empty where all are.
+    # For executors of depth 1: [num_decode] a row's token is the sample of this index of the step launched before; -1:
+    # it is in ``tokens``. Empty where all are.
     from_samples: I32 = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
     sampled_rows: I64 = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # [S] rows of N
     sampling: Rows = msgspec.field(default_factory=lambda: np.empty(0, SAMPLING))  # [S] of dtype SAMPLING

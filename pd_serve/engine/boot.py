@@ -177,6 +177,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
 
+    from pd_serve.compute.cpu import ops
     from pd_serve.compute.cpu.runner import Runner
     from pd_serve.compute.cpu.sampler import Sampler
     from pd_serve.engine.core import Engine
@@ -232,7 +233,9 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     roles = Roles(make_role, Parts(config, identity, layout, kv, scheduler, pool.memory()), info)
 
     def load() -> Decoder:
-        return load_decoder(directory, model, config.dtype, config.load_format, max_positions=max_model_len + 1)
+        return load_decoder(
+            directory, model, config.dtype, config.load_format, ops=ops, max_positions=max_model_len + 1
+        )
 
     role = roles.open()  # the transport starts on its own thread while the model loads
     try:

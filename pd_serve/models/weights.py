@@ -1,4 +1,4 @@
-"""Loads weights into the tensors that the decoder multiplies with: fused, typed, checked.
+"""Loads weights into a decoder's layers: fused, typed, checked.
 
 Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
 the fusion of q, k, v and of gate, up. Files are mapped, not read: matrices are packed straight out of the page
@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pd_serve.compute.cpu.ops import Linear
 from pd_serve.errors import ModelError
 from pd_serve.models.config import ModelConfig
+from pd_serve.models.interface import HeadTransform, Linear, Ops
+from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention
+from pd_serve.models.rope import cos_sin_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in some checkpoints, but computed here; and the half of Gemma 3 that sees
@@ -34,25 +36,9 @@ _NAMES_SHOWN = 8
 
 
 @dataclass
-class LayerWeights:
-    """One decoder layer. Norm weights are float32 and as applied; the optional ones are the family's."""
-
-    input_norm: Tensor
-    qkv: Linear  # rows: all of q, all of k, all of v
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Linear
-    post_attention_norm: Tensor | None  # Gemma: of the attention's output
-    mlp_norm: Tensor
-    gate_up: Linear  # rows: all of gate, all of up
-    down: Linear
-    post_mlp_norm: Tensor | None  # Gemma: of the MLP's output
-
-
-@dataclass
 class ModelWeights:
     embedding: Tensor  # [vocab, hidden]
-    layers: list[LayerWeights]
+    layers: list[DecoderLayer]
     norm: Tensor
     lm_head: Linear
 
@@ -61,8 +47,7 @@ class ModelWeights:
         """Of all tensors, packed copies included."""
         held = [self.embedding, self.norm, *self.lm_head.tensors]
         for layer in self.layers:
-            for part in vars(layer).values():
-                held += part.tensors if isinstance(part, Linear) else [] if part is None else [part]
+            held += layer.tensors
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
@@ -76,21 +61,29 @@ class TensorSource(Protocol):
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, dtype: str, load_format: str, device: torch.device
+    directory: Path, config: ModelConfig, dtype: str, load_format: str, device: torch.device, ops: Ops, positions: int
 ) -> ModelWeights:
-    """Raises ``ModelError`` naming missing, unexpected and misshapen tensors."""
-    if load_format == "dummy":
-        return _Loader(_Dummy(), config, DTYPES[dtype], device).load()
+    """For positions below ``positions``. Raises ``ModelError`` naming missing, unexpected and misshapen tensors."""
     with ExitStack() as stack:
-        loader = _Loader(_Safetensors(directory, stack), config, DTYPES[dtype], device)
-        return loader.load()
+        source = _Dummy() if load_format == "dummy" else _Safetensors(directory, stack)
+        return _Loader(source, config, DTYPES[dtype], device, ops, positions).load()
 
 
 class _Loader:
     """Takes tensors from a source, each once, and remembers which."""
 
-    def __init__(self, source: TensorSource, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Ops,
+        positions: int,
+    ) -> None:
         self.source = source
+        self.ops = ops
+        self.cos_sin = [cos_sin_table(rope, positions, device) for rope in config.ropes]
         self.config = config
         self.dtype = dtype
         self.device = device
@@ -103,7 +96,7 @@ class _Loader:
     def load(self) -> ModelWeights:
         c = self.config
         embedding = self._tensor(f"{self.prefix}embed_tokens.weight", (c.vocab_size, c.hidden_size))
-        layers = [self._layer(f"{self.prefix}layers.{i}.") for i in range(c.num_layers)]
+        layers = [self._layer(i, f"{self.prefix}layers.{i}.") for i in range(c.num_layers)]
         norm = self._norm(f"{self.prefix}norm", c.hidden_size)
         lm_head = embedding
         head_name = "language_model.lm_head.weight" if self.prefix.startswith("language_model.") else "lm_head.weight"
@@ -112,35 +105,54 @@ class _Loader:
         else:
             lm_head = self._tensor(head_name, (c.vocab_size, c.hidden_size))
         self._check()
-        return ModelWeights(embedding, layers, norm, Linear(lm_head))
+        return ModelWeights(embedding, layers, norm, self.ops.linear(lm_head))
 
-    def _layer(self, at: str) -> LayerWeights:
+    def _layer(self, number: int, at: str) -> DecoderLayer:
+        hidden, sandwich = self.config.hidden_size, self.config.sandwich_norms
+        mlp_norm = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+        return DecoderLayer(
+            input_norm=self._norm(f"{at}input_layernorm", hidden),
+            attention=self._attention(number, f"{at}self_attn."),
+            post_attention_norm=self._norm(f"{at}post_attention_layernorm", hidden) if sandwich else None,
+            mlp_norm=self._norm(f"{at}{mlp_norm}", hidden),
+            mlp=self._mlp(f"{at}mlp."),
+            post_mlp_norm=self._norm(f"{at}post_feedforward_layernorm", hidden) if sandwich else None,
+        )
+
+    def _attention(self, number: int, at: str) -> GroupedQueryAttention:
         c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        attention = f"{at}self_attn."
-        qkv = [(f"{attention}{x}_proj", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
-        gate_up = [(f"{at}mlp.{x}_proj", c.intermediate_size) for x in ("gate", "up")]
-        mlp_norm = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        return LayerWeights(
-            input_norm=self._norm(f"{at}input_layernorm", c.hidden_size),
-            qkv=self._linear(qkv, c.hidden_size, c.qkv_bias),
-            q_norm=self._norm(f"{attention}q_norm", c.head_dim) if c.qk_norm else None,
-            k_norm=self._norm(f"{attention}k_norm", c.head_dim) if c.qk_norm else None,
-            output=self._linear([(f"{attention}o_proj", c.hidden_size)], q, c.output_bias),
-            post_attention_norm=self._norm(f"{at}post_attention_layernorm", c.hidden_size)
-            if c.sandwich_norms
-            else None,
-            mlp_norm=self._norm(f"{at}{mlp_norm}", c.hidden_size),
-            gate_up=self._linear(gate_up, c.hidden_size, c.mlp_bias),
-            down=self._linear([(f"{at}mlp.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
-            post_mlp_norm=self._norm(f"{at}post_feedforward_layernorm", c.hidden_size) if c.sandwich_norms else None,
+        qkv = [(f"{at}{x}_proj", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
+        transform = HeadTransform(
+            self.cos_sin[c.layer_ropes[number]],
+            self._norm(f"{at}q_norm", c.head_dim) if c.qk_norm else None,
+            self._norm(f"{at}k_norm", c.head_dim) if c.qk_norm else None,
+            c.rms_norm_eps,
+        )
+        return GroupedQueryAttention(
+            number,
+            self._linear(qkv, c.hidden_size, c.qkv_bias),
+            self._linear([(f"{at}o_proj", c.hidden_size)], q, c.output_bias),
+            transform,
+            c.num_heads,
+            c.head_dim,
+        )
+
+    def _mlp(self, at: str) -> GatedMlp:
+        c = self.config
+        gate_up = [(f"{at}{x}_proj", c.intermediate_size) for x in ("gate", "up")]
+        return GatedMlp(
+            self.ops,
+            self._linear(gate_up, c.hidden_size, c.mlp_bias),
+            self._linear([(f"{at}down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+            c.activation,
         )
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """A linear layer of the parts' rows, one after another."""
         weight = self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts])
         bias = self._joined([(f"{name}.bias", (rows,)) for name, rows in parts]) if has_bias else None
-        return Linear(weight, bias)
+        return self.ops.linear(weight, bias)
 
     def _joined(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> Tensor:
         if len(parts) == 1:

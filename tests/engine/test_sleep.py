@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pd_serve.compute.cpu import ops
 from pd_serve.compute.cpu.runner import Runner
 from pd_serve.engine import core
 from pd_serve.engine.sleep import TAGS, HostSleeper
@@ -156,7 +157,7 @@ def test_memory_on_a_host_goes_and_comes_back(tmp_path: Path) -> None:
     addresses = pool.memory().regions
 
     def load() -> object:
-        return load_decoder(tmp_path, model, "float32", "dummy")
+        return load_decoder(tmp_path, model, "float32", "dummy", ops=ops)
 
     runner = Runner(load(), model, layout, pool.tensors(), 1)  # type: ignore[arg-type]
     before = runner.execute(batch(1, 0, 60))

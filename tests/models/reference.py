@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pd_serve.compute.cpu import ops
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
+from pd_serve.models.interface import Attention, HeadTransform
 
 SIZES = {
     "vocab_size": 320,
@@ -119,10 +121,20 @@ def make_tiny(family: str, directory: Path, changes: dict[str, Any] | None = Non
     return model
 
 
-def dense_attention(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-    """Attention of one whole sequence over itself, written for reading."""
+def dense_attention(config: ModelConfig) -> Attention:
+    """Attention of one whole sequence over itself."""
+    mix = mixer(config)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, transform: HeadTransform) -> Tensor:
+        return mix(layer, *ops.transform_heads(q, k, positions, transform), v)
+
+    return attend
+
+
+def mixer(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """The same of heads that are transformed already, written for reading."""
+
+    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = config.num_heads // config.num_kv_heads
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         row, column = torch.arange(len(q))[:, None], torch.arange(len(q))[None, :]
@@ -133,13 +145,13 @@ def dense_attention(config: ModelConfig) -> Callable[[int, Tensor, Tensor, Tenso
         probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1)
 
-    return attend
+    return mix
 
 
 def load(directory: Path, dtype: str = "float32") -> Decoder:
     config = ModelConfig.from_directory(directory)
     length = config.max_model_len
-    return load_decoder(directory, config.for_length(length), dtype, max_positions=length)
+    return load_decoder(directory, config.for_length(length), dtype, ops=ops, max_positions=length)
 
 
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from pd_serve.compute.cpu import ops
 from pd_serve.models.config import ModelConfig
+from pd_serve.models.decoder import load_decoder
+from pd_serve.models.interface import HeadTransform
+from pd_serve.models.layers import GroupedQueryAttention
 from tests.models import reference
 
 TOKENS = torch.randint(3, 320, (100,), generator=torch.Generator().manual_seed(1))
@@ -73,14 +78,15 @@ def test_a_prompt_in_pieces_gives_the_same_hidden_states(tmp_path: Path) -> None
     decoder = reference.load(tmp_path)
     whole = decoder.forward(TOKENS, torch.arange(100), reference.dense_attention(decoder.config))
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    dense = reference.dense_attention(decoder.config)
+    mix = reference.mixer(decoder.config)
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, transform: HeadTransform) -> Tensor:
+        q, k = ops.transform_heads(q, k, positions, transform)
         if layer in seen:
             k, v = torch.cat((seen[layer][0], k)), torch.cat((seen[layer][1], v))
         seen[layer] = (k.clone(), v.clone())
         before = len(k) - len(q)
-        return dense(layer, torch.cat((torch.zeros(before, *q.shape[1:]), q)), k, v)[before:]
+        return mix(layer, torch.cat((torch.zeros(before, *q.shape[1:]), q)), k, v)[before:]
 
     pieces = [decoder.forward(TOKENS[a:b], torch.arange(a, b), attend) for a, b in ((0, 60), (60, 99), (99, 100))]
     torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-4, rtol=1e-5)
@@ -109,11 +115,11 @@ def test_real_models_agree_with_transformers(model: str, request: pytest.Fixture
 
 
 def test_max_positions_shortens_the_rope_tables_and_nothing_else(tmp_path: Path) -> None:
-    from pd_serve.models.decoder import load_decoder
-
     reference.make_tiny("llama", tmp_path)
-    decoder = load_decoder(tmp_path, ModelConfig.from_directory(tmp_path), "float32", max_positions=100)
-    assert (decoder.max_positions, reference.load(tmp_path).max_positions) == (100, 256)
+    decoder = load_decoder(tmp_path, ModelConfig.from_directory(tmp_path), "float32", ops=ops, max_positions=100)
+    for length, of in ((100, decoder), (256, reference.load(tmp_path))):
+        attention = of.weights.layers[0].attention
+        assert isinstance(attention, GroupedQueryAttention) and len(attention.transform.cos_sin) == length
     torch.testing.assert_close(
         reference.logits(decoder, TOKENS), reference.logits(reference.load(tmp_path), TOKENS), atol=0, rtol=0
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pd_serve.compute.cpu import ops
 from pd_serve.errors import ModelError
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
@@ -82,9 +83,9 @@ def test_stored_dtype_does_not_matter(stored: torch.dtype, tmp_path: Path) -> No
     save_file(half, tmp_path / "model.safetensors")
     decoder = load(tmp_path)
     assert decoder.dtype == torch.float32
-    (bias,) = decoder.weights.layers[0].qkv(torch.zeros(1, 64))
+    (bias,) = decoder.weights.layers[0].attention.qkv(torch.zeros(1, 64))
     torch.testing.assert_close(bias[:64], half["model.layers.0.self_attn.q_proj.bias"].float(), atol=0, rtol=0)
-    (column,) = decoder.weights.layers[0].down(torch.eye(96)[:1])
+    (column,) = decoder.weights.layers[0].mlp.down(torch.eye(96)[:1])
     torch.testing.assert_close(column, half["model.layers.0.mlp.down_proj.weight"][:, 0].float(), atol=0, rtol=0)
 
 
@@ -96,7 +97,7 @@ def test_norm_weights_of_gemma_hold_one_plus_w_in_float32(tmp_path: Path) -> Non
 
 
 def dummy(directory: Path, dtype: str = "float32") -> Decoder:
-    return load_decoder(directory, ModelConfig.from_directory(directory), dtype, "dummy")
+    return load_decoder(directory, ModelConfig.from_directory(directory), dtype, "dummy", ops=ops)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-biases", "gemma3"])
@@ -107,7 +108,7 @@ def test_dummy_weights_need_no_files_and_are_deterministic(family: str, tmp_path
     a = logits(first, TOKENS)
     torch.testing.assert_close(logits(second, TOKENS), a, atol=0, rtol=0)
     assert a.isfinite().all() and a.std() > 0
-    matrices = [layer.down(torch.eye(96)).T for layer in first.weights.layers]
+    matrices = [layer.mlp.down(torch.eye(96)).T for layer in first.weights.layers]
     assert not torch.equal(matrices[0], matrices[1])
     assert len(torch.unique(matrices[0], dim=0)) == len(matrices[0])
 

@@ -1,8 +1,9 @@
 """Compute primitives of the decoders. Plain functions of tensors; no state but packed weights.
 
-Called by :mod:`pd_serve.models.decoder` alone. Matrices go to oneDNN through torch; what lies between them are numba
-kernels: a torch operator costs 2 to 10 us of dispatch, a norm made of six of them more than its matrix.
-Inputs are bfloat16 or float32, their elements contiguous in the last dimension; each is computed in float32.
+What :class:`pd_serve.models.interface.Ops` asks for, and what attention does to heads. Matrices go to oneDNN through
+torch; what lies between them are numba kernels: a torch operator costs 2 to 10 us of dispatch, a norm made of six of
+them more than its matrix. Inputs are bfloat16 or float32, their elements contiguous in the last dimension; each is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.jit import element_of, exp, kernel, load, load_int, store
+from pd_serve.models.interface import HeadTransform
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise
@@ -58,6 +60,18 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         element_of(x.dtype), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps
     )
     return x, residual
+
+
+linear = Linear
+
+
+def transform_heads(q: Tensor, k: Tensor, positions: Tensor, transform: HeadTransform) -> tuple[Tensor, Tensor]:
+    """Norms each head where there are norms, then rotates: ``(q, k)``, new or overwritten."""
+    if transform.q_norm is not None and transform.k_norm is not None:
+        q = rms_norm(q, transform.q_norm, transform.eps)
+        k = rms_norm(k, transform.k_norm, transform.eps)
+    rope_(q, k, positions, transform.cos_sin)
+    return q, k
 
 
 def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:

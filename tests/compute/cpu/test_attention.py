@@ -15,6 +15,7 @@ from pd_serve.compute.step import Step
 from pd_serve.errors import ModelError
 from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout, kv_group
+from pd_serve.models.interface import HeadTransform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYERS = 2
@@ -58,6 +59,9 @@ def check(case: Case, seed: int = 0) -> None:
 
     torch.manual_seed(seed)
     layers = LAYERS * len(groups)
+    turns = torch.zeros(max(totals), case.dim)
+    turns[:, : case.dim // 2] = 1.0  # cosines
+    unturned = HeadTransform(turns)
     # queries, keys and values of a token are one row, as the decoder makes them
     rows = [torch.randn(layers, n, heads + 2 * case.kv_heads, case.dim).to(dtype) for n in totals]
     done = [0] * num_seqs
@@ -95,7 +99,7 @@ def check(case: Case, seed: int = 0) -> None:
             for layer in group.layers:
                 new = torch.cat([rows[i][layer, done[i] : done[i] + step[i]] for i in order])
                 parts = new.split([heads, case.kv_heads, case.kv_heads], dim=1)
-                found = attention(layer, *parts)
+                found = attention(layer, *parts, torch.from_numpy(positions), unturned)
                 expected = torch.cat(
                     [dense(rows[i][layer, : done[i] + step[i]], step[i], case, scale, case.windows[g]) for i in order]
                 )

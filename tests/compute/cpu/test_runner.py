@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pd_serve.compute.cpu import ops
 from pd_serve.compute.cpu.runner import Runner
 from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
@@ -40,7 +41,9 @@ def runner_of(directory: Path, dtype: str = "float32") -> tuple[Runner, int]:
     config = ModelConfig.from_directory(directory)
     layout = KVLayout(BLOCK_SIZE, dtype, config.layer_groups())
     pool = HostPool(layout, (20,) * len(layout.groups))
-    return Runner(load_decoder(directory, config, dtype), config, layout, pool.tensors(), 1), len(layout.groups)
+    return Runner(load_decoder(directory, config, dtype, ops=ops), config, layout, pool.tensors(), 1), len(
+        layout.groups
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attention over the paged KV pool on CPU: what a decoder calls as ``attention(layer, q, k, v)``.
+"""Attention over the paged KV pool on CPU: what a decoder calls as ``attention``.
 
 Owned by the model runner, which calls :meth:`PagedAttention.start` before each step. Writes the new tokens' K and V
 to their slots, then attends: decodes in one kernel that reads blocks where they lie, prefill chunks by matrix
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pd_serve.compute.cpu.attention.kernels import causal_weights, decode_kernel, gather_kv, store_kv, write_heads
 from pd_serve.compute.cpu.attention.tiles import TOKENS
+from pd_serve.compute.cpu.ops import transform_heads
 from pd_serve.compute.step import Step
 from pd_serve.errors import ModelError
 from pd_serve.jit import element_of
 from pd_serve.kv.layout import KVLayout
+from pd_serve.models.interface import HeadTransform
 
 _INT32, _INT64 = np.int32(0), np.int64(0)
 QUERY_TILE = 128  # queries whose scores are held at once: small enough to skip most of what is masked
@@ -72,8 +74,11 @@ class PagedAttention:
         self._slots = [slots.ctypes.data for slots in step.slots]
         self._tables = [(table.ctypes.data, table.shape[1]) for table in step.block_tables]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``q [T, Hq, D]``, ``k`` and ``v [T, Hkv, D]`` with contiguous heads: returns ``[T, Hq * D]``."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, transform: HeadTransform
+    ) -> Tensor:
+        """See :class:`pd_serve.models.interface.Attention`."""
+        q, k = transform_heads(q, k, positions, transform)
         number, pool = self._place[layer]
         window, kv_heads = self._layout.groups[number].window, pool.shape[2]
         rows, heads, dim = q.shape

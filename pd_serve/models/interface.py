@@ -1,0 +1,67 @@
+"""What a decoder needs of a device. ``compute/cpu`` and ``compute/cuda`` have it; models import neither.
+
+T = rows of a step (tokens), D = head size. Activations have the model's dtype (bfloat16 or float32), norm weights are
+float32, and each operation computes in float32. What is overwritten and what comes out is valid until the next call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """``x @ weight.T + bias``; how the weight lies in memory is the device's."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory; a packed weight has no address that could be asked for."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """``[T, in] -> [T, out]``."""
+
+
+class Ops(Protocol):
+    """A device's primitives; a module can be one. Rows of inputs may be apart, their elements not."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None, /) -> Linear:
+        """Of ``weight [out, in]``, ``bias [out]``; may keep them or copies."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor:
+        """RMS norm over the last dimension of ``x [T, D]`` or ``[T, H, D]``: a new, contiguous tensor.
+
+        ``weight`` as applied (Gemma: 1 + w, added at load).
+        """
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
+        """``residual + x``, and its RMS norm: ``(normed, residual)``. Both arguments ``[T, D]`` are overwritten."""
+
+    def silu_mul(self, gate_up: Tensor, /) -> Tensor:
+        """``silu(gate) * up`` of ``[T, 2 I]``: ``[T, I]``."""
+
+    def gelu_tanh_mul(self, gate_up: Tensor, /) -> Tensor:
+        """``gelu_tanh(gate) * up`` of ``[T, 2 I]``: ``[T, I]``."""
+
+
+class HeadTransform(NamedTuple):
+    """What happens to a layer's q and k before they meet: a norm over each head (where there is one), then rotation."""
+
+    cos_sin: Tensor  # [max positions, R] float32: cosines, then sines; halves, as GPT-NeoX
+    q_norm: Tensor | None = None  # [D]; both norms or none
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+class Attention(Protocol):
+    """Attention of one step over all that its sequences have seen."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, transform: HeadTransform, /
+    ) -> Tensor:
+        """Transforms ``q [T, Hq, D]`` and ``k [T, Hkv, D]`` (both may be overwritten), stores k and ``v [T, Hkv, D]``,
+        and returns the attention of q, with ``ModelConfig.attention_scale``: ``[T, Hq * D]``.
+
+        The three are views of one buffer: heads and their elements are contiguous within a row, rows are further
+        apart. ``positions`` int64 ``[T]``. They are valid during the call only.
+        """
