@@ -101,17 +101,15 @@ class Attempt:
         held, self._held = self._held, []
         return held
 
-    def news(
-        self, node: Node, output: link.Output, known: list[int]
-    ) -> tuple[list[int], list[link.TokenLogprob] | None] | None:
-        """What ``output`` adds to the output tokens that are ``known``; None where it has to wait, or adds nothing.
+    def news(self, node: Node, output: link.Output, known: list[int]) -> link.Output | None:
+        """``output`` without the output tokens that are ``known``; None where it has to wait, or adds nothing.
 
         Raises Disagreement.
         """
         if node is self.prefill and self.decode is not None and not self.accepted and output.finish is None:
             self._held.append(output)
             return None
-        tokens, logprobs = output.tokens, output.logprobs
+        tokens = output.tokens
         again = len(known) - output.index
         if again < 0:
             self._early.append(output)
@@ -119,11 +117,12 @@ class Attempt:
         if again > 0:
             if tokens[:again] != known[output.index : output.index + len(tokens)]:
                 raise Disagreement
-            tokens = tokens[again:]
-            logprobs = logprobs[again:] if logprobs is not None else None
+            tokens = output.tokens = tokens[again:]
+            output.index = len(known)
+            output.logprobs = output.logprobs[again:] if output.logprobs is not None else None
         if node is self.decode and len(known) + len(tokens) > self.base + 1:
             self.arrived = True  # it could not have made more than the first token otherwise
-        return (tokens, logprobs) if tokens or output.finish is not None else None
+        return output if tokens or output.finish is not None else None
 
     def next_early(self, count: int) -> link.Output | None:
         """An output of the decode node that came too early, and no longer is: ``count`` output tokens are known."""

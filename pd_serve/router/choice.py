@@ -16,7 +16,7 @@ from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.router.groups import Group
 from pd_serve.router.stream import Shared, Stream
-from pd_serve.wire.link import SamplingParams, TokenLogprob
+from pd_serve.wire.link import Output, SamplingParams, TokenLogprob
 
 
 class Answer(Protocol):
@@ -105,23 +105,17 @@ class Choice:
     def failed(self, error: APIError) -> None:
         self._answer.choice_failed(error)
 
-    def received(
-        self,
-        tokens: list[int],
-        logprobs: list[TokenLogprob] | None,
-        finish: str | None,
-        stop_token: int | None,
-        now_s: float,
-    ) -> None:
+    def received(self, output: Output, now_s: float) -> None:
         answer = self._answer
         if self._last_s:
             answer.observe_itl(now_s - self._last_s)
         else:
             answer.first_token(now_s)
         self._last_s = now_s
+        tokens, logprobs = output.tokens, output.logprobs
+        end = None if output.finish is None else Finish(output.finish, output.stop_token)
         if self._discard:
-            tokens, logprobs, finish, stop_token = [], [] if logprobs is not None else None, "length", None
-        end = None if finish is None else Finish(finish, stop_token)
+            tokens, logprobs, end = [], [] if logprobs is not None else None, Finish("length", None)
         if self._matcher is None or len(tokens) <= 1:
             self._step(tokens, logprobs, end)
             return

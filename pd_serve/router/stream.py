@@ -45,15 +45,8 @@ class Sink(Protocol):
     def started(self) -> bool:
         """The client has been sent something: an error status is no longer possible."""
 
-    def received(
-        self,
-        tokens: list[int],
-        logprobs: list[link.TokenLogprob] | None,
-        finish: str | None,
-        stop_token: int | None,
-        now_s: float,
-    ) -> None:
-        """New tokens; with ``finish`` the last."""
+    def received(self, output: link.Output, now_s: float) -> None:
+        """New tokens alone; with ``finish`` the last."""
 
     def failed(self, error: APIError) -> None: ...
 
@@ -343,18 +336,17 @@ class Stream:
             return
         if news is None:
             return
-        tokens, logprobs = news
         if not self.outputs:
-            self.num_cached = output.num_cached
-        self.outputs.extend(tokens)
+            self.num_cached = news.num_cached
+        self.outputs.extend(news.tokens)
         if self._group.breakers:
             made = len(self.outputs) - attempt.base
-            if node is attempt.prefill or output.finish is not None or made >= _PROVEN_TOKENS:
+            if node is attempt.prefill or news.finish is not None or made >= _PROVEN_TOKENS:
                 self._group.breakers.succeeded(node.id)
-        if output.finish is not None:
+        if news.finish is not None:
             node.release(attempt, abort=False)  # it has ended there; the other node is told
             self._close()
-        self._deliver(tokens, logprobs, output.finish, output.stop_token, now_s)
+        self._deliver(news, now_s)
 
     def _disagreement(self, attempt: Attempt) -> None:
         """Both nodes made the same token and it is not the same (kernels differ): the client's copy counts."""
@@ -430,21 +422,14 @@ class Stream:
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    def _deliver(
-        self,
-        tokens: list[int],
-        logprobs: list[link.TokenLogprob] | None,
-        finish: str | None,
-        stop_token: int | None,
-        now_s: float,
-    ) -> None:
+    def _deliver(self, news: link.Output, now_s: float) -> None:
         try:
-            self._sink.received(tokens, logprobs, finish, stop_token, now_s)
+            self._sink.received(news, now_s)
         except Exception:
             self._ended = False  # a sink that raises has not told its client
             self.broken("tokens")
         else:
-            self._ended = self._ended or finish is not None
+            self._ended = self._ended or news.finish is not None
 
     def _tell_end(self, error: APIError) -> None:
         """Once, even where the sink raises."""

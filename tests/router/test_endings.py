@@ -34,16 +34,9 @@ class Sink:
     started: bool = False
     stream: Stream = field(init=False)
 
-    def received(
-        self,
-        tokens: list[int],
-        logprobs: list[link.TokenLogprob] | None,
-        finish: str | None,
-        stop_token: int | None,
-        now_s: float,
-    ) -> None:
+    def received(self, output: link.Output, now_s: float) -> None:
         assert not self.ends
-        if self.raises == "end" and finish is not None:
+        if self.raises == "end" and output.finish is not None:
             raise ValueError("a sink that fails at the end")
         if self.raises == "stop":
             self.stream.stop("stop_string")
@@ -51,8 +44,8 @@ class Sink:
         if self.raises == "tokens":
             raise ValueError("a sink that fails")
         self.started = True
-        self.tokens += tokens
-        self.ends += finish is not None
+        self.tokens += output.tokens
+        self.ends += output.finish is not None
 
     def failed(self, error: APIError) -> None:
         assert not self.ends and not self.seen

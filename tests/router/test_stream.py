@@ -145,17 +145,10 @@ class RecordingSink:
     def started(self) -> bool:
         return bool(self.tokens)
 
-    def received(
-        self,
-        tokens: list[int],
-        logprobs: list[link.TokenLogprob] | None,
-        finish: str | None,
-        stop_token: int | None,
-        now_s: float,
-    ) -> None:
+    def received(self, output: link.Output, now_s: float) -> None:
         assert self.finish is None and self.error is None, "nothing comes after the end"
-        self.tokens += tokens
-        self.finish = finish
+        self.tokens += output.tokens
+        self.finish = output.finish
 
     def failed(self, error: APIError) -> None:
         assert self.finish is None and self.error is None, "one end only"
