@@ -161,10 +161,3 @@ def test_a_flag_wins_over_a_variable_over_a_file(tmp_path: Path) -> None:
     assert "'/from-variable'" in run("decode", "--config", str(file), PD_SERVE_MODEL="/from-variable").stderr
     flags = ("decode", "--config", str(file), "--model", "/from-flag")
     assert "'/from-flag'" in run(*flags, PD_SERVE_MODEL="/from-variable").stderr
-
-
-@pytest.mark.parametrize("module", ["pd_serve.cli", "pd_serve.config", "pd_serve.node.server", "pd_serve.up"])
-def test_processes_without_an_engine_import_no_torch(module: str) -> None:
-    code = f"import {module}, sys; print(*{{'torch', 'transformers', 'numba'}} & set(sys.modules))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
-    assert answer.stdout == "\n"

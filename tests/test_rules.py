@@ -7,6 +7,8 @@ is named here with its reason (imports) or says why itself (functions, ``# long:
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -52,8 +54,6 @@ _UNTIL_DEVICES_ARE_HANDED_IN = [
     "compute.cpu.sampler imports engine.sequence",
     "engine.core imports compute.cpu.sampler",
     "engine.sleep imports compute.cpu.runner",
-    "models.decoder imports compute.cpu.ops",
-    "models.weights imports compute.cpu.ops",
 ]
 
 
@@ -137,6 +137,19 @@ def test_modules_import_in_no_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_processes_without_an_engine_import_no_torch() -> None:
+    rooms = {"api", "ground", "node", "router", "wire"}
+    modules = [f"pd_serve.{module}" for module in _TREES if _room(module) in rooms and module not in ("", "jit")]
+    code = f"""import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    if heavy := {{"numba", "torch", "transformers"}} & set(sys.modules):
+        sys.exit(f"{{module}} imports {{heavy}}")
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_functions_are_short_or_say_why_not() -> None:
