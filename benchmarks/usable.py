@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
     inbox.begin()
     inbox.wait_ready()
     epoch, address = pipe.recv()
-    peer = Source("P", epoch, address)
+    peer = Source("P", epoch, (address,))
     count = options.mib * 1024 // options.block_kib
     rng = np.random.default_rng(2)
     for requests in (1, 8):

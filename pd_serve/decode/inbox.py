@@ -3,8 +3,8 @@
 The main thread names the keys it expects, sets blocks aside when ``Offered`` comes, and may run a request
 only after ``Arrived``. All else happens on the transfer thread. A key ends in exactly one way:
 
-- ``Arrived``: every byte is here, sums to what was announced, *and* the prefill node confirmed, after the last byte had
-  come, that its lease had never ended;
+- ``Arrived``: every byte is here, sums to what was announced, *and* each rank of the prefill node confirmed, after the
+  last byte of its part had come, that its lease had never ended;
 - ``Failed`` then ``Drained``;
 - ``Drained``, after ``cancel`` (where ``Arrived`` was already on its way, that is the end instead).
 
@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from pd_serve.decode.expected import I32, Check, Expected, Stage
-from pd_serve.errors import FailureKind, TransferError
+from pd_serve.decode.incoming import I32, Check, Incoming, Part, Stage
+from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.transfer.base import Pull, PullState
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
@@ -30,6 +30,7 @@ from pd_serve.transfer.session.handshake import HANDSHAKE_S, Identity
 from pd_serve.transfer.session.probe import FLOOR_BYTES_PER_S, Prober
 from pd_serve.transfer.session.source_peer import PrefillPeer, State
 from pd_serve.transfer.session.tls import Tls
+from pd_serve.transfer.slices import counterparts, needed
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
@@ -126,8 +127,8 @@ class Inbox:
         self._anywhere = bool(identity.secret) or allow_insecure
         self._peers: dict[str, PrefillPeer] = {}  # by address
         self._misfits: dict[str, str] = {}  # replaced, never changed: the main thread reads it
-        self._keys: dict[str, Expected] = {}
-        self._draining: list[Expected] = []
+        self._keys: dict[str, Incoming] = {}
+        self._draining: list[Incoming] = []
         self._events: Mailbox[Event] = Mailbox()
         self._counters: dict[str, float] = dict.fromkeys(
             (
@@ -157,7 +158,7 @@ class Inbox:
         self._worker.call(self._connect, source)
 
     def expect(self, key: str, source: Source) -> None:
-        """Claims ``key`` at its prefill node; ``Offered`` follows when blocks are ready there."""
+        """Claims ``key`` at its prefill node's ranks; ``Offered`` follows when blocks are ready there."""
         self._worker.call(self._expect, key, source)
 
     def accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
@@ -222,18 +223,15 @@ class Inbox:
 
     def run_due(self, now_s: float) -> float:
         due_s = float("inf")
-        for job in list(self._keys.values()):
-            if self._on_gpu and job.awaits_answer and now_s < job.moved_s + ANSWER_S:
+        for part in self._parts():
+            if self._on_gpu and part.awaits_answer and now_s < part.moved_s + ANSWER_S:
                 due_s = min(due_s, now_s + self._look_s)
-            elif job.pull is None and job.stage is not Stage.RELEASING:
-                continue  # the prefill node queues or computes, which may take long; heartbeats tell whether it lives
+                continue
+            since_s, allowed_s = self._patience(part)
+            if now_s >= since_s + allowed_s:
+                self._fail(part.whole, FailureKind.TIMEOUT, f"nothing moved for {allowed_s:.1f} s")
             else:
-                size_bytes = job.pull.size_bytes if job.pull is not None else 0
-                allowed_s = self._pull_timeout_s + size_bytes / SLOWEST_BYTES_PER_S
-                if now_s >= job.moved_s + allowed_s:
-                    self._fail(job, FailureKind.TIMEOUT, f"nothing moved for {allowed_s:.1f} s")
-                else:
-                    due_s = min(due_s, job.moved_s + allowed_s)
+                due_s = min(due_s, since_s + allowed_s)
         for peer in list(self._peers.values()):
             if peer.state is State.PAUSED and now_s >= peer.named_s + (FORGET_MISFIT_S if peer.misfit else FORGET_S):
                 self._forget(peer)
@@ -241,10 +239,20 @@ class Inbox:
             due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
         return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
 
+    def _patience(self, part: Part) -> tuple[float, float]:
+        """Since when a part has not moved, and for how long it need not."""
+        if part.pull is not None:
+            return part.moved_s, self._pull_timeout_s + part.pull.size_bytes / SLOWEST_BYTES_PER_S
+        if part.stage is Stage.RELEASING:
+            return part.moved_s, self._pull_timeout_s
+        # the prefill node queues or computes, which may take long; heartbeats tell whether it lives. Its ranks compute
+        # side by side: when one is done, so are the others
+        return max(part.moved_s, part.whole.announced_s), self._pull_timeout_s if part.awaited else float("inf")
+
     def stop(self) -> None:
         for peer in self._peers.values():
             peer.close()
-        running = [job.pull for job in [*self._keys.values(), *self._draining] if job.pull is not None]
+        running = [part.pull for part in [*self._parts(), *self._drained_parts()] if part.pull is not None]
         closed = [pull.close() for pull in running]
         self._drained = all(closed) and self._prober.idle
 
@@ -254,21 +262,28 @@ class Inbox:
     # --- transfer thread: calls of the main thread
 
     def _connect(self, source: Source) -> None:
-        peer = self._peer(source)
-        if peer is not None:
-            peer.hurry()
+        for rank in self._ranks(source):
+            peer = self._peer(source, source.addresses[rank])
+            if peer is not None:
+                peer.hurry()
 
-    def _peer(self, source: Source) -> PrefillPeer | None:
+    def _ranks(self, source: Source) -> range:
+        """Those of the source that hold heads of this rank's."""
+        return counterparts(self._identity.rank, self._identity.ranks, len(source.addresses))
+
+    def _peer(self, source: Source, address: str) -> PrefillPeer | None:
         """None where there are as many as can be, all of them in use."""
-        peer = self._peers.get(source.address)
+        peer = self._peers.get(address)
         if peer is None:
             if len(self._peers) >= MAX_SOURCES and not self._make_room():
                 return None
             # at another address it has started anew
             for old in [p for p in self._peers.values() if p.named == source.node_id and p.misfit]:
-                self._forget(old)
-            peer = self._peers[source.address] = PrefillPeer(
+                if old.address not in source.addresses:
+                    self._forget(old)
+            peer = self._peers[address] = PrefillPeer(
                 source,
+                address,
                 self._identity,
                 self._worker,
                 self._prober,
@@ -283,15 +298,14 @@ class Inbox:
 
     def _make_room(self) -> bool:
         """Ends the peer that was not named for longest, of those that no request needs."""
-        used = {job.source.address for job in [*self._keys.values(), *self._draining]}
+        used = {part.address for part in [*self._parts(), *self._drained_parts()]}
         idle = [peer for peer in self._peers.values() if peer.address not in used]
         if idle:
             self._forget(min(idle, key=lambda peer: peer.named_s))
         return bool(idle)
 
     def _forget(self, peer: PrefillPeer) -> None:
-        for job in self._at(peer):
-            self._fail(job, FailureKind.PEER_LOST, f"prefill node {peer.named} is at {peer.address} no more")
+        self._fail_all(peer, FailureKind.PEER_LOST, f"prefill node {peer.named} is at {peer.address} no more")
         del self._peers[peer.address]
         peer.close()
         self.misfits_changed()
@@ -306,27 +320,28 @@ class Inbox:
         if key in self._keys:
             log.error("key %s is expected twice", key)
             return
-        job = self._keys[key] = Expected(key, source)
-        peer = self._peer(source)
-        if peer is None:
-            self._fail(job, FailureKind.CONNECT, f"this node reads from {MAX_SOURCES} prefill nodes already")
-        elif peer.state is State.READY:
-            self._claim(job, peer)
-        elif refusal := peer.refusal():
-            self._fail(job, FailureKind.HANDSHAKE if peer.misfit else FailureKind.CONNECT, refusal)
-        else:
-            peer.hurry()
+        job = self._keys[key] = Incoming(key, source, self._ranks(source))
+        for part in job.parts:
+            peer = self._peer(source, part.address)
+            if peer is None:
+                self._fail(job, FailureKind.CONNECT, f"this node reads from {MAX_SOURCES} prefill nodes already")
+            elif refusal := peer.refusal():
+                self._fail(job, FailureKind.HANDSHAKE if peer.misfit else FailureKind.CONNECT, refusal)
+            else:
+                peer.hurry()
+        self._claim(job)
 
     def _accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
         job = self._keys.get(key)
-        if job is not None and job.stage is Stage.CLAIMED:
-            try:
-                job.accept(tables, first_block)
-            except Exception as error:
-                self._failed(job, error)
-                return
-            job.moved_s = self._clock()
-            self._advance(job)
+        for part in job.parts if job is not None else ():
+            if part.stage is Stage.CLAIMED and self._lives(part):  # else another part has just failed
+                try:
+                    part.accept(tables, first_block)
+                except Exception as error:
+                    self._failed(part, error)
+                    return
+                part.moved_s = self._clock()
+                self._advance(part)
 
     def _cancel(self, key: str) -> None:
         job = self._keys.get(key)
@@ -336,143 +351,172 @@ class Inbox:
     # --- transfer thread: what peers say
 
     def peer_ready(self, peer: PrefillPeer) -> None:
-        for job in self._at(peer):
-            self._claim(job, peer)
+        for part in self._at(peer):
+            self._claim(part.whole)
 
     def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
-        for job in self._at(peer):
-            self._fail(job, kind, message)
+        self._fail_all(peer, kind, message)
+
+    def _fail_all(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
+        for part in self._at(peer):
+            self._fail(part.whole, kind, message)
 
     def peer_says(self, peer: PrefillPeer, message: wire.ToDecode) -> None:
         if isinstance(message, wire.HeartbeatAck):
             for key in message.gone:
-                job = self._known(key, peer)
-                if job is not None and job.stage in (Stage.CLAIMED, Stage.PULLING):
-                    self._fail(job, FailureKind.EXPIRED, "the prefill node holds no lease for it (any more)")
+                part = self._known(key, peer)
+                if part is not None and part.held:
+                    why = "the prefill node holds no lease for it (any more)"
+                    self._fail(part.whole, FailureKind.EXPIRED, why)
             return
         if isinstance(message, wire.Ready | wire.Released | wire.Cancel):
-            job = self._known(message.key, peer)
-            if job is None:  # it ended here meanwhile
+            part = self._known(message.key, peer)
+            if part is None:  # it ended here meanwhile
                 return
             match message:
                 case wire.Ready():
-                    self._ready(job, message)
+                    self._ready(part, message)
                 case wire.Released():
-                    self._released(job, message.valid)
+                    self._released(part, message.valid)
                 case wire.Cancel():
-                    self._fail(job, FailureKind.CANCELLED, f"the prefill node ended the request: {message.reason}")
+                    why = f"the prefill node ended the request: {message.reason}"
+                    self._fail(part.whole, FailureKind.CANCELLED, why)
 
-    def _known(self, key: str, peer: PrefillPeer) -> Expected | None:
+    def _known(self, key: str, peer: PrefillPeer) -> Part | None:
         job = self._keys.get(key)
-        return job if job is not None and job.source.address == peer.address else None
+        return next((part for part in job.parts if part.address == peer.address), None) if job is not None else None
 
-    def _at(self, peer: PrefillPeer) -> list[Expected]:
-        return [job for job in self._keys.values() if job.source.address == peer.address]
+    def _at(self, peer: PrefillPeer) -> list[Part]:
+        return [part for part in self._parts() if part.address == peer.address]
 
     def _claimed_at(self, peer: PrefillPeer) -> list[str]:
-        return [job.key for job in self._at(peer) if job.stage in (Stage.CLAIMED, Stage.PULLING)]
+        return [part.key for part in self._at(peer) if part.held]
+
+    def _parts(self) -> list[Part]:
+        return [part for job in self._keys.values() for part in job.parts]
+
+    def _lives(self, part: Part) -> bool:
+        return self._keys.get(part.key) is part.whole
+
+    def _drained_parts(self) -> list[Part]:
+        return [part for job in self._draining for part in job.parts]
 
     # --- transfer thread: a request's way
 
-    def _claim(self, job: Expected, peer: PrefillPeer) -> None:
-        if (peer.node_id, peer.epoch) != (job.source.node_id, job.source.epoch):
-            self._fail(
-                job,
-                FailureKind.PEER_LOST,
-                f"prefill node {job.source.node_id} (epoch {job.source.epoch}) is gone; at {peer.address} there is now "
-                f"{peer.node_id} (epoch {peer.epoch})",
-            )
+    def _claim(self, job: Incoming) -> None:
+        """Claims all parts once all source ranks can be read from."""
+        peers = [self._peers.get(part.address) for part in job.parts]
+        ready = [peer for peer in peers if peer is not None and peer.state is State.READY]
+        if job.key not in self._keys or not job.connecting or len(ready) < len(job.parts):
             return
-        job.claimed(peer.pair, peer.checksums)
-        peer.send(wire.Claim(job.key))
+        source = job.source
+        for part, peer in zip(job.parts, ready, strict=True):
+            named = (source.node_id, source.epoch, part.rank, len(source.addresses))
+            if (found := (peer.node_id, peer.epoch, peer.rank, peer.ranks)) != named:
+                why = f"prefill node {_text(*named)} is gone; at {peer.address} there is now {_text(*found)}"
+                self._fail(job, FailureKind.PEER_LOST, why)
+                return
+        try:
+            reads = needed([peer.layout for peer in ready], self._layout)
+        except HandshakeError as error:
+            self._fail(job, FailureKind.HANDSHAKE, str(error))
+            return
+        for part, peer, groups in zip(job.parts, ready, reads, strict=True):
+            part.claimed(peer.pair, peer.checksums, groups)
+        for peer in ready:
+            if job.key in self._keys:  # else a connection has just ended
+                peer.send(wire.Claim(job.key))
 
-    def _ready(self, job: Expected, ready: wire.Ready) -> None:
-        if job.stage not in (Stage.CLAIMED, Stage.PULLING):
+    def _ready(self, part: Part, ready: wire.Ready) -> None:
+        if not part.held:
             return
         try:
-            job.announce(ready)
+            part.announce(ready)
         except Exception as error:
-            self._failed(job, error)
+            self._failed(part, error)
             return
-        job.moved_s = self._clock()
-        if not job.offered:
-            job.offered = True
-            self._events.put(Offered(job.key, job.num_tokens))
+        part.moved_s = self._clock()
+        if part.first_token is not None:
+            part.announced_s = min(part.announced_s, part.moved_s)
+        if not part.whole.offered:
+            part.whole.offered = True
+            self._events.put(Offered(part.key, part.num_tokens))
             self._lanes.mover.rouse()  # while the main thread chooses blocks
-        if job.stage is Stage.PULLING:
-            self._advance(job)
+        if part.stage is Stage.PULLING:
+            self._advance(part)
 
-    def _advance(self, job: Expected) -> None:
+    def _advance(self, part: Part) -> None:
         """Pulls what is pending, releases when all is here, and books what has arrived."""
-        peer = self._peers[job.source.address]
+        peer = self._peers[part.address]
         try:
-            job.open_checks()
-            while job.stage is Stage.PULLING:
-                pull = job.pull or self._start(job, peer)
-                if pull is not None and not self._arrived(job, peer, pull):
+            part.open_checks()
+            while part.stage is Stage.PULLING:
+                pull = part.pull or self._start(part, peer)
+                if pull is not None and not self._arrived(part, peer, pull):
                     return
-                if job.all_taken:
-                    self._release(job, peer)  # before all else: its answer takes longest
+                if part.all_taken:
+                    self._release(part, peer)  # before all else: its answer takes longest
                 if pull is None:
                     break
-                if job.key in self._keys:  # else the connection ended just now
-                    self._book(job, peer, pull)
-            self._finish(job)
+                if self._lives(part):  # else the connection ended just now
+                    self._book(part, peer, pull)
+            if not part.open_checks():
+                self._finish(part.whole)
         except Exception as error:
-            self._failed(job, error)
+            self._failed(part, error)
 
-    def _start(self, job: Expected, peer: PrefillPeer) -> Pull | None:
+    def _start(self, part: Part, peer: PrefillPeer) -> Pull | None:
         """Starts to pull what is pending, if anything is. Raises TransferError."""
-        job.pulled = job.take()
-        if not job.pulled:
+        part.pulled = part.take()
+        if not part.pulled:
             return None
-        job.pull_started_s = time.perf_counter()
-        job.moved_s = self._clock()
-        pull = job.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in job.pulled])
+        part.pull_started_s = time.perf_counter()
+        part.moved_s = self._clock()
+        pull = part.pull = peer.lane.transport.pull(peer.lane.peer, [blocks for blocks, _ in part.pulled])
         pull.poll()  # starts it
         if pull.work is not None:
-            self._sum(job, peer, pull.work)
-        if job.all_taken:
-            job.check_complete(self._layout)  # while bytes move
+            self._sum(part, peer, pull.work)
+        if part.all_taken:
+            part.check_complete(self._layout)  # while bytes move
         return pull
 
-    def _release(self, job: Expected, peer: PrefillPeer) -> None:
+    def _release(self, part: Part, peer: PrefillPeer) -> None:
         """Asks whether the lease was valid until now. Raises TransferError where something was never announced."""
-        job.check_complete(self._layout)
-        job.stage = Stage.RELEASING
-        job.moved_s = self._clock()
-        peer.send(wire.Release(job.key, done=True))
+        part.check_complete(self._layout)
+        part.stage = Stage.RELEASING
+        part.moved_s = self._clock()
+        peer.send(wire.Release(part.key, done=True))
 
-    def _failed(self, job: Expected, error: Exception) -> None:
+    def _failed(self, part: Part, error: Exception) -> None:
         """Ends a request for the error being handled: a TransferError, or a fault of ours, which ends no other."""
         if not isinstance(error, TransferError):
             self._worker.fault()
             error = TransferError(FailureKind.TRANSFER, f"a fault of this node ({error!r}); see its log")
         elif error.kind == FailureKind.CHECKSUM:
-            lane = self._peers[job.source.address].lane.name
-            log.error("%s from prefill node %s over %s: %s", job.key, job.source.node_id, lane, error)
-        self._fail(job, FailureKind(error.kind), str(error))
+            lane = self._peers[part.address].lane.name
+            log.error("%s from prefill node %s over %s: %s", part.key, part.whole.source.node_id, lane, error)
+        self._fail(part.whole, FailureKind(error.kind), str(error))
 
-    def _arrived(self, job: Expected, peer: PrefillPeer, pull: Pull) -> bool:
+    def _arrived(self, part: Part, peer: PrefillPeer, pull: Pull) -> bool:
         """Whether the pull under way has ended well."""
         state = pull.poll()
         if state is PullState.RUNNING:
             return False
         if state is PullState.FAILED:
             error = pull.error()
-            self._fail(job, FailureKind(error.kind), str(error))
+            self._fail(part.whole, FailureKind(error.kind), str(error))
             peer.pull_failed(str(error))
             return False
         pull.close()
-        job.pull = None
+        part.pull = None
         return True
 
-    def _book(self, job: Expected, peer: PrefillPeer, pull: Pull) -> None:
-        seconds = time.perf_counter() - job.pull_started_s
-        self._sum(job, peer, None)
-        job.size_bytes += pull.size_bytes
-        job.seconds += seconds
-        job.moved_s = self._clock()
+    def _book(self, part: Part, peer: PrefillPeer, pull: Pull) -> None:
+        seconds = time.perf_counter() - part.pull_started_s
+        self._sum(part, peer, None)
+        part.size_bytes += pull.size_bytes
+        part.seconds += seconds
+        part.moved_s = self._clock()
         peer.failed_pulls = 0
         self._counters["pulls"] += 1
         self._counters["pull_bytes"] += pull.size_bytes
@@ -482,15 +526,15 @@ class Inbox:
         if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
             self._slow(peer, pull.size_bytes / seconds)
 
-    def _sum(self, job: Expected, peer: PrefillPeer, after: Work | None) -> None:
+    def _sum(self, part: Part, peer: PrefillPeer, after: Work | None) -> None:
         """Starts to sum what was pulled last, ``after`` it has arrived, unless that is done already."""
         if peer.checksums:
-            for blocks, announced in job.pulled:
+            for blocks, announced in part.pulled:
                 slicing, region = peer.pair.slicings[blocks.group], peer.pair.reader[blocks.group]
                 rows = slicing.reader_rows(region, blocks.local)
-                job.checks.append(Check(self._lanes.mover.checksums(rows, after), announced))
+                part.checks.append(Check(self._lanes.mover.checksums(rows, after), announced))
                 self._counters["checksum_bytes"] += rows.size_bytes
-        job.pulled = []
+        part.pulled = []
 
     def _slow(self, peer: PrefillPeer, bytes_per_s: float) -> None:
         """Counts a pull at the speed of a fall-back, and says so when they become many: never slow in silence."""
@@ -509,60 +553,70 @@ class Inbox:
     def _look_at_pulls(self) -> float:
         """Asks after every transfer and checksum under way; returns when to ask again."""
         soon_s = float("inf")
-        for job in [j for j in self._keys.values() if j.pull is not None or j.checks]:
-            self._advance(job)
-            if job.checks and job.key in self._keys:
+        for part in [p for p in self._parts() if p.pull is not None or p.checks]:
+            if self._lives(part):  # else another part has just failed
+                self._advance(part)
+            if part.checks and self._lives(part):
                 soon_s = min(soon_s, self._look_s)
-            if job.pull is not None:
-                soon_s = min(soon_s, self._look_in(job, LOOK_MAX_S))
+            if part.pull is not None:
+                soon_s = min(soon_s, self._look_in(part, LOOK_MAX_S))
         waiting, self._draining = self._draining, []
         for job in waiting:
             self._drain(job)
-        for job in self._draining:
-            soon_s = min(soon_s, self._look_in(job, LOOK_DRAINING_MAX_S))
+        for part in self._drained_parts():
+            if part.pull is not None:
+                soon_s = min(soon_s, self._look_in(part, LOOK_DRAINING_MAX_S))
         return soon_s
 
-    def _look_in(self, job: Expected, most_s: float) -> float:
-        age_s = time.perf_counter() - job.pull_started_s
+    def _look_in(self, part: Part, most_s: float) -> float:
+        age_s = time.perf_counter() - part.pull_started_s
         return max(self._look_s, min(most_s, age_s * self._look_part))
 
-    def _released(self, job: Expected, valid: bool) -> None:
-        if job.stage is not Stage.RELEASING:
+    def _released(self, part: Part, valid: bool) -> None:
+        if part.stage is not Stage.RELEASING:
             return
         if not valid:
-            self._fail(job, FailureKind.EXPIRED, "its lease had ended when the bytes arrived")
+            self._fail(part.whole, FailureKind.EXPIRED, "its lease had ended when the bytes arrived")
             return
-        job.released = True
-        self._advance(job)
+        part.stage = Stage.VALID
+        self._advance(part)
 
-    def _finish(self, job: Expected) -> None:
-        """Ends the job when all is confirmed. Raises TransferError where a checksum does not hold."""
-        if job.key in self._keys and not job.open_checks() and job.released:
-            assert job.first_token is not None and job.whole_from is not None
+    def _finish(self, job: Incoming) -> None:
+        """Ends the job when all parts are confirmed. Raises TransferError where they do not fit together."""
+        if job.key in self._keys and (arrived := job.arrived()) is not None:
+            first_token, whole_from = arrived
             del self._keys[job.key]
-            self._events.put(Arrived(job.key, job.first_token, job.size_bytes, job.seconds, job.whole_from))
+            self._events.put(Arrived(job.key, first_token, job.size_bytes, job.seconds, whole_from))
 
     # --- transfer thread: ends
 
-    def _fail(self, job: Expected, kind: FailureKind, message: str) -> None:
+    def _fail(self, job: Incoming, kind: FailureKind, message: str) -> None:
         if job.key not in self._keys:
             return
         self._counters[f"pull_failures_{kind}"] += 1
         self._events.put(Failed(job.key, kind, message))
         self._give_up(job)
 
-    def _give_up(self, job: Expected) -> None:
+    def _give_up(self, job: Incoming) -> None:
         del self._keys[job.key]
-        while job.checks:
-            self._lanes.abandon(job.checks.pop().sums)
-        peer = self._peers.get(job.source.address)
-        if job.stage is not Stage.CONNECTING and peer is not None and peer.state is State.READY:
-            peer.send(wire.Release(job.key, done=False))
+        for part in job.parts:
+            while part.checks:
+                self._lanes.abandon(part.checks.pop().sums)
+            peer = self._peers.get(part.address)
+            if part.stage is not Stage.CONNECTING and peer is not None and peer.state is State.READY:
+                peer.send(wire.Release(job.key, done=False))
         self._drain(job)
 
-    def _drain(self, job: Expected) -> None:
-        if job.pull is None or job.pull.close():
-            job.pull = None
-            self._events.put(Drained(job.key))
-        else:
+    def _drain(self, job: Incoming) -> None:
+        """Ends the key once no transfer of any part can write its blocks."""
+        for part in job.parts:
+            if part.pull is not None and part.pull.close():
+                part.pull = None
+        if any(part.pull is not None for part in job.parts):
             self._draining.append(job)
+        else:
+            self._events.put(Drained(job.key))
+
+
+def _text(node_id: str, epoch: str, rank: int, ranks: int) -> str:
+    return f"{node_id} (epoch {epoch}{f', rank {rank} of {ranks}' if ranks > 1 else ''})"

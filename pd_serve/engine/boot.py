@@ -98,12 +98,13 @@ class Roles:
 
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
         parts = self._parts
+        address = role.wait_ready(parts.config.transport_timeout_s)
         return EngineReady(
             model=self._info,
             layout=parts.layout.kin(),
             layout_text=parts.layout.describe(),
             epoch=parts.identity.epoch,
-            peer_address=role.wait_ready(parts.config.transport_timeout_s),
+            peer_addresses=(address,) if address else (),
             transport=role.transport,
             load=load,
             start_s=start_s,

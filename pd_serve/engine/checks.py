@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pd_serve.wire.link import SamplingParams, Source, Submit
+from pd_serve.wire.peer import MAX_RANKS
 
 MAX_FLOAT = 1e6  # far beyond what makes sense, and far from where float32 overflows
 MAX_AGE_S = 1e6
@@ -38,12 +39,17 @@ def problem(submit: Submit, vocab_size: int, max_model_len: int) -> str:
 
 def source_problem(source: Source) -> str:
     """Why no prefill node can be there; empty when one can."""
-    try:
-        parts = urlsplit(source.address)
-        fits = parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
-    except ValueError:
-        fits = False
-    return "" if fits else f"{source.address[:100]!r} is no address of a prefill node: tcp://host:port is"
+    if not 1 <= len(source.addresses) <= MAX_RANKS:
+        return f"a prefill node with {len(source.addresses)} ranks cannot be"
+    for address in source.addresses:
+        try:
+            parts = urlsplit(address)
+            fits = parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+        except ValueError:
+            fits = False
+        if not fits:
+            return f"{address[:100]!r} is no address of a prefill node: tcp://host:port is"
+    return ""
 
 
 def _sampling_problem(params: SamplingParams, vocab_size: int) -> str:

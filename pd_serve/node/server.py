@@ -92,7 +92,7 @@ class Node:
             model=msgspec.structs.replace(ready.model, text=self._text),
             layout=ready.layout,
             epoch=ready.epoch,
-            peer_address=ready.peer_address,
+            peer_addresses=ready.peer_addresses,
             transport=ready.transport,
             local_prefill_tokens=self._engine_config.local_prefill_tokens,
             load=self._load() or ready.load,
@@ -112,7 +112,7 @@ class Node:
                 "layout": ready.layout_text,
                 "layout_fingerprint": ready.layout,
                 "epoch": ready.epoch,
-                "peer_address": ready.peer_address,
+                "peer_addresses": ready.peer_addresses,
                 "transport": ready.transport,
                 "start_s": ready.start_s,
             }

@@ -3,8 +3,11 @@
 Pure bookkeeping on a clock that the caller passes in; the outbox does the talking. A key goes through
 here once: *open* until it ends, then remembered for a while so that latecomers get an answer.
 
-A lease's time starts when its key is opened. As long as nobody has claimed it, every published chunk
-starts it anew; from the claim on only the claimant's claim and heartbeats do. Claims that come before their key is open
+A key is read by one decode node, by those of its ranks that hold heads of this one's: its *party*. Each rank claims,
+keeps alive and releases for itself; the lease ends well when all have released, and ends for all when it ends for one.
+
+A lease's time starts when its key is opened. As long as a rank has not claimed it, every published chunk starts that
+rank's time anew; from the claim on only the rank's claim and heartbeats do. Claims that come before their key is open
 (this node is in a long step) live by heartbeats, too.
 """
 
@@ -16,21 +19,78 @@ from enum import Enum
 
 from pd_serve.wire.peer import Ready
 
-Holder = bytes  # the session of the decode node that claimed a key
+Holder = bytes  # the session of a decode node's rank that claimed a key
+
+
+@dataclass(frozen=True)
+class Party:
+    """The ranks of a decode node that read from here. ``node``: its name and epoch."""
+
+    node: tuple[str, str] = ("", "")
+    size: int = 1
+
+
+ALONE = Party()
 
 
 class Claimed(Enum):
-    OPEN = "open"  # the claimant now holds the lease
+    OPEN = "open"  # the claimant now holds the lease, or its part of it
     WAITING = "waiting"  # the key is not open yet; the claim is kept
     GONE = "gone"  # the lease has ended, or somebody else holds it
 
 
 @dataclass
+class _Claims:
+    party: Party
+    until_s: dict[Holder, float] = field(default_factory=dict)  # of those who have claimed and not released
+    released: set[Holder] = field(default_factory=set)
+
+    @property
+    def missing(self) -> int:
+        """Ranks that have not claimed yet."""
+        return self.party.size - len(self.until_s) - len(self.released)
+
+    def admits(self, holder: Holder, party: Party) -> bool:
+        return party == self.party and (holder in self.until_s or (self.missing > 0 and holder not in self.released))
+
+
+@dataclass
 class Lease:
-    expires_s: float
-    holder: Holder | None = None
+    expires_s: float  # as long as a rank has not claimed it
+    claims: _Claims | None = None
     ready: list[Ready] = field(default_factory=list)  # everything published so far
     complete: bool = False
+
+    @property
+    def holders(self) -> tuple[Holder, ...]:
+        """Who has claimed it and not released."""
+        return tuple(self.claims.until_s) if self.claims else ()
+
+    @property
+    def due_s(self) -> float:
+        """When it runs out, unless somebody is heard of."""
+        if self.claims is None:
+            return self.expires_s
+        heard_s = min(self.claims.until_s.values(), default=float("inf"))
+        return min(heard_s, self.expires_s) if self.claims.missing else heard_s
+
+
+@dataclass(frozen=True)
+class Ended:
+    """``others``: who had claimed the key, has not released it and does not know yet. ``leased``: it was open."""
+
+    key: str
+    why: str
+    others: tuple[Holder, ...] = ()
+    leased: bool = True
+
+
+@dataclass(frozen=True)
+class Release:
+    """``valid``: whether the one who released may use what it has read."""
+
+    valid: bool
+    ended: Ended | None = None
 
 
 class LeaseBook:
@@ -45,7 +105,7 @@ class LeaseBook:
         self._max_waiting = max_waiting
         self._max_ended = max_ended
         self._leases: dict[str, Lease] = {}
-        self._waiting: OrderedDict[str, tuple[Holder, float]] = OrderedDict()  # claims of keys not open yet
+        self._waiting: OrderedDict[str, _Claims] = OrderedDict()  # of keys not open yet
         self._ended: OrderedDict[str, str] = OrderedDict()  # why
 
     def __len__(self) -> int:
@@ -60,10 +120,9 @@ class LeaseBook:
             return True
         if key in self._ended:
             return False
-        lease = self._leases[key] = Lease(expires_s=now_s + self._unclaimed_s)
-        if key in self._waiting:
-            lease.holder = self._waiting.pop(key)[0]
-            lease.expires_s = now_s + self.lease_s
+        lease = self._leases[key] = Lease(now_s + self._unclaimed_s, self._waiting.pop(key, None))
+        if lease.claims is not None:
+            lease.claims.until_s = dict.fromkeys(lease.claims.until_s, now_s + self.lease_s)
         return True
 
     def publish(self, key: str, ready: Ready, now_s: float) -> Lease | None:
@@ -72,24 +131,26 @@ class LeaseBook:
         if lease is not None:
             lease.ready.append(ready)
             lease.complete |= ready.first is not None
-            if lease.holder is None:
-                lease.expires_s = now_s + self._unclaimed_s
+            lease.expires_s = now_s + self._unclaimed_s
         return lease
 
-    def claim(self, key: str, holder: Holder, now_s: float) -> Claimed:
+    def claim(self, key: str, holder: Holder, now_s: float, party: Party = ALONE) -> Claimed:
         lease = self._leases.get(key)
-        if lease is None:
-            if key in self._ended:
-                return Claimed.GONE
-            self._waiting[key] = (holder, now_s + self.lease_s)
-            if len(self._waiting) > self._max_waiting:
-                self._waiting.popitem(last=False)
-            return Claimed.WAITING
-        if lease.holder not in (None, holder):
+        if lease is None and key in self._ended:
             return Claimed.GONE
-        lease.holder = holder
-        lease.expires_s = now_s + self.lease_s
-        return Claimed.OPEN
+        claims = self._waiting.get(key) if lease is None else lease.claims
+        if claims is None or (lease is None and not claims.admits(holder, party)):
+            claims = _Claims(party)
+        if not claims.admits(holder, party):
+            return Claimed.GONE
+        claims.until_s[holder] = now_s + self.lease_s
+        if lease is not None:
+            lease.claims = claims
+            return Claimed.OPEN
+        self._waiting[key] = claims
+        if len(self._waiting) > self._max_waiting:
+            self._waiting.popitem(last=False)
+        return Claimed.WAITING
 
     def published(self, key: str) -> list[Ready]:
         """All that was published of an open key."""
@@ -97,7 +158,7 @@ class LeaseBook:
 
     def holds(self, key: str, holder: Holder) -> bool:
         lease = self._leases.get(key)
-        return lease is not None and lease.holder == holder
+        return lease is not None and holder in lease.holders
 
     def why_ended(self, key: str) -> str:
         return self._ended.get(key, "another decode node holds it")
@@ -109,71 +170,72 @@ class LeaseBook:
         """
         gone = []
         for key in keys:
-            lease = self._leases.get(key)
-            if lease is not None and lease.holder == holder:
-                lease.expires_s = now_s + self.lease_s
-            elif self._waiting.get(key, (None,))[0] == holder:
-                self._waiting[key] = (holder, now_s + self.lease_s)
+            claims = self._claims(key)
+            if claims is not None and holder in claims.until_s:
+                claims.until_s[holder] = now_s + self.lease_s
             else:
                 gone.append(key)
         return gone
 
-    def release(self, key: str, holder: Holder, *, done: bool) -> bool | None:
-        """Ends the lease at its holder's wish. None: it held none; otherwise whether its blocks may be used."""
-        waiting = self._waiting.get(key)
-        if waiting is not None and waiting[0] == holder:
-            del self._waiting[key]
-            self._remember(key, "declined")
-            return None
-        lease = self._leases.get(key)
-        if lease is None or lease.holder != holder:
-            return None
-        self._end(key, "released" if done else "declined")
-        return done and lease.complete
+    def release(self, key: str, holder: Holder, *, done: bool) -> Release:
+        """Its holder needs the key no more: ``done``, or it declines, which ends the lease for all who share it."""
+        claims, lease = self._claims(key), self._leases.get(key)
+        if claims is None or holder not in claims.until_s:
+            return Release(valid=False)
+        del claims.until_s[holder]
+        if lease is None or not done:
+            return Release(valid=False, ended=self._end(key, "declined"))
+        claims.released.add(holder)
+        over = len(claims.released) == claims.party.size or not lease.complete
+        return Release(valid=lease.complete, ended=self._end(key, "released") if over else None)
 
-    def cancel(self, key: str, reason: str) -> Holder | None:
+    def cancel(self, key: str, reason: str) -> tuple[Holder, ...]:
         """Ends the lease, or what may still come of it, from this side; returns who has to be told."""
-        lease = self._leases.get(key)
-        if lease is not None:
-            self._end(key, reason)
-            return lease.holder
-        if key in self._waiting:
-            holder = self._waiting.pop(key)[0]
-            self._remember(key, reason)
-            return holder
-        if key not in self._ended:
-            self._remember(key, reason)
-        return None
+        if key in self._ended:
+            return ()
+        return self._end(key, reason).others
 
-    def drop(self, holder: Holder) -> list[str]:
-        """Ends everything a session holds; returns the keys of its leases."""
-        for key in [k for k, (h, _) in self._waiting.items() if h == holder]:
-            del self._waiting[key]
-        keys = [key for key, lease in self._leases.items() if lease.holder == holder]
-        for key in keys:
-            self._end(key, "peer_lost")
-        return keys
+    def drop(self, holder: Holder) -> list[Ended]:
+        """Ends everything a session holds and has not released; returns the leases among it."""
+        for key, claims in list(self._waiting.items()):
+            claims.until_s.pop(holder, None)
+            if not claims.until_s:
+                del self._waiting[key]
+        keys = [key for key, lease in self._leases.items() if holder in lease.holders]
+        return [self._end(key, "peer_lost", knows=holder) for key in keys]
 
-    def expire(self, now_s: float) -> list[str]:
-        """Ends what has run out; returns the keys of its leases."""
-        for key in [k for k, (_, expires_s) in self._waiting.items() if expires_s <= now_s]:
-            del self._waiting[key]
-        keys = [key for key, lease in self._leases.items() if lease.expires_s <= now_s]
-        for key in keys:
-            self._end(key, "expired")
-        return keys
+    def expire(self, now_s: float) -> list[Ended]:
+        """Ends what has run out; returns the leases among it."""
+        for key, claims in list(self._waiting.items()):
+            _drop_silent(claims, now_s)
+            if not claims.until_s:
+                del self._waiting[key]
+        due = [(key, lease) for key, lease in self._leases.items() if lease.due_s <= now_s]
+        for _, lease in due:
+            if lease.claims is not None:
+                _drop_silent(lease.claims, now_s)  # they learn it from their heartbeats, if at all
+        return [self._end(key, "expired") for key, _ in due]
 
     def next_expiry_s(self) -> float:
         """When the next lease or waiting claim runs out; ``inf`` without any."""
-        leases = min((lease.expires_s for lease in self._leases.values()), default=float("inf"))
-        claims = min((expires_s for _, expires_s in self._waiting.values()), default=float("inf"))
+        leases = min((lease.due_s for lease in self._leases.values()), default=float("inf"))
+        claims = min((s for claims in self._waiting.values() for s in claims.until_s.values()), default=float("inf"))
         return min(leases, claims)
 
-    def _end(self, key: str, why: str) -> None:
-        del self._leases[key]
-        self._remember(key, why)
+    def _claims(self, key: str) -> _Claims | None:
+        lease = self._leases.get(key)
+        return self._waiting.get(key) if lease is None else lease.claims
 
-    def _remember(self, key: str, why: str) -> None:
+    def _end(self, key: str, why: str, knows: Holder | None = None) -> Ended:
+        claims = self._claims(key)
+        others = tuple(holder for holder in claims.until_s if holder != knows) if claims else ()
+        leased = self._leases.pop(key, None) is not None
+        self._waiting.pop(key, None)
         self._ended[key] = why
         if len(self._ended) > self._max_ended:
             self._ended.popitem(last=False)
+        return Ended(key, why, others, leased)
+
+
+def _drop_silent(claims: _Claims, now_s: float) -> None:
+    claims.until_s = {holder: until_s for holder, until_s in claims.until_s.items() if until_s > now_s}

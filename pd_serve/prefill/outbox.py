@@ -19,7 +19,7 @@ from functools import partial
 import msgspec
 
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
-from pd_serve.prefill.leases import Claimed, Holder, LeaseBook
+from pd_serve.prefill.leases import Claimed, Ended, Holder, LeaseBook, Party
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import look_s
@@ -28,6 +28,7 @@ from pd_serve.transfer.session.connection import MAX_FRAME_BYTES, Connection, Li
 from pd_serve.transfer.session.handshake import HANDSHAKE_S, Identity, Reception, check_protocol, shortened
 from pd_serve.transfer.session.reader_session import Session
 from pd_serve.transfer.session.tls import Tls
+from pd_serve.transfer.slices import counterparts
 from pd_serve.transfer.worker import Clock, TransferWorker
 from pd_serve.wire import peer as wire
 
@@ -174,9 +175,9 @@ class Outbox:
         worker.listen(self._listener, self._accept)
 
     def run_due(self, now_s: float) -> float:
-        for key in self._book.expire(now_s):
-            log.warning("the lease of %s ran out without a sign of its decode node", key)
-            self._ended(key, "expired")
+        for ended in self._book.expire(now_s):
+            log.warning("the lease of %s ran out without a sign of its decode node", ended.key)
+            self._lease_ended(ended)
         due_s = self._book.next_expiry_s()
         for holder, until_s in list(self._strangers.items()):
             if now_s < until_s:
@@ -207,18 +208,18 @@ class Outbox:
     def _open(self, key: str) -> None:
         self._counters["leases_opened"] += 1
         if not self._book.open(key, self._clock()):
-            self._ended(key, "declined")  # the decode node gave up before the request came to be admitted
+            self._lease_ended(Ended(key, "declined"))  # the decode node gave up before the request came to be admitted
 
     def _publish(self, ready: wire.Ready) -> None:
         lease = self._book.publish(ready.key, ready, self._clock())
-        if lease is not None and lease.holder is not None:
-            self._announce_to(lease.holder, ready)
+        for holder in lease.holders if lease is not None else ():
+            self._announce_to(holder, ready)
 
     def _cancel(self, key: str, reason: str) -> None:
         held = len(self._book)
-        holder = self._book.cancel(key, reason)
+        holders = self._book.cancel(key, reason)
         self._counters["leases_cancelled"] += held - len(self._book)
-        if holder is not None:
+        for holder in holders:
             self._send(holder, wire.Cancel(key, reason))
 
     # --- transfer thread: announcements, with the checksums of their blocks
@@ -390,7 +391,7 @@ class Outbox:
             self._counters["garbage_frames"] += 1
             return
         del self._receptions[holder]
-        for other in [h for h, s in self._sessions.items() if s.node_id == them.node_id]:
+        for other in [h for h, s in self._sessions.items() if s.is_replaced_by(them)]:
             self._end_session(other, "it connected anew")
         memory = self._lanes.memory
         try:
@@ -437,11 +438,11 @@ class Outbox:
                 gone = self._book.heartbeat(message.keys, holder, now_s)
                 self._send(holder, wire.HeartbeatAck(message.seq, gone))
             case wire.Release():
-                valid = self._book.release(message.key, holder, done=message.done)
+                release = self._book.release(message.key, holder, done=message.done)
                 if message.done:
-                    self._send(holder, wire.Released(message.key, bool(valid)))
-                if valid is not None:
-                    self._ended(message.key, "released" if message.done else "declined")
+                    self._send(holder, wire.Released(message.key, release.valid))
+                if release.ended is not None:
+                    self._lease_ended(release.ended)
             case wire.LaneMessage():
                 self._lane_says(holder, message)
             case wire.Chosen():
@@ -462,12 +463,16 @@ class Outbox:
                 self._end_session(holder, f"its transport failed ({error})")
 
     def _claim(self, holder: Holder, key: str, now_s: float) -> None:
-        match self._book.claim(key, holder, now_s):
+        match self._book.claim(key, holder, now_s, self._party(self._sessions[holder])):
             case Claimed.OPEN:
                 for ready in self._book.published(key):
                     self._announce_to(holder, ready)
             case Claimed.GONE:
                 self._send(holder, wire.Cancel(key, self._book.why_ended(key)))
+
+    def _party(self, session: Session) -> Party:
+        me = self._identity
+        return Party((session.node_id, session.epoch), len(counterparts(me.rank, me.ranks, session.ranks)))
 
     def _send(self, holder: Holder, message: wire.ToDecode) -> None:
         connection = self._connections.get(holder)
@@ -484,11 +489,15 @@ class Outbox:
             return
         session.close()
         self._hang_up(holder)
-        keys = self._book.drop(holder)
-        log.info("decode node %s: %s; %d leases end with it", session.node_id, why, len(keys))
-        for key in keys:
-            self._ended(key, "peer_lost")
+        leases = self._book.drop(holder)
+        log.info("decode node %s: %s; %d leases end with it", session.node_id, why, len(leases))
+        for ended in leases:
+            self._lease_ended(ended)
 
-    def _ended(self, key: str, why: str) -> None:
-        self._counters[f"leases_{why}"] += 1
-        self._events.put(LeaseEnded(key, why))
+    def _lease_ended(self, ended: Ended) -> None:
+        """Tells the main thread, and the other ranks of the decode node that share it: it has ended for them too."""
+        if ended.leased:
+            self._counters[f"leases_{ended.why}"] += 1
+            self._events.put(LeaseEnded(ended.key, ended.why))
+        for holder in ended.others:
+            self._send(holder, wire.Cancel(ended.key, ended.why))

@@ -54,7 +54,7 @@ class Node:
 
     @property
     def source(self) -> link.Source:
-        return link.Source(self.id, self.hello.epoch, self.hello.peer_address)
+        return link.Source(self.id, self.hello.epoch, self.hello.peer_addresses)
 
     def expect(self, attempt: Attempt) -> None:
         """The attempt will be submitted here, or is: it is told when the node is lost."""

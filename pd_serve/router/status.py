@@ -74,7 +74,7 @@ def _node(node: Node, state: str, reason: str) -> dict[str, Any]:
         "layout": hello.layout,
         "epoch": hello.epoch,
         "transport": hello.transport,
-        "peer_address": hello.peer_address,
+        "peer_addresses": hello.peer_addresses,
         "local_prefill_tokens": hello.local_prefill_tokens,
         "in_flight": len(node.attempts),
         "load": msgspec.to_builtins(node.load),

@@ -8,6 +8,7 @@ one row. What lies where in a block, kv/layout.py says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,39 @@ def slicings(source: KVLayout, reader: KVLayout) -> tuple[Slicing, ...]:
         _check(source, reader)
         found = [_slicing(source, reader, group) for group in range(len(source.groups))]
     return (*found, _whole_block(PROBE_BLOCK_BYTES))
+
+
+def counterparts(rank: int, ranks: int, others: int) -> range:
+    """The ranks, of a node with ``others``, that hold heads of ``rank`` of another with ``ranks``.
+
+    Each node's ranks hold equal parts of the heads, in order; where there are fewer heads than ranks, or nothing that
+    can be split, ranks next to each other hold the same.
+    """
+    return range(rank * others // ranks, -(-(rank + 1) * others // ranks))
+
+
+def needed(sources: Sequence[KVLayout], reader: KVLayout) -> list[tuple[bool, ...]]:
+    """For each of a prompt's source ranks, which layer groups are read from it: those with heads that none before has.
+
+    All have been found to fit the reader (:func:`slicings`). Raises HandshakeError where heads are on none of them.
+    """
+    found = [[False] * len(reader.groups) for _ in sources]
+    if reader.foreign:
+        found[0] = [True] * len(reader.groups)
+    for number, group in enumerate(reader.groups):
+        missing = {(i, head) for i, p in enumerate(group.planes) for head in range(p.first_head, p.end_head)}
+        for source, reads in zip(sources, found, strict=True):
+            held = source.groups[number].planes
+            new = {(i, head) for i, head in missing if held[i].first_head <= head < held[i].end_head}
+            missing -= new
+            reads[number] = bool(new)
+        if missing:
+            heads = ", ".join(sorted({str(head) for _, head in missing}))
+            raise HandshakeError(
+                f"KV heads {heads} of layer group {number} are on none of the prefill node's ranks that this rank "
+                "reads from; a node's ranks must hold equal parts of the heads, in order"
+            )
+    return [tuple(reads) for reads in found]
 
 
 def _whole_blocks(source: KVLayout, reader: KVLayout) -> list[Slicing]:

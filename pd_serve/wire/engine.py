@@ -74,7 +74,7 @@ class EngineReady(msgspec.Struct, tag="engine_ready"):
     layout: str  # KVLayout.kin()
     layout_text: str  # KVLayout.describe()
     epoch: str
-    peer_address: str
+    peer_addresses: tuple[str, ...]
     transport: str
     load: Load
     start_s: dict[str, float]  # how long each phase of the start, or of waking, took

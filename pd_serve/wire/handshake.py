@@ -40,7 +40,7 @@ class RouterHalf:
         except msgspec.DecodeError as error:
             raise LinkRefused(f"its first message is none of the link ({error}): update the older of the two") from None
         version = challenge.link_version
-        if version != link.LINK_VERSION or isinstance(challenge, link.Hello):
+        if version != link.LINK_VERSION or isinstance(challenge, link.OldHello):
             raise LinkRefused(
                 f"it speaks version {version} of the link, this router {link.LINK_VERSION}: update the older of the two"
             )

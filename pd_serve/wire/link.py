@@ -78,7 +78,7 @@ class Source(msgspec.Struct, frozen=True):
 
     node_id: str
     epoch: str
-    address: str  # of the prefill engine's peer channel, e.g. tcp://10.0.0.1:7301
+    addresses: tuple[str, ...]  # of its ranks' peer channels, in order, e.g. tcp://10.0.0.1:7301
 
 
 class Submit(msgspec.Struct, tag="submit"):
@@ -227,10 +227,16 @@ class Hello(msgspec.Struct, tag="hello"):
     model: ModelInfo
     layout: str  # layout fingerprint
     epoch: str  # new at every engine start, and after every sleep
-    peer_address: str
+    peer_addresses: tuple[str, ...]  # of its ranks, in order; none: nobody reads from it
     transport: str
     local_prefill_tokens: Count  # decode: prompts up to so many uncached tokens are computed here
     load: Load
+
+
+class OldHello(msgspec.Struct, tag="hello"):
+    """What begins a link of version 1, without a handshake: enough to refuse it."""
+
+    link_version: int
 
 
 class Model(msgspec.Struct, tag="model"):
@@ -243,6 +249,6 @@ FromNode = Hello | Status | Outputs | Model
 
 encoder = msgspec.msgpack.Encoder()
 decode_opening = msgspec.msgpack.Decoder(Greeting | Proof).decode
-decode_first_from_node = msgspec.msgpack.Decoder(Challenge | Hello).decode  # Hello: of a node from before the handshake
+decode_first_from_node = msgspec.msgpack.Decoder(Challenge | OldHello).decode
 decode_to_node = msgspec.msgpack.Decoder(ToNode).decode
 decode_from_node = msgspec.msgpack.Decoder(FromNode).decode

@@ -8,6 +8,10 @@ A connection begins so: ``Hello``, ``Challenge``, ``Proof`` with ``Introduction`
 other has proved the secret. Where there is one, every frame after its sender's proof ends with a MAC
 (:mod:`pd_serve.auth`). What a peer says is checked by :mod:`pd_serve.transfer.session.handshake`.
 
+A node with tensor parallelism has *ranks*, each with its own connections: a rank that decodes reads a prompt from all
+ranks of the prefill node that hold heads of its own (:func:`pd_serve.transfer.slices.counterparts`), and claims, keeps
+alive and releases it at each of them.
+
 A *lease* is a prefill node's promise not to reuse a request's blocks. It is renewed by heartbeats
 while the decode node waits and ends by release, cancel, expiry, or a new epoch of the peer.
 """
@@ -25,7 +29,10 @@ from pd_serve.memory.region import Region
 PROTOCOL_MIN = 4
 PROTOCOL_MAX = 4
 
+MAX_RANKS = 1024  # of a node
 
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+Ranks = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Mac = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -74,6 +81,8 @@ class Introduction(msgspec.Struct, tag="introduction"):
 
     node_id: Name
     epoch: Name
+    rank: Rank
+    ranks: Ranks
     model: Name  # model fingerprint
     layout: KVLayout
     regions: Regions
@@ -86,6 +95,8 @@ class Welcome(msgspec.Struct, tag="welcome"):
 
     node_id: Name
     epoch: Name
+    rank: Rank
+    ranks: Ranks
     layout: KVLayout
     regions: Regions
     lanes: Described  # those that both have and this end could prepare
@@ -116,7 +127,10 @@ class Chosen(msgspec.Struct, tag="chosen"):
 
 
 class Claim(msgspec.Struct, tag="claim"):
-    """Decode to prefill: this engine will pull the request with this key (it may not be there yet)."""
+    """Decode to prefill: this rank will pull the request with this key (it may not be there yet).
+
+    So will the others of its node that read from here: the lease ends well when each has released it.
+    """
 
     key: str
 
@@ -158,7 +172,7 @@ class HeartbeatAck(msgspec.Struct, tag="heartbeat_ack"):
 
 
 class Release(msgspec.Struct, tag="release"):
-    """Decode to prefill: all bytes of ``key`` have arrived (done), or are not wanted (not done)."""
+    """Decode to prefill: all bytes of ``key`` have arrived (done), or are not wanted by any rank (not done)."""
 
     key: str
     done: bool

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pd_serve.decode import inbox
-from pd_serve.decode.expected import Expected
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
+from pd_serve.decode.incoming import Part
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer import worker
 from pd_serve.wire.link import Source
@@ -104,7 +104,7 @@ def test_chunks_that_wait_become_one_pull(p: PrefillEnd, d: DecodeEnd) -> None:
     for upto in range(1, 7):
         p.publish("k", upto * 4, [t[:upto] for t in THEIRS], first=upto - 1, token=1 if upto == 6 else None)
     d.wait("k", Offered)
-    until(lambda: d.inbox._keys["k"].num_tokens == 24)  # all are announced
+    until(lambda: d.inbox._keys["k"].parts[0].num_tokens == 24)  # all are announced
     d.accept("k", OURS)
     d.wait("k", Arrived)
     assert d.inbox.counters()["pulls"] == 1
@@ -170,7 +170,7 @@ def test_two_hundred_keys_at_once() -> None:
 
 
 def test_cancel_while_connecting(d: DecodeEnd) -> None:
-    d.inbox.expect("k", Source("P", "e", "tcp://127.0.0.1:1"))
+    d.inbox.expect("k", Source("P", "e", ("tcp://127.0.0.1:1",)))
     d.inbox.cancel("k")
     d.wait("k", Drained)
     assert d.ends("k") in ([Drained], [Failed, Drained])  # nobody listens there, which may be noticed first
@@ -337,17 +337,17 @@ def test_a_refused_handshake(p: PrefillEnd, other: dict[str, object], word: str)
 
 
 def test_nobody_listens(d: DecodeEnd) -> None:
-    d.inbox.expect("k", Source("P", "e", "tcp://127.0.0.1:1"))
+    d.inbox.expect("k", Source("P", "e", ("tcp://127.0.0.1:1",)))
     assert d.wait("k", Failed, 2.0).kind is FailureKind.CONNECT
 
 
 def test_an_address_that_cannot_be(d: DecodeEnd) -> None:
-    d.inbox.expect("k", Source("P", "e", "smoke signals"))
+    d.inbox.expect("k", Source("P", "e", ("smoke signals",)))
     assert d.wait("k", Failed, 2.0).kind is FailureKind.CONNECT
 
 
 def test_another_epoch_than_the_router_named(p: PrefillEnd, d: DecodeEnd) -> None:
-    stale = Source(p.source.node_id, "an older epoch", p.source.address)
+    stale = Source(p.source.node_id, "an older epoch", p.source.addresses)
     d.inbox.expect("old", stale)
     d.inbox.expect("new", p.source)
     failed = d.wait("old", Failed)
@@ -385,14 +385,14 @@ def test_a_request_that_meets_a_fault_of_ours_ends_alone(
 ) -> None:
     """A mistake in the code for one request is that request's failure; the thread and the others go on."""
     d = DecodeEnd(clock=d_clock)
-    right = getattr(Expected, where)
+    right = getattr(Part, where)
 
-    def mistaken(job: Expected, *arguments: object) -> object:
+    def mistaken(job: Part, *arguments: object) -> object:
         if job.key == "bad":
             raise IndexError("a mistake of ours")
         return right(job, *arguments)
 
-    monkeypatch.setattr(Expected, where, mistaken)
+    monkeypatch.setattr(Part, where, mistaken)
     for key in ("bad", "good"):
         p.outbox.open(key)
         d.inbox.expect(key, p.source)

@@ -57,7 +57,7 @@ class Reader(DecodeEnd):
         return self.inbox.counters()[name]
 
     def peer(self, source: Source) -> peer.PrefillPeer:
-        return self.inbox._peers[source.address]
+        return self.inbox._peers[source.addresses[0]]
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_one_whose_pulls_fail_again_and_again(clock: Clock) -> None:
 
 def test_one_that_does_not_answer_for_long_is_told(d: Reader) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
-        source = Source("P", "e", f"tcp://127.0.0.1:{nobody.getsockname()[1]}")
+        source = Source("P", "e", (f"tcp://127.0.0.1:{nobody.getsockname()[1]}",))
     d.inbox.connect(source)
     d.settle()
     pause_s = peer.RETRY_MIN_S
@@ -162,15 +162,15 @@ def test_another_epoch_or_another_address_is_tried_at_once(d: Reader, p: Prefill
     d.inbox.connect(p.source)
     until(lambda: d.inbox.misfits())
     d.paused(p.source)
-    d.inbox.connect(Source("P", "new", p.source.address))
+    d.inbox.connect(Source("P", "new", p.source.addresses))
     until(lambda: d.counter("handshakes_refused") == 2)
-    d.inbox.expect("waits", Source("P", "new", p.source.address))  # for the trial in a second
+    d.inbox.expect("waits", Source("P", "new", p.source.addresses))  # for the trial in a second
     good = PrefillEnd(lanes=copy_lanes)
     d.inbox.connect(good.source)
     until(lambda: d.counter("handshakes") == 1)
     assert d.inbox.misfits() == {}
     assert d.wait("waits", Failed).kind is FailureKind.PEER_LOST
-    assert list(d.inbox._peers) == [good.source.address]
+    assert list(d.inbox._peers) == [*good.source.addresses]
     good.close()
 
 
@@ -187,7 +187,7 @@ def test_sources_are_bounded(d: Reader, monkeypatch: pytest.MonkeyPatch) -> None
     d.inbox.cancel("k0")
     d.inbox.connect(ends[3].source)
     until(lambda: d.counter("handshakes") == 3)
-    assert list(d.inbox._peers) == [ends[1].source.address, ends[3].source.address]
+    assert list(d.inbox._peers) == [*ends[1].source.addresses, *ends[3].source.addresses]
     assert d.ends("k1") == []
     for end in ends:
         end.close()
@@ -198,17 +198,17 @@ def test_sources_are_bounded(d: Reader, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("address", ["tcp://192.0.2.1:9", "tcp://[2001:db8::1]:9", "tcp://0.0.0.0:9"])
 def test_without_a_secret_only_this_machine_is_dialled(d: Reader, address: str) -> None:
-    d.inbox.expect("k", Source("P", "e", address))
+    d.inbox.expect("k", Source("P", "e", (address,)))
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.HANDSHAKE
     assert "--secret-file" in failed.message and "--allow-insecure-nodes" in failed.message
     assert "--allow-insecure-nodes" in d.inbox.misfits()["P"]
-    assert d.peer(Source("P", "e", address))._wire is None
+    assert d.peer(Source("P", "e", (address,)))._wire is None
 
 
 def test_with_a_secret_other_machines_are_dialled(clock: Clock) -> None:
     d = Reader(clock, secret=b"s")
-    d.inbox.expect("k", Source("P", "e", "tcp://192.0.2.1:9"))
+    d.inbox.expect("k", Source("P", "e", ("tcp://192.0.2.1:9",)))
     until(lambda: d.find("k", Failed) or any(one._wire for one in d.inbox._peers.values()))
     d.later(HANDSHAKE_S)
     assert d.wait("k", Failed).kind is FailureKind.CONNECT
@@ -219,7 +219,7 @@ def test_with_a_secret_other_machines_are_dialled(clock: Clock) -> None:
     "address", ["http://127.0.0.1:9", "tcp://127.0.0.1:9/x", "tcp://u@127.0.0.1:9", "ipc:///x", ""]
 )
 def test_addresses_of_another_form_are_not_dialled(d: Reader, address: str) -> None:
-    d.inbox.expect("k", Source("P", "e", address))
+    d.inbox.expect("k", Source("P", "e", (address,)))
     assert "not of the form tcp://host:port" in d.wait("k", Failed).message
 
 
@@ -228,7 +228,7 @@ def test_a_stranger_that_is_dialled_hears_a_nonce_and_no_more(clock: Clock, secr
     """A pool's addresses, NIXL's metadata, node id and epoch are for those who have proved the secret."""
     d = Reader(clock, secret=secret)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        d.inbox.connect(Source("P", "e", f"tcp://127.0.0.1:{server.getsockname()[1]}"))
+        d.inbox.connect(Source("P", "e", (f"tcp://127.0.0.1:{server.getsockname()[1]}",)))
         stranger = Frames(server.accept()[0])
     hello = wire.decode_to_prefill(stranger.receive())
     assert isinstance(hello, wire.Hello) and len(wire.encoder.encode(hello)) < 100
@@ -240,7 +240,7 @@ def test_a_stranger_that_is_dialled_hears_a_nonce_and_no_more(clock: Clock, secr
 
 def test_a_stranger_that_talks_without_end_is_left(d: Reader) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        d.inbox.expect("k", Source("P", "e", f"tcp://127.0.0.1:{server.getsockname()[1]}"))
+        d.inbox.expect("k", Source("P", "e", (f"tcp://127.0.0.1:{server.getsockname()[1]}",)))
         stranger = Frames(server.accept()[0])
     stranger.raw.sendall(bytes(4) * 1000)  # empty frames
     assert "does not speak this protocol" in d.wait("k", Failed).message
@@ -251,7 +251,7 @@ def test_a_stranger_that_talks_without_end_is_left(d: Reader) -> None:
 def test_a_message_put_in_on_its_way_ends_the_session(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     d = Reader(clock, secret=b"s3cret")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        d.inbox.expect("k", Source("P", "e", f"tcp://127.0.0.1:{server.getsockname()[1]}"))
+        d.inbox.expect("k", Source("P", "e", (f"tcp://127.0.0.1:{server.getsockname()[1]}",)))
         source = Frames(server.accept()[0])
     frame = source.receive()
     hello = wire.decode_to_prefill(frame)

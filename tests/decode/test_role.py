@@ -15,7 +15,7 @@ from pd_serve.kv.manager import KVManager
 from pd_serve.wire.link import SamplingParams, Source
 
 BLOCK = 4
-SOURCE = Source("p", "e", "tcp://127.0.0.1:1")
+SOURCE = Source("p", "e", ("tcp://127.0.0.1:1",))
 
 
 class ScriptedInbox:

@@ -45,7 +45,7 @@ class Scripted:
 
     @property
     def source(self) -> Source:
-        return Source("S", self.identity.epoch, f"tcp://127.0.0.1:{self._port}")
+        return Source("S", self.identity.epoch, (f"tcp://127.0.0.1:{self._port}",))
 
     def open(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self._port))
@@ -236,7 +236,7 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
 # --- the handshake
 
 
-WELCOME = wire.Welcome("S", "e", SMALL, [], {}, {}, 30.0, checksums=False)
+WELCOME = wire.Welcome("S", "e", 0, 1, SMALL, [], {}, {}, 30.0, checksums=False)
 EVERYTHING: list[wire.ToDecode | bytes] = [
     b"",
     os.urandom(100),

@@ -129,8 +129,7 @@ class Stranger:
                 case 3:
                     await self._garbage(system.router.port, chance)
                 case _:
-                    address = node.get("/v1/status")["engine"].get("peer_address", "")
-                    if address:
+                    for address in node.get("/v1/status")["engine"].get("peer_addresses", ()):
                         await self._garbage(int(address.rpartition(":")[2]), chance)
         except (httpx.HTTPError, OSError, KeyError, ValueError):
             pass  # the node is dead at the moment

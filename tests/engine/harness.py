@@ -143,7 +143,7 @@ class Node:
 
     def introduce(self, role: object, load: link.Load, start_s: dict[str, float]) -> wire.EngineReady:
         epoch = f"epoch-{self._opened}"
-        return wire.EngineReady(MODEL, "l", "layout", epoch, f"tcp://{epoch}", "nixl", load, start_s)
+        return wire.EngineReady(MODEL, "l", "layout", epoch, (f"tcp://{epoch}",), "nixl", load, start_s)
 
     def tell(self, message: wire.ToEngine) -> None:
         self._socket.send_multipart([wire.NODE, wire.encoder.encode(message)])

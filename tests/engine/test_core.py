@@ -49,10 +49,10 @@ def test_sampling_values_that_cannot_be_are_refused_at_the_door(node: Node, samp
 
 def test_garbage_for_a_source_an_age_or_peers_is_refused_in_words(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     for address in ("", "tcp://", "tcp://[::", "tcp://host:99999999", "http://host:1"):
-        node.say(link.Submit(f"to {address}", tokens(), 0, PARAMS, source=link.Source("p", "e", address)))
+        node.say(link.Submit(f"to {address}", tokens(), 0, PARAMS, source=link.Source("p", "e", (address,))))
         failure = node.output(f"to {address}").failure
         assert failure is not None and failure.kind == "invalid"
-        node.say(link.Peers([link.Source("p", "e", address)]))
+        node.say(link.Peers([link.Source("p", "e", (address,))]))
     for age_s in (-1.0, float("nan"), float("inf")):
         node.say(link.Submit(f"aged {age_s}", tokens(), 0, PARAMS, age_s=age_s))
         failure = node.output(f"aged {age_s}").failure

@@ -36,7 +36,7 @@ def test_peers_lose_the_pool_before_its_memory_goes_and_find_another_epoch(node:
     assert node.said[3:] == ["wake kv_cache", "open 2", "wake weights"]
     ready, state = node.heard[-3], node.heard[-1]
     assert isinstance(ready, wire.EngineReady) and isinstance(state, wire.SleepState)  # in this order
-    assert (ready.epoch, ready.peer_address, ready.load.draining) == ("epoch-2", "tcp://epoch-2", False)
+    assert (ready.epoch, ready.peer_addresses, ready.load.draining) == ("epoch-2", ("tcp://epoch-2",), False)
     assert {"kv_cache", "weights", "transfer"} == set(ready.start_s)
     assert node.status().counters["handshakes"] == 2.0  # of both roles: counters never fall
     assert node.status().counters["leaks"] == 0.0

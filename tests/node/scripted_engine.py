@@ -51,7 +51,9 @@ def main() -> int:
 
     def ready() -> engine.EngineReady:
         address = f"tcp://127.0.0.1:{epoch}"
-        return engine.EngineReady(model, "1a40", "a layout", f"epoch-{epoch}", address, "nixl", load(), {"import": 0.1})
+        return engine.EngineReady(
+            model, "1a40", "a layout", f"epoch-{epoch}", (address,), "nixl", load(), {"import": 0.1}
+        )
 
     def status() -> engine.Report:
         tags = {"weights": TagUsage(20, 30, 20), "kv_cache": TagUsage(8, 8, 0 if "kv_cache" in asleep else 8)}

@@ -114,7 +114,7 @@ def test_links_do_not_see_each_other(start_node: StartNode) -> None:
 def test_peers_and_the_end_of_a_link_reach_the_engine(start_node: StartNode) -> None:
     node = start_node("echoes")
     connection = node.link()
-    connection.send(link.encoder.encode(link.Peers([link.Source("p", "e", "tcp://127.0.0.1:1")])))
+    connection.send(link.encoder.encode(link.Peers([link.Source("p", "e", ("tcp://127.0.0.1:1",))])))
     connection.send(submit("long", [1] * 10_000))
     node.until(lambda: node.counters().get("heard_peers") == 1, "peers as a message of the node")
     connection.close()

@@ -40,7 +40,7 @@ def test_sleeps_and_wakes(start_node: StartNode) -> None:
     connection = node.link()
     hello = receive(connection)
     assert isinstance(hello, link.Hello)
-    assert (hello.epoch, hello.peer_address) == ("epoch-1", "tcp://127.0.0.1:1")
+    assert (hello.epoch, hello.peer_addresses) == ("epoch-1", ("tcp://127.0.0.1:1",))
     assert answer(node.get("/is_sleeping")) == AWAKE
     connection.send(submit("a", list(range(20))))
 
@@ -81,7 +81,7 @@ def test_sleeps_and_wakes(start_node: StartNode) -> None:
     connection = node.link()
     hello = receive(connection)
     assert isinstance(hello, link.Hello)
-    assert (hello.epoch, hello.peer_address, hello.load.draining) == ("epoch-2", "tcp://127.0.0.1:2", False)
+    assert (hello.epoch, hello.peer_addresses, hello.load.draining) == ("epoch-2", ("tcp://127.0.0.1:2",), False)
     connection.send(submit("b", [1, 2]))
     assert receive_outputs(connection, "b") == [1, 2]
     router.close()

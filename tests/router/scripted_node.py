@@ -195,7 +195,7 @@ class ScriptedNode:
         self._connections.add(connection)
         hello = link.Hello(
             self.link_version, self.id, self.role, self.url, self.info, self.layout, self.epoch,
-            f"tcp://{self.id}", "test", self.local_prefill_tokens, self.load(),
+            (f"tcp://{self.id}",), "test", self.local_prefill_tokens, self.load(),
         )  # fmt: skip
         mine: list[str] = []
         status = asyncio.create_task(self._report(connection))

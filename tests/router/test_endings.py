@@ -75,7 +75,7 @@ class Endings:
         id = f"{role}-{next(self._numbers)}"
         jobs = self.jobs[id] = {}
         hello = link.Hello(
-            1, id, role, f"http://{id}", tiny.info(), "layout", "e", "tcp://x", "test", 0, link.Load(0, 0, 0, [])
+            1, id, role, f"http://{id}", tiny.info(), "layout", "e", ("tcp://x",), "test", 0, link.Load(0, 0, 0, [])
         )
 
         def send(message: link.ToNode) -> None:

@@ -33,14 +33,16 @@ class Work:
 def make(role: str, number: int = 0, *, layout: str = "x", **info: Any) -> Node:
     model = msgspec.structs.replace(tiny.info(), **info)
     hello = link.Hello(
-        2, f"{role[0]}{number}", role, "http://n", model, layout, "e", "tcp://x", "test", 0, link.Load(0, 0, 0, [])
+        2, f"{role[0]}{number}", role, "http://n", model, layout, "e", ("tcp://x",), "test", 0, link.Load(0, 0, 0, [])
     )
     return Node(hello, lambda _: None)
 
 
 def submit(id: str, tokens: int, source: bool = False) -> link.Submit:
     sampling = link.SamplingParams(max_tokens=4, seed=0)
-    return link.Submit(id, bytes(4 * tokens), 0, sampling, source=link.Source("p0", "e", "tcp://x") if source else None)
+    return link.Submit(
+        id, bytes(4 * tokens), 0, sampling, source=link.Source("p0", "e", ("tcp://x",)) if source else None
+    )
 
 
 def joined(registry: Registry, *nodes: Node) -> Group:

@@ -76,7 +76,7 @@ class SimNode:
         self.world = world
         self.jobs: dict[str, Job] = {}
         hello = link.Hello(
-            1, f"{role}-{number}", role, f"http://{role}-{number}", tiny.info(), "layout", "e", "tcp://x", "test", 0,
+            1, f"{role}-{number}", role, f"http://{role}-{number}", tiny.info(), "layout", "e", ("tcp://x",), "test", 0,
             link.Load(0, 0, 0, []),
         )  # fmt: skip
         self.node = Node(hello, self.receive)

@@ -120,7 +120,7 @@ class PrefillEnd:
 
     @property
     def source(self) -> Source:
-        return Source(self.identity.node_id, self.identity.epoch, self.outbox.address)
+        return Source(self.identity.node_id, self.identity.epoch, (self.outbox.address,))
 
     def publish(
         self, key: str, num_tokens: int, tables: list[list[int]], first: int = 0, token: int | None = None

@@ -14,7 +14,7 @@ from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, Plane
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer.base import Pair
-from pd_serve.transfer.slices import Slicing, slicings
+from pd_serve.transfer.slices import Slicing, counterparts, slicings
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import PROTOCOL_MAX, PROTOCOL_MIN
 
@@ -48,6 +48,8 @@ class Identity:
     layout: KVLayout
     secret: bytes = field(default=b"", repr=False)  # what peers must know too; empty: whoever has none either
     checksums: bool = True
+    rank: int = 0  # of ``ranks`` with a share of the heads each
+    ranks: int = 1
     protocol_min: int = PROTOCOL_MIN
     protocol_max: int = PROTOCOL_MAX
 
@@ -96,12 +98,14 @@ class Greeting:
         assert self.challenged
         me = self._me
         return wire.Introduction(
-            me.node_id, me.epoch, me.model, me.layout, list(self._regions), self._lanes, me.checksums
+            me.node_id, me.epoch, me.rank, me.ranks, me.model, me.layout, list(self._regions), self._lanes, me.checksums
         )
 
     def accept(self, welcome: wire.Welcome) -> Pair:
         """How the two pools fit together. Raises HandshakeError."""
-        return pair_of((welcome.layout, tuple(welcome.regions)), (self._me.layout, self._regions))
+        me = self._me
+        shares = len(counterparts(me.rank, me.ranks, welcome.ranks))
+        return pair_of((welcome.layout, tuple(welcome.regions)), (me.layout, self._regions), shares)
 
 
 class Reception:
@@ -141,7 +145,8 @@ class Reception:
                 f"{them.model} (fingerprints of configuration, weights and dtype); start both with the same --model, "
                 f"--dtype and --load-format"
             )
-        return pair_of((me.layout, regions), (them.layout, tuple(them.regions)))
+        shares = len(counterparts(them.rank, them.ranks, me.ranks))
+        return pair_of((me.layout, regions), (them.layout, tuple(them.regions)), shares)
 
     def welcome(
         self,
@@ -156,6 +161,8 @@ class Reception:
         return wire.Welcome(
             node_id=me.node_id,
             epoch=me.epoch,
+            rank=me.rank,
+            ranks=me.ranks,
             layout=me.layout,
             regions=list(regions),
             lanes=lanes,
@@ -182,25 +189,29 @@ def check_protocol(me: Identity, them: wire.Version | wire.Hello) -> None:
 End = tuple[KVLayout, tuple[Region, ...]]
 
 
-def pair_of(source: End, reader: End) -> Pair:
-    """Two ends of which one came over the network. Raises HandshakeError, with both sides' values."""
+def pair_of(source: End, reader: End, shares: int = 1) -> Pair:
+    """Two ends of which one came over the network. Raises HandshakeError, with both sides' values.
+
+    ``shares``: from how many ranks of the source's node this reader reads; whether theirs together are all that it
+    needs, the inbox sees (:func:`pd_serve.transfer.slices.needed`).
+    """
     for role, (layout, regions) in (("prefill", source), ("decode", reader)):
         check_layout(layout, role)
         check_regions(layout, regions, role)
     found = slicings(source[0], reader[0])
     for slicing in found:
-        if not covers(slicing):
+        if not covers(slicing, shares):
             raise HandshakeError(
-                f"the prefill node holds a part of the KV heads that the decode node needs ({_heads(source[0])} of "
-                f"{_heads(reader[0])}), and a request is read from one prefill rank; use at least as many decode ranks "
-                f"as prefill ranks"
+                f"the prefill node's rank holds too small a part of the KV heads that the decode node's needs "
+                f"({_heads(source[0])} of {_heads(reader[0])}) for one of {shares} that it reads from; ranks of a node "
+                "must hold equal parts"
             )
     return Pair(found, source[1], reader[1])
 
 
-def covers(slicing: Slicing) -> bool:
-    """Whether pieces fill the reader's blocks: no byte of them would have to come from somebody else."""
-    return slicing.piece_bytes * slicing.reader.pieces_per_block == slicing.reader.block_bytes
+def covers(slicing: Slicing, shares: int = 1) -> bool:
+    """Whether pieces can fill the reader's blocks where they come from so many sources."""
+    return slicing.piece_bytes * slicing.reader.pieces_per_block * shares >= slicing.reader.block_bytes
 
 
 def _heads(layout: KVLayout) -> str:

@@ -36,6 +36,7 @@ class Session:
     def __init__(self, them: wire.Introduction, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]) -> None:
         self.node_id = them.node_id
         self.epoch = them.epoch
+        self.rank, self.ranks = them.rank, them.ranks
         self.sums = False
         self.lane = ""  # once chosen
         self.why_not: dict[str, str] = {}  # the decode node's other lanes
@@ -47,6 +48,10 @@ class Session:
         self._unsaid: list[wire.LaneMessage] | None = []  # until the Welcome went out
         self._announcements: deque[_Announcement] = deque()
         self._closed = False
+
+    def is_replaced_by(self, them: wire.Introduction) -> bool:
+        """They are this rank, connected anew, or a rank of its node after a restart."""
+        return self.node_id == them.node_id and (self.rank == them.rank or self.epoch != them.epoch)
 
     # --- lanes
 

@@ -1,4 +1,4 @@
-"""A prefill node as a decode node sees it: one address, dialled, greeted, tested, listened to, dialled again.
+"""A prefill node's rank as a decode node sees it: one address, dialled, greeted, tested, listened to, dialled again.
 
 Runs on the transfer thread under the inbox, which it tells what comes in. It knows nothing of requests
 but their keys in heartbeats. Every connection is a new session with its own handshake and its own choice of lane; when
@@ -17,6 +17,7 @@ import msgspec
 
 from pd_serve import auth
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
+from pd_serve.kv.layout import KVLayout
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.session.connection import MAX_FRAME_BYTES, TLS_ADVICE, Connection, Resolved, dial
 from pd_serve.transfer.session.handshake import HANDSHAKE_S, Greeting, Identity, shortened
@@ -67,6 +68,7 @@ class PrefillPeer:
     def __init__(
         self,
         source: Source,
+        address: str,
         identity: Identity,
         worker: TransferWorker,
         prober: Prober,
@@ -77,12 +79,13 @@ class PrefillPeer:
         handshake_s: float = HANDSHAKE_S,
         tls: Tls | None = None,
     ) -> None:
-        self.address = source.address
+        self.address = address
         self.named = source.node_id  # what routers call it
         self.misfit = ""  # why nothing can be read from it, as long as that is so
         self.state = State.PAUSED
         self.node_id = ""  # what it said of itself, from TESTING on
         self.epoch = ""
+        self.rank, self.ranks = 0, 1
         self.slow_pulls = 0
         self.failed_pulls = 0  # in a row, over sessions
         self.named_s = worker.clock()  # when a router or a request last named it
@@ -124,6 +127,12 @@ class PrefillPeer:
         """While READY."""
         assert self._lanes is not None
         return self._lanes.pair
+
+    @property
+    def layout(self) -> KVLayout:
+        """While READY."""
+        assert self._welcomed is not None
+        return self._welcomed.layout
 
     @property
     def checksums(self) -> bool:
@@ -367,6 +376,7 @@ class PrefillPeer:
     def _welcome(self, welcome: wire.Welcome, pair: Pair) -> None:
         """Connects each lane that both have, and has them tested. Raises HandshakeError where there is none."""
         self.node_id, self.epoch, self._welcomed = welcome.node_id, welcome.epoch, welcome
+        self.rank, self.ranks = welcome.rank, welcome.ranks
         self.state = State.TESTING
         self._lanes = PeerLanes(welcome, pair, self._worker.lanes, self._prober, self.send)
         self._lanes.connect(self._tested)

@@ -217,7 +217,7 @@ many_regions = st.lists(st.builds(Region, numbers, numbers, numbers), max_size=4
 @settings(max_examples=150, deadline=None)
 def test_whatever_a_reader_says_is_refused_or_fits(layout: KVLayout, said: tuple[Region, ...]) -> None:
     me = node("D", layout)
-    them = wire.Introduction(me.node_id, me.epoch, me.model, layout, list(said), {}, checksums=True)
+    them = wire.Introduction(me.node_id, me.epoch, 0, 1, me.model, layout, list(said), {}, checksums=True)
     with pytest.raises(HandshakeError):
         Two().reception.pair(them, regions(SMALL))
 

@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_serve.decode.expected import Check, Expected
+from pd_serve.decode.incoming import Check, Incoming, Part
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.region import Region
@@ -19,7 +19,7 @@ from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks, First, Ready
 from tests.transfer.harness import SMALL
 
-SOURCE = Source("P", "e", "tcp://127.0.0.1:1")
+SOURCE = Source("P", "e", ("tcp://127.0.0.1:1",))
 BLOCKS = 1 << 20  # of each pool
 
 
@@ -27,12 +27,12 @@ def sized(block_size: int) -> KVLayout:
     return dataclasses.replace(SMALL, block_size=block_size)
 
 
-def expected(source: KVLayout = SMALL, reader: KVLayout = SMALL, *, checksums: bool = False) -> Expected:
+def expected(source: KVLayout = SMALL, reader: KVLayout = SMALL, *, checksums: bool = False) -> Part:
     regions = [
         tuple(Region(4096, layout.block_bytes(min(g, 1)), BLOCKS) for g in range(3)) for layout in (source, reader)
     ]
-    job = Expected("k", SOURCE)
-    job.claimed(Pair(slicings(source, reader), *regions), checksums)
+    [job] = Incoming("k", SOURCE).parts
+    job.claimed(Pair(slicings(source, reader), *regions), checksums, (True, True))
     return job
 
 
@@ -47,6 +47,7 @@ def ready(num_tokens: int, *blocks: tuple[int, int, list[int]], token: int | Non
     st.tuples(st.integers(0, 40), st.integers(0, 40)),
     st.integers(0, 5),
 )
+@settings(deadline=None)
 def test_each_wanted_block_is_taken_once(
     end: int, cuts: list[int], first: tuple[int, int], accepted_after: int
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_block_must_not_move() -> None:
     st.integers(0, 150),
     st.randoms(use_true_random=False),
 )
+@settings(deadline=None)
 def test_every_token_comes_from_where_it_is(
     sizes: tuple[int, int], num_tokens: int, chunks: list[int], cached_tokens: int, random: random.Random
 ) -> None:

@@ -1,13 +1,14 @@
-"""One request whose KV is on its way: what its prefill node has announced, what was pulled, and what that should sum
-to.
+"""One prompt whose KV is on its way: what its prefill node has announced, what was pulled, and what that should sum to.
 
-Data and arithmetic only; the inbox moves it along. Both nodes' blocks are taken apart into *pieces* (see
+It comes in parts, one from each rank of the prefill node that holds heads of this rank's, and has arrived when all
+parts have. Data and arithmetic only; the inbox moves it along. Both nodes' blocks are taken apart into *pieces* (see
 :mod:`pd_serve.transfer.slices`): piece ``i`` of a group covers the same prompt tokens on both, whatever pool block
 holds it here or there, and whatever the block sizes are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,10 +29,13 @@ MAX_PIECES = 1 << 24  # of a request's group: bounds what a peer's message can m
 
 
 class Stage(Enum):
-    CONNECTING = "connecting"  # the prefill node does not know of us yet
-    CLAIMED = "claimed"  # it does; nothing is ready, or no blocks are set aside here
+    """Of a part."""
+
+    CONNECTING = "connecting"  # not all source ranks can be reached yet: none knows of us
+    CLAIMED = "claimed"  # they do; nothing is ready, or no blocks are set aside here
     PULLING = "pulling"  # blocks are set aside: what is announced is pulled
     RELEASING = "releasing"  # all is here; may it be used?
+    VALID = "valid"  # the lease had not ended when all was here
 
 
 class _Group:
@@ -100,12 +104,58 @@ class Check:
     announced: U64
 
 
-@dataclass
-class Expected:
-    key: str
-    source: Source
+class Incoming:
+    """``ranks``: of the source, those that are read from."""
+
+    def __init__(self, key: str, source: Source, ranks: Iterable[int] = (0,)) -> None:
+        self.key = key
+        self.source = source
+        self.offered = False
+        self.parts = [Part(self, rank, source.addresses[rank]) for rank in ranks]
+
+    @property
+    def connecting(self) -> bool:
+        return any(part.stage is Stage.CONNECTING for part in self.parts)
+
+    @property
+    def announced_s(self) -> float:
+        """When a rank had announced all of its part; ``inf`` before. The others compute the same: they follow soon."""
+        return min((part.announced_s for part in self.parts), default=float("inf"))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """During which bytes moved, in the part that took longest."""
+        return max(part.seconds for part in self.parts)
+
+    def arrived(self) -> tuple[int, tuple[int, ...]] | None:
+        """First token, and ``whole_from`` (:meth:`Part.check_complete`), once all parts are here and valid.
+
+        Raises TransferError where ranks have computed different things.
+        """
+        if any(part.checks or part.stage is not Stage.VALID for part in self.parts):
+            return None
+        ends = {(part.num_tokens, part.first_token) for part in self.parts}
+        if len(ends) > 1:
+            raise TransferError(
+                FailureKind.TRANSFER, "ranks of the prefill node announced different ends of the prompt"
+            )
+        first_token = self.parts[0].first_token
+        assert first_token is not None
+        return first_token, tuple(map(max, zip(*(part.whole_from or () for part in self.parts), strict=True)))
+
+
+@dataclass(eq=False)
+class Part:
+    """What one source rank has of a prompt."""
+
+    whole: Incoming = field(repr=False)
+    rank: int
+    address: str
     stage: Stage = Stage.CONNECTING
-    offered: bool = False
     tables: list[I32] = field(default_factory=list)  # a group: logical to local block, 0 = no place here
     first_block: list[int] = field(default_factory=list)
     num_tokens: int = 0
@@ -115,30 +165,44 @@ class Expected:
     pull_started_s: float = 0.0
     checks: list[Check] = field(default_factory=list)
     whole_from: tuple[int, ...] | None = None  # see ``check_complete``
-    released: bool = False  # the prefill node has confirmed the lease
+    announced_s: float = float("inf")  # when the last announcement came
     moved_s: float = 0.0  # when something last moved
     size_bytes: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._groups: list[_Group] = []
+        self._groups: list[_Group | None] = []  # None: read from another rank
         self._announced = False  # since the last ``take``
+
+    @property
+    def key(self) -> str:
+        return self.whole.key
+
+    @property
+    def held(self) -> bool:
+        """The rank holds a lease for it, as long as it hears of us."""
+        return self.stage in (Stage.CLAIMED, Stage.PULLING)
+
+    @property
+    def awaited(self) -> bool:
+        """The rank still computes it, or has it queued."""
+        return self.held and self.first_token is None
 
     @property
     def awaits_answer(self) -> bool:
         """The main thread is about to name blocks, or the prefill node to confirm the lease."""
-        return self.stage is Stage.RELEASING or (self.stage is Stage.CLAIMED and self.offered)
+        return self.stage is Stage.RELEASING or (self.stage is Stage.CLAIMED and self.whole.offered)
 
     @property
     def all_taken(self) -> bool:
         """The last announcement has come, and what it announced is here or being pulled."""
         return self.first_token is not None and not self._announced
 
-    def claimed(self, pair: Pair, checksums: bool) -> None:
-        """The prefill node is known: how its pool and this one fit together."""
+    def claimed(self, pair: Pair, checksums: bool, reads: tuple[bool, ...]) -> None:
+        """The rank is known: how its pool and this one fit together. ``reads``: whether a group is read from it."""
         self._groups = [
-            _Group(slicing, region.num_blocks, checksums)
-            for slicing, region in zip(pair.slicings[:-1], pair.source[:-1], strict=True)
+            _Group(slicing, region.num_blocks, checksums) if read else None
+            for slicing, region, read in zip(pair.slicings[:-1], pair.source[:-1], reads, strict=True)
         ]
         self.stage = Stage.CLAIMED
 
@@ -149,7 +213,9 @@ class Expected:
         for blocks in ready.blocks:
             if not 0 <= blocks.group < len(self._groups) or blocks.first < 0 or len(blocks.ids) % 4:
                 raise TransferError(FailureKind.TRANSFER, "the prefill node's announcement makes no sense")
-            self._groups[blocks.group].announce(blocks)
+            group = self._groups[blocks.group]
+            if group is not None:
+                group.announce(blocks)
         self.num_tokens = max(self.num_tokens, ready.num_tokens)
         if ready.first is not None:
             self.first_token = ready.first.token
@@ -165,6 +231,8 @@ class Expected:
         self._announced = False
         maps = []
         for index, group in enumerate(self._groups):
+            if group is None:
+                continue
             remote, local, sums = group.take(self.tables[index], self.first_block[index])
             if len(remote):
                 maps.append((BlockMap(index, remote, local), sums))
@@ -183,7 +251,7 @@ class Expected:
         end_block = layout.blocks_for(self.num_tokens)
         for index, group in enumerate(self._groups):
             first, table = self.first_block[index], self.tables[index]
-            if first >= end_block:
+            if group is None or first >= end_block:
                 whole_from.append(0)
                 continue
             if len(table) < end_block:
