@@ -203,8 +203,8 @@ def pair_of(source: End, reader: End, shares: int = 1) -> Pair:
         if not covers(slicing, shares):
             raise HandshakeError(
                 f"the prefill node's rank holds too small a part of the KV heads that the decode node's needs "
-                f"({_heads(source[0])} of {_heads(reader[0])}) for one of {shares} that it reads from; ranks of a node "
-                "must hold equal parts"
+                f"({_heads(source[0])} of {_heads(reader[0])}), which reads from {shares} of its node's ranks; "
+                "a node's ranks must hold equal parts of the heads, in order"
             )
     return Pair(found, source[1], reader[1])
 

@@ -380,4 +380,4 @@ def test_a_rank_that_needs_more_heads_than_the_source_has_is_refused(make: Make)
     ends.publish(theirs=[THEIRS[0]])
     failed = ends.d.wait("k", Failed)
     assert failed.kind is FailureKind.HANDSHAKE
-    assert "0..1 of 0..3" in failed.message and "one prefill rank" in failed.message
+    assert "0..1 of 0..3" in failed.message and "reads from 1 of its node's ranks" in failed.message
