@@ -403,6 +403,23 @@ class NodeConfig(EngineSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EngineConfig(NodeConfig):
+    """What an engine process is started with: its node's settings with nothing left to decide, and what belongs to it.
+
+    ``model`` is a directory in HuggingFace form, ``secret`` the secret, from wherever it was given.
+    """
+
+    node_id: str
+    address: str  # ZeroMQ endpoint of the node process, e.g. ipc:///tmp/.../engine.sock
+    pulse_address: str  # the same for the engine's pulse
+    template: str  # what the file ``chat_template`` holds; empty: the model's own
+
+    def __repr__(self) -> str:
+        """Without the secret: whatever is printed may end up in a log."""
+        return f"EngineConfig(role={self.role!r}, node_id={self.node_id!r}, ...)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterSettings(Guarded):
     """What a router does with requests: the same for one router and for the router of ``up``."""

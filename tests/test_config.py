@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_serve import config, config_docs, values
+from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import ConfigError
 
 
@@ -301,3 +303,13 @@ def test_options_of_nixl() -> None:
 def test_sizes_are_said_as_people_do_and_can_be_typed_back(size: int, text: str) -> None:
     assert values.readable_size(size) == text
     assert values.SIZE.parse(text) >= size  # type: ignore[operator]
+
+
+def test_an_engine_gets_its_nodes_settings_and_does_not_print_the_secret() -> None:
+    node = NodeConfig(role="decode", secret="s3cret-of-many-letters", cpus=(1, 2), max_num_seqs=7)
+    config = EngineConfig(**vars(node), node_id="n", address="ipc://a", pulse_address="ipc://b", template="")
+    for text in (repr(config), str(config), f"{config}"):
+        assert "s3cret" not in text and "decode" in text
+    sent = msgspec.json.encode(config)  # on the engine's standard input
+    assert b"s3cret" in sent
+    assert msgspec.json.decode(sent, type=EngineConfig) == config

@@ -24,11 +24,12 @@ import msgspec
 import zmq
 
 from pd_serve import logs
+from pd_serve.config import EngineConfig, EngineSettings
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.pulse import Pulse
 from pd_serve.errors import ConfigError, PDServeError, TransferError
 from pd_serve.values import readable_size
-from pd_serve.wire.engine import EngineConfig, EngineFailed, EngineReady
+from pd_serve.wire.engine import EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Parts:
             self.memory,
             reads_only=reads_only,
             nixl_backend=config.nixl_backend,
-            nixl_options=config.nixl_options,
+            nixl_options=config.nixl_backend_options(),
             nvlink_socket_dir=config.nvlink_socket_dir,
         )
 
@@ -195,14 +196,14 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
 
     watch.lap("import")
     directory = Path(config.model)
-    model = ModelConfig.from_directory(directory, config.chat_template)
+    model = ModelConfig.from_directory(directory, config.template)
     layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
-    num_blocks = _num_blocks(layout, config.kv_cache_bytes)
+    num_blocks = _num_blocks(layout, config.kv_cache_memory)
     max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
     model = model.for_length(max_model_len)
     counts = (num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
-    check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=config.enable_cumem_allocator)
+    check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=bool(config.enable_cumem_allocator))
     kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
@@ -214,7 +215,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     )
     scheduler = Scheduler(kv, limits)
     info = ModelInfo(
-        name=config.served_name,
+        name=config.served_model_name,
         fingerprint=fingerprint(
             directory, config.dtype, config.load_format, long_rope=any(rope.long for rope in model.ropes)
         ),
@@ -265,7 +266,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     return engine, roles.introduce(role, engine.load(), watch.phases)
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig, capacity: int) -> int:
+def _max_model_len(config: EngineSettings, model: ModelConfig, capacity: int) -> int:
     """The longest sequence: what the user asks for, or the model's limit as far as the KV cache has room for it."""
     if config.max_model_len > model.max_model_len:
         raise ConfigError(

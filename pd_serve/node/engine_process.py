@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from pd_serve.config import EngineConfig
 from pd_serve.processes import Child, describe_exit
 from pd_serve.wire import engine as wire
 from pd_serve.wire.link import Running, Status
@@ -68,7 +69,7 @@ class EngineProcess:
         self._orders: dict[int, asyncio.Future[wire.SleepState]] = {}  # to sleep or wake, not answered yet
         self._order_numbers = itertools.count(1)
 
-    def start(self, config: wire.EngineConfig, *, command: list[str] | None = None) -> None:
+    def start(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
         """Starts the process, on the main thread. ``command``: another engine than the real one, for tests."""
         command = command or [sys.executable, "-m", f"pd_serve.{config.role}"]
         self._child = Child(command, stdin=msgspec.json.encode(config))

@@ -10,7 +10,7 @@ import os
 from urllib.parse import urlsplit
 
 from pd_serve import logs, preflight
-from pd_serve.config import NodeConfig
+from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import ConfigError
 from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
@@ -18,7 +18,6 @@ from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.transfer.session.tls import Tls
 from pd_serve.trust import server_tls
-from pd_serve.wire.engine import EngineConfig
 
 ENGINES_ON_GPU = False  # they compute on CPUs so far
 
@@ -57,47 +56,22 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
             f"--cpus names cores that this process may not use: {sorted(missing)}, not of {sorted(allowed)}"
         )
     memory = resolve_memory(config.enable_cumem_allocator, config.enable_sleep_mode, on_gpu=ENGINES_ON_GPU)
+    resolved = {
+        "model": str(model.directory),
+        "served_model_name": config.served_model_name or model.name,
+        "dtype": model.dtype,
+        "load_format": model.load_format,
+        "threads": config.threads or len(config.cpus) or len(allowed),
+        "peer_host": config.peer_host or reachable_host(config.host),
+        "secret": config.node_secret(),
+        "secret_file": "",
+        "enable_cumem_allocator": memory.enable_cumem_allocator,
+        "enable_sleep_mode": memory.enable_sleep_mode,
+    }
     return EngineConfig(
-        role=config.role,
+        **(vars(config) | resolved),
         node_id=f"{config.role}@{urlsplit(url).netloc}",
         address=engine.address,
         pulse_address=engine.pulse_address,
-        model=str(model.directory),
-        served_name=config.served_model_name or model.name,
-        dtype=model.dtype,
-        load_format=model.load_format,
-        block_size=config.block_size,
-        kv_cache_bytes=config.kv_cache_memory,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_queue=config.max_queue,
-        max_queue_wait_s=config.max_queue_wait_s,
-        local_prefill_tokens=config.local_prefill_tokens,
-        threads=config.threads or len(config.cpus) or len(allowed),
-        cpus=list(config.cpus),
-        peer_host=config.peer_host or reachable_host(config.host),
-        lease_s=config.lease_s,
-        pull_timeout_s=config.pull_timeout_s,
-        transport_timeout_s=config.transport_timeout_s,
-        peer_handshake_s=config.peer_handshake_s,
-        allow_insecure_nodes=config.allow_insecure_nodes,
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
-        ssl_ca=config.ssl_ca,
-        engine_timeout_s=config.engine_timeout_s,
-        step_timeout_s=config.step_timeout_s,
-        prefix_caching=config.prefix_caching,
-        transport=config.transport,
-        nixl_backend=config.nixl_backend,
-        nixl_options=config.nixl_backend_options(),
-        nvlink_socket_dir=config.nvlink_socket_dir,
-        checksums=config.checksums,
-        secret=config.node_secret(),
-        enable_cumem_allocator=memory.enable_cumem_allocator,
-        enable_sleep_mode=memory.enable_sleep_mode,
-        pin_memory=config.pin_memory,
-        log_level=config.log_level,
-        chat_template=config.chat_template_text(),
-        generation_config=config.generation_config,
+        template=config.chat_template_text(),
     )

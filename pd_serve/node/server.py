@@ -22,7 +22,7 @@ import uvloop
 
 from pd_serve import __version__
 from pd_serve.auth import admin_token
-from pd_serve.config import NodeConfig
+from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import PDServeError
 from pd_serve.http import bounded
 from pd_serve.node import links as codes
@@ -33,7 +33,6 @@ from pd_serve.node.sleep import Sleep, State
 from pd_serve.node.websocket import LinkProtocol
 from pd_serve.tls_listener import Server
 from pd_serve.trust import is_loopback
-from pd_serve.wire.engine import EngineConfig
 from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, ModelInfo, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
@@ -152,7 +151,7 @@ class Node:
             self._engine_config.model,
             name=model.name,
             fingerprint=model.fingerprint,
-            chat_template=self._engine_config.chat_template,
+            chat_template=self._engine_config.template,
             generation_config=self._engine_config.generation_config,
         )
         encoded = encode_bundle(bundle)

@@ -3,8 +3,9 @@
 Every message has two frames: the *origin* (4 bytes, little-endian: which router link; 0 = the node
 itself) and one MessagePack payload. With origin > 0 the payloads are those of :mod:`pd_serve.wire.link`
 (``Submit``, ``Abort`` in; ``Outputs`` out), which the node passes on without decoding them. With origin
-0 they are the unions below. The node binds, the engine connects; the engine's configuration travels
-as JSON on its standard input. A second socket carries the engine's pulse: ``Beat`` messages of one frame.
+0 they are the unions below. The node binds, the engine connects; the engine's configuration
+(:class:`pd_serve.config.EngineConfig`) travels as JSON on its standard input. A second socket carries the engine's
+pulse: ``Beat`` messages of one frame.
 """
 
 from __future__ import annotations
@@ -14,57 +15,6 @@ import msgspec
 from pd_serve.wire.link import Load, ModelInfo, Peers, Running, Status
 
 NODE = (0).to_bytes(4, "little")
-
-
-class EngineConfig(msgspec.Struct, frozen=True):
-    """Everything an engine process needs to know, resolved: no aliases, no "auto"."""
-
-    role: str  # "prefill" | "decode"
-    node_id: str
-    address: str  # ZeroMQ endpoint of the node process, e.g. ipc:///tmp/.../engine.sock
-    pulse_address: str  # the same for the engine's pulse
-    model: str  # directory in HuggingFace form
-    served_name: str
-    dtype: str  # "float32" | "bfloat16"
-    load_format: str  # "safetensors" | "dummy"
-    block_size: int  # tokens
-    kv_cache_bytes: int
-    max_model_len: int  # 0: the model's own
-    max_num_seqs: int
-    max_num_batched_tokens: int  # token budget of one step
-    max_queue: int  # admitted requests without blocks; beyond it requests are refused
-    max_queue_wait_s: float  # requests that would wait longer for blocks are refused
-    local_prefill_tokens: int
-    threads: int  # compute threads
-    cpus: list[int]  # cores the engine is bound to; empty: not bound
-    peer_host: str  # address the peer channel binds and announces
-    lease_s: float
-    pull_timeout_s: float
-    transport_timeout_s: float  # for the transport to start
-    peer_handshake_s: float
-    allow_insecure_nodes: bool  # without a secret, dial prefill nodes on other machines too
-    ssl_certfile: str
-    ssl_keyfile: str
-    ssl_ca: str  # empty: no TLS between engines
-    engine_timeout_s: float  # the node gives up an engine whose pulse is silent for so long
-    step_timeout_s: float  # the least time that a step may take
-    prefix_caching: bool
-    transport: str  # "auto": whichever the machine offers; or a name
-    nixl_backend: str
-    nixl_options: dict[str, str]
-    nvlink_socket_dir: str  # empty: this user's own
-    checksums: bool  # of KV blocks
-    secret: str  # that nodes prove to each other; empty: none
-    enable_cumem_allocator: bool
-    enable_sleep_mode: bool
-    pin_memory: bool  # where it helps
-    log_level: str = "info"
-    chat_template: str = ""  # its text; empty: the model's own
-    generation_config: str = "auto"  # "none": no sampling defaults
-
-    def __repr__(self) -> str:
-        """Without the secret: whatever is printed may end up in a log."""
-        return f"EngineConfig(role={self.role!r}, node_id={self.node_id!r}, ...)"
 
 
 class EngineReady(msgspec.Struct, tag="engine_ready"):

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import msgspec
 import pytest
 
 from pd_serve.config import NodeConfig
 from pd_serve.engine.boot import _max_model_len
 from pd_serve.errors import ConfigError
 from pd_serve.models.config import ModelConfig
-from pd_serve.models.source import ModelFiles
-from pd_serve.node.engine_process import EngineProcess
-from pd_serve.node.main import make_engine_config
 from tests.models.reference import LONGROPE, SIZES
 
 
 def limit(asked: int, capacity: int, **more: object) -> int:
     model = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], **SIZES, **more})
-    files = ModelFiles("m", Path(), "float32", "dummy")
-    engine = EngineProcess(5.0)
-    engine.close()
-    config = make_engine_config(NodeConfig(role="decode"), files, "http://127.0.0.1:1", engine)
-    return _max_model_len(msgspec.structs.replace(config, max_model_len=asked), model, capacity)
+    config = NodeConfig(role="decode", max_model_len=asked)
+    return _max_model_len(config, model, capacity)
 
 
 def test_a_length_that_cannot_be_had_is_an_error_that_says_what_to_set() -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 import msgspec
 import zmq
 
+from pd_serve.config import EngineConfig
 from pd_serve.wire import engine, link
 from pd_serve.wire.memory import MemoryReport, TagUsage
 
@@ -20,7 +21,7 @@ FLOOD_BYTES = 200 << 20
 
 
 def main() -> int:
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=engine.EngineConfig)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.connect(config.address)
     pulse = socket.context.socket(zmq.PUSH)
@@ -61,7 +62,7 @@ def main() -> int:
         report = link.Status(load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep)))
         return engine.Report(report, dict(submits))
 
-    model = link.ModelInfo(config.served_name, "f00d", 128, 1000, [2])
+    model = link.ModelInfo(config.served_model_name, "f00d", 128, 1000, [2])
     say(ready())
     status_due_s = 0.0
     while True:
