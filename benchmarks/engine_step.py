@@ -30,7 +30,7 @@ BATCH_SIZES = (1, 8)
 CONTEXTS = (256, 512, 1024)
 
 
-def batch_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Step:
+def step_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Step:
     """``num_seqs`` sequences of ``length`` tokens, of which the last ``new_tokens`` are computed; scattered blocks."""
     blocks = -(-length // BLOCK_SIZE)
     tables = np.random.default_rng(0).permutation(num_seqs * blocks).astype(np.int32).reshape(num_seqs, blocks) + 1
@@ -49,12 +49,12 @@ def batch_of(groups: int, num_seqs: int, new_tokens: int, length: int) -> Step:
     )
 
 
-def measure(runner: Runner, batch: Step, repeats: int) -> str:
-    runner.execute(batch)
+def measure(runner: Runner, step: Step, repeats: int) -> str:
+    runner.execute(step)
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        runner.execute(batch)
+        runner.execute(step)
         times.append(1e3 * (time.perf_counter() - begin))
     return f"{statistics.median(times):8.2f} ms   least {min(times):8.2f} ms"
 
@@ -85,10 +85,10 @@ def main() -> None:
     groups = len(layout.groups)
     for num_seqs in BATCH_SIZES:
         for context in CONTEXTS:
-            times = measure(runner, batch_of(groups, num_seqs, 1, context), args.repeats)
+            times = measure(runner, step_of(groups, num_seqs, 1, context), args.repeats)
             print(f"decode  batch {num_seqs}  context {context:5}: {times}")
     for context in CONTEXTS:
-        times = measure(runner, batch_of(groups, 1, context, context), max(3, args.repeats // 5))
+        times = measure(runner, step_of(groups, 1, context, context), max(3, args.repeats // 5))
         print(f"prefill {context:5} tokens           : {times}")
 
 

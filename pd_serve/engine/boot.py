@@ -86,7 +86,7 @@ RoleFactory = Callable[[Parts], "Role"]
 
 
 class Roles:
-    """The roles of one engine, one after another (see :class:`pd_serve.engine.presence.Roles`)."""
+    """The roles of one engine, one after another (see :class:`pd_serve.engine.lifecycle.Roles`)."""
 
     def __init__(self, make: RoleFactory, parts: Parts, info: ModelInfo) -> None:
         self._make = make
@@ -180,12 +180,12 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     torch.set_grad_enabled(False)
 
     from pd_serve.compute.cpu import ops
+    from pd_serve.compute.cpu.executor import LocalExecutor
     from pd_serve.compute.cpu.runner import Runner
     from pd_serve.compute.cpu.sampler import Sampler
     from pd_serve.engine.core import Engine
-    from pd_serve.engine.presence import Presence
+    from pd_serve.engine.lifecycle import Lifecycle
     from pd_serve.engine.scheduler import Limits, Scheduler
-    from pd_serve.engine.sleep import HostSleeper
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.pool import HostPool
@@ -234,7 +234,7 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     )
     roles = Roles(make_role, Parts(config, identity, layout, kv, scheduler, pool.memory()), info)
 
-    def load() -> Decoder:
+    def read_weights() -> Decoder:
         return load_decoder(
             directory, model, config.dtype, config.load_format, ops=ops, max_positions=max_model_len + 1
         )
@@ -242,9 +242,11 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     role = roles.open()  # the transport starts on its own thread while the model loads
     try:
         watch.lap("pool")
-        runner = Runner(load(), model, layout, pool.tensors(), config.threads)
+        runner = Runner(None, model, layout, pool.tensors(), config.threads)
+        executor = LocalExecutor(pool, runner, Sampler(model.vocab_size), read_weights)
+        executor.load()
         watch.lap("load")
-        runner.warm_up()
+        executor.warm_up()
         watch.lap("warm_up")
         role.wait_ready(config.transport_timeout_s)
         pool.populate()
@@ -255,9 +257,8 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     engine = Engine(
         kv=kv,
         scheduler=scheduler,
-        runner=runner,
-        sampler=Sampler(model.vocab_size, model.eos_token_ids),
-        presence=Presence(roles, role, kv, HostSleeper(pool, runner, load)),
+        executor=executor,
+        lifecycle=Lifecycle(roles, role, kv, executor, pulse),
         channel=channel,
         pulse=pulse,
         eos_token_ids=model.eos_token_ids,

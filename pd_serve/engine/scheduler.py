@@ -96,16 +96,18 @@ class Scheduler:
             self.queue_seconds += time.monotonic() - seq.admitted_s
             self.num_started += 1
         seq.state = State.RUNNING
+        seq.num_scheduled = seq.num_computed
         self.running.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Ends a waiting or running sequence and gives its blocks back."""
+        """Ends a waiting or running sequence and gives its blocks back, if need be when its last step is collected."""
         if seq.state is State.WAITING:
             self.waiting.remove(seq)
         elif seq.state is State.RUNNING:
             self.running.remove(seq)
-        self.close_blocks(seq)
         seq.state = State.FINISHED
+        if not seq.in_flight:
+            self.close_blocks(seq)
 
     def detach(self, seq: Sequence) -> None:
         """Ends a running sequence whose blocks somebody else takes over."""
@@ -119,42 +121,59 @@ class Scheduler:
 
     # --- a step -------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Work]:
-        """The next step's work, rows of one token first; empty when nothing can be done."""
-        works = self._plan_decodes()
+    def limit(self, seq: Sequence) -> int:
+        """The length at which a sequence ends, if nothing ends it before."""
+        return min(seq.num_prompt + seq.sampling.max_tokens, self.limits.max_model_len)
+
+    def plan(self, *, launched: bool = False) -> list[Work] | None:
+        """The next step's work, rows of one token first; empty when nothing can be done.
+
+        ``launched``: a step is in flight. None: it has to be collected first, as its sequences' blocks are wanted.
+        """
+        works = self._plan_decodes(launched)
+        if works is None:
+            return None
         budget = self.limits.max_num_batched_tokens - len(works)
         if works:  # what decodes waits for the whole step: a chunk beside it is no longer than pays
             budget = min(budget, self.limits.saturating_tokens)
-        prefills = [s for s in self.running if s.num_computed + 1 < s.num_tokens or s.num_computed == 0]
-        for seq in prefills:
+        for seq in [s for s in self.running if _is_prompt(s, s.num_scheduled)]:
             budget = self._plan_prefill(works, seq, budget)
         if self.waiting and budget > 0:
-            self._admit(works, prefills, budget)
+            self._admit(works, budget)
         self.pace.blocked(bool(self.waiting) or self.outside_s < math.inf, time.monotonic())
         works.sort(key=lambda w: w.num_tokens != 1)
+        for work in works:
+            work.seq.num_scheduled = work.end
         return works
 
-    def _plan_decodes(self) -> list[Work]:
+    def _plan_decodes(self, launched: bool) -> list[Work] | None:
         works = []
         for seq in sorted(self.running, key=by_age):  # a victim, the youngest, has not been planned yet
-            if seq.state is not State.RUNNING or seq.num_computed == 0 or seq.num_computed + 1 != seq.num_tokens:
+            if seq.state is not State.RUNNING or _is_prompt(seq, seq.num_scheduled) or self._ends(seq):
                 continue
             assert seq.blocks is not None  # running sequences hold blocks
-            while not self.kv.can_extend(seq.blocks, seq.num_tokens):
+            length = seq.length
+            while not self.kv.can_extend(seq.blocks, length):
+                if launched:
+                    return None
                 # blocks that were announced to a decode node stay: it may be reading them
                 victim = max((s for s in reversed(self.running) if not s.handoff), key=by_age, default=seq)
                 self._preempt(victim)
                 if victim is seq:
                     break
             else:
-                self.kv.extend(seq.blocks, seq.num_tokens)
-                works.append(Work(seq, 1))
+                self.kv.extend(seq.blocks, length)
+                works.append(Work(seq, length - 1, 1, True))
         return works
+
+    def _ends(self, seq: Sequence) -> bool:
+        """Whether what is in flight samples the last token there will be."""
+        return seq.length > seq.num_tokens and (seq.handoff or seq.length >= self.limit(seq))
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.close_blocks(seq)
-        seq.num_computed = 0
+        seq.num_computed = seq.num_scheduled = 0
         seq.state = State.WAITING
         insort_left(self.waiting, seq, key=by_age)
         self.num_preemptions += 1
@@ -165,16 +184,18 @@ class Scheduler:
         Nothing is left once the device is saturated: a second prompt would not be done sooner for sharing the step,
         and the first would wait for it.
         """
-        count = min(seq.num_tokens - seq.num_computed, budget)
-        if seq.sampling.prompt_logprobs >= 0 and seq.num_computed < seq.num_prompt:
+        start = seq.num_scheduled
+        count = min(seq.num_tokens - start, budget)
+        if seq.sampling.prompt_logprobs >= 0 and start < seq.num_prompt:
             count = min(count, PROMPT_LOGPROBS_CHUNK)
         if count > 0:
-            works.append(Work(seq, count))
+            works.append(Work(seq, start, count, start + count == seq.num_tokens))
         saturated = sum(work.num_tokens for work in works) >= self.limits.saturating_tokens
         return 0 if saturated else budget - count
 
-    def _admit(self, works: list[Work], prefills: list[Sequence], budget: int) -> None:
-        computing = {key for s in prefills if (key := self._next_block(s)) is not None}
+    def _admit(self, works: list[Work], budget: int) -> None:
+        prompts = [s for s in self.running if _is_prompt(s, s.num_computed)]
+        computing = {key for s in prompts if (key := self._next_block(s)) is not None}
         end = bisect_left(self.waiting, self.outside_s, key=by_age) if self.outside_s < math.inf else len(self.waiting)
         at = 0
         while at < end and budget > 0 and len(self.running) < self.limits.max_num_seqs:
@@ -221,12 +242,24 @@ class Scheduler:
             return None
         return seq.blocks.node, block_keys(seq.tokens, size, first, first + 1)[0]
 
-    def advance(self, work: Work) -> None:
-        """Books a computed piece of work: its KV is in its blocks now."""
+    def collected(self, work: Work) -> bool:
+        """Books a computed piece of work: its KV is in its blocks now. False: its sequence has ended meanwhile."""
         seq = work.seq
-        assert seq.blocks is not None
-        seq.num_computed += work.num_tokens
-        self.kv.commit(seq.blocks, seq.tokens, seq.num_computed)
+        seq.num_computed = work.end
+        if seq.state is State.RUNNING:
+            assert seq.blocks is not None
+            self.kv.commit(seq.blocks, seq.tokens, seq.num_computed)
+            return True
+        if not seq.in_flight:
+            self.close_blocks(seq)
+        return False
+
+    def failed(self, work: Work) -> None:
+        """Takes back a piece of work that nothing came of, and nothing after it is in flight."""
+        seq = work.seq
+        seq.num_scheduled = work.start
+        if seq.state is State.FINISHED and not seq.in_flight:
+            self.close_blocks(seq)
 
     @property
     def waiting_tokens(self) -> int:
@@ -234,3 +267,8 @@ class Scheduler:
         return sum(s.num_tokens - s.num_computed for s in self.waiting) + sum(
             max(0, s.num_tokens - s.num_computed - 1) for s in self.running
         )
+
+
+def _is_prompt(seq: Sequence, num_done: int) -> bool:
+    """Whether with ``num_done`` tokens there is more to be computed than the last one, which decodes."""
+    return num_done + 1 < seq.num_tokens or num_done == 0

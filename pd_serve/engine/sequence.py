@@ -1,7 +1,6 @@
 """A sequence: one attempt at one choice of a request, from admission to its end.
 
-Data only. The scheduler moves it between states, the KV manager owns ``blocks``, the sampler reads
-``sampling`` and the tokens.
+Data only. The scheduler moves it between states, the KV manager owns ``blocks``.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from pd_serve.compute.step import Rows
 from pd_serve.kv.manager import SequenceBlocks
 from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 
@@ -23,7 +23,11 @@ class State(Enum):
 
 
 class Sequence:
-    """``tokens[:num_tokens]`` is prompt then output; the first ``num_computed`` have their KV in blocks."""
+    """``tokens[:num_tokens]`` is prompt then output; the first ``num_computed`` have their KV in blocks.
+
+    ``num_scheduled``: with what launched steps write, which may be the token after the last known one. What they sample
+    is known when they are collected.
+    """
 
     __slots__ = (
         "_tokens",
@@ -35,11 +39,13 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_prompt",
+        "num_scheduled",
         "num_tokens",
         "origin",
         "prompt_logprobs",
-        "sampler_state",
+        "sample_row",
         "sampling",
+        "sampling_row",
         "source",
         "started",
         "state",
@@ -66,6 +72,7 @@ class Sequence:
         self.num_tokens = len(tokens)
         self.num_prompt = num_prompt  # the client's prompt; what follows is output (of any attempt)
         self.num_computed = 0
+        self.num_scheduled = 0
         self.num_cached = 0
         self.sampling = sampling
         self.handoff = handoff
@@ -75,13 +82,24 @@ class Sequence:
         self.started = False  # it has run; a preempted one waits again
         self.state = State.WAITING
         self.blocks: SequenceBlocks | None = None
-        self.sampler_state: object | None = None  # the sampler's own (penalty counts), made on first use
+        self.sampling_row: Rows | None = None  # how it is sampled, made on first use
+        self.sample_row = 0  # of the step launched last that samples for it
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:
         """``[num_tokens]`` int32 view: prompt, then output."""
         return self._tokens[: self.num_tokens]
+
+    @property
+    def length(self) -> int:
+        """Tokens when all that was launched has been collected: each step that reaches the end samples one."""
+        return max(self.num_tokens, self.num_scheduled + 1)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a launched step writes to its blocks."""
+        return self.num_scheduled > self.num_computed
 
     @property
     def output_index(self) -> int:

@@ -1,4 +1,4 @@
-"""An engine on a thread, with a role, a sleeper and a model that do as they are told, and the node's end of it all."""
+"""An engine on a thread, with a role and an executor that do as they are told, and the node's end of it all."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import time
 from array import array
 from collections.abc import Callable, Collection
 
-import torch
 import zmq
 
-from pd_serve.compute.cpu.sampler import Sampler
-from pd_serve.compute.step import Step
+from pd_serve.compute.executor import TAGS
+from pd_serve.compute.step import Sampled, Step
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.core import Engine
-from pd_serve.engine.presence import Presence
+from pd_serve.engine.lifecycle import Lifecycle
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.role import NoRole
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
-from pd_serve.engine.sleep import TAGS
 from pd_serve.errors import PDServeError
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
+from pd_serve.memory.region import PoolMemory
 from pd_serve.memory.usage import WEIGHTS
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
@@ -55,11 +54,37 @@ class ScriptedRole(NoRole):
         return super().close() and self._lets_go
 
 
-class ScriptedSleeper:
+class ScriptedExecutor:
+    """One token for each sequence and step, as soon as ``go`` is set."""
+
+    depth = 0
+
     def __init__(self, said: list[str]) -> None:
         self._said = said
         self.asleep: list[str] = []
         self.broken = ""  # what fails
+        self.step_s = 0.0
+        self.poison = -1  # a token that no step with it can be computed
+        self.go = threading.Event()
+        self.go.set()
+
+    def launch(self, step: Step) -> Sampled:
+        assert self.go.wait(10)
+        time.sleep(self.step_s)
+        if self.poison in step.tokens:
+            raise RuntimeError("poisoned")
+        return Sampled([7] * len(step.sampled_rows), [None] * len(step.sampled_rows), [])
+
+    def collect(self, launched: Sampled) -> Sampled:
+        return launched
+
+    def memory(self) -> list[PoolMemory]:
+        raise AssertionError("roles here have no peers")
+
+    def load(self) -> None:
+        raise AssertionError("an engine is given an executor that is loaded")
+
+    warm_up = load
 
     def sleep(self, level: int) -> None:
         self._said.append(f"sleep {level}")
@@ -77,24 +102,8 @@ class ScriptedSleeper:
     def report(self) -> MemoryReport:
         return MemoryReport("test", {WEIGHTS: TagUsage(1, 2, 3)}, asleep=self.asleep)
 
-
-class Compute:
-    """One token for each sequence and step, as soon as ``go`` is set."""
-
-    def __init__(self) -> None:
-        self.step_s = 0.0
-        self.poison = -1  # a token that no batch with it can be computed
-        self.go = threading.Event()
-        self.go.set()
-
-    def execute(self, batch: Step) -> torch.Tensor:
-        assert self.go.wait(10)
-        time.sleep(self.step_s)
-        if self.poison in batch.tokens:
-            raise RuntimeError("poisoned")
-        logits = torch.zeros(len(batch.logits_rows), VOCAB)
-        logits[:, 7] = 1.0
-        return logits
+    def close(self) -> None:
+        self._said.append("end")
 
 
 class Node:
@@ -106,8 +115,7 @@ class Node:
         self.outputs: list[link.Output] = []
         self.role: ScriptedRole
         self.lets_go = True
-        self.sleeper = ScriptedSleeper(self.said)
-        self.compute = Compute()
+        self.executor = ScriptedExecutor(self.said)
         layout = KVLayout(4, "float32", (kv_group((0,), 1, 8),))
         self.kv = KVManager(layout, (64,), 128)
         self._opened = 0
@@ -120,13 +128,12 @@ class Node:
         self._beats.bind(f"{address}-pulse")
         self._pulse = Pulse(self._context, f"{address}-pulse", engine_timeout_s=0.1, step_timeout_s=0.2)
         self._pulse.start()
-        self.presence = Presence(self, self.open(), self.kv, self.sleeper)
+        lifecycle = Lifecycle(self, self.open(), self.kv, self.executor, self._pulse)
         self._engine = Engine(
             kv=self.kv,
             scheduler=Scheduler(self.kv, Limits(8, 64, 1000, 100, 10.0, 100)),
-            runner=self.compute,
-            sampler=Sampler(VOCAB, (1,)),
-            presence=self.presence,
+            executor=self.executor,
+            lifecycle=lifecycle,
             channel=self._channel,
             pulse=self._pulse,
             eos_token_ids=(1,),
@@ -210,11 +217,12 @@ class Node:
         self.listen(lambda: any(o.id == name and o.finish for o in self.outputs), f"the end of {name}")
 
     def close(self) -> None:
-        self.compute.go.set()
+        self.executor.go.set()
         self.tell(wire.Shutdown())
         self._thread.join(10)
         assert not self._thread.is_alive()
         self._engine.close()
+        assert self.said[-1] == "end"
         self._channel.close()
         self._pulse.close()
         self._beats.close(0)

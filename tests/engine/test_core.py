@@ -63,13 +63,13 @@ def test_garbage_for_a_source_an_age_or_peers_is_refused_in_words(node: Node, ca
 
 
 def test_one_sequence_that_cannot_be_computed_fails_alone(node: Node) -> None:
-    node.compute.poison = 50
-    node.compute.go.clear()
+    node.executor.poison = 50
+    node.executor.go.clear()
     node.submit("first", 3)
     node.say(link.Submit("poisoned", array("i", [50, 51, 52]).tobytes(), 0, PARAMS))
     for name, prompt in (("a", 12), ("b", 16), ("c", 24)):
         node.submit(name, 5, prompt)
-    node.compute.go.set()
+    node.executor.go.set()
     for name in ("first", "a", "b", "c"):
         node.finished(name)
     failure = node.output("poisoned").failure
@@ -94,7 +94,7 @@ def test_a_report_names_the_last_submit_of_each_link_that_it_includes(node: Node
 def test_an_answer_does_not_wait_for_the_next_step(node: Node) -> None:
     node.submit("long", 50)
     node.listen(lambda: node.outputs, "tokens")
-    node.compute.step_s = 0.1
+    node.executor.step_s = 0.1
     node.submit("bad", 2, temperature=-1.0)
     assert node.output("bad").failure is not None
     assert node.outputs[-1].id == "bad"  # by itself, not with the tokens of a step after it
@@ -103,7 +103,7 @@ def test_an_answer_does_not_wait_for_the_next_step(node: Node) -> None:
 def test_the_pulse_goes_on_during_a_step_and_says_how_long_it_may_take(node: Node) -> None:
     while (beat := node.beat()).running is not None:
         pass  # the loop's first turn
-    node.compute.go.clear()
+    node.executor.go.clear()
     node.submit("a", 3)
     while (beat := node.beat()).running is None or not beat.running.tokens:
         pass
@@ -113,9 +113,9 @@ def test_the_pulse_goes_on_during_a_step_and_says_how_long_it_may_take(node: Nod
     while (beat := node.beat()).running is not None and beat.running.seconds < 0.3:
         assert beat.running.step == 1
     assert beat.running is not None
-    node.compute.go.set()
+    node.executor.go.set()
     node.finished("a")
-    node.compute.go.clear()
+    node.executor.go.clear()
     node.submit("b", 3, 60)  # 40 more tokens; 20 took 0.3 s before
     while (beat := node.beat()).running is None or beat.running.step < 4:
         pass

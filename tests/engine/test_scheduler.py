@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_serve.engine.plan import Work, build_batch
+from pd_serve.engine.plan import StepBuilder, Work
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.layout import KVLayout, LayerGroup, kv_group
@@ -49,13 +49,18 @@ def next_token(tokens: list[int]) -> int:
     return (sum(tokens) * 31 + len(tokens)) % 1000
 
 
+def planned(s: Scheduler) -> list[Work]:
+    plan = s.plan()
+    assert plan is not None  # nothing is in flight
+    return plan
+
+
 def step(s: Scheduler) -> list[Work]:
     """One engine step; finished sequences leave."""
-    plan = s.plan()
+    plan = planned(s)
     for work in plan:
-        samples = work.samples
-        s.advance(work)
-        if samples:
+        assert s.collected(work)
+        if work.samples:
             seq = work.seq
             seq.append(next_token(seq.tokens.tolist()))
             if seq.output_index >= seq.sampling.max_tokens:
@@ -76,7 +81,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:
     s.add(short)
     step(s)
     s.add(long)
-    plan = s.plan()
+    plan = planned(s)
     assert [(w.seq.id, w.num_tokens) for w in plan] == [("a", 1), ("b", 15)]
 
 
@@ -84,7 +89,7 @@ def test_two_prompts_share_a_step_under_the_budget() -> None:
     s = scheduler(budget=16)
     s.add(sequence("a", list(range(10))))
     s.add(sequence("b", list(range(100, 110))))
-    assert [(w.seq.id, w.num_tokens) for w in s.plan()] == [("a", 10), ("b", 6)]
+    assert [(w.seq.id, w.num_tokens) for w in planned(s)] == [("a", 10), ("b", 6)]
 
 
 def test_a_prompt_that_saturates_the_device_has_the_step_for_itself() -> None:
@@ -110,10 +115,10 @@ def test_admission_waits_for_room_for_the_whole_prompt() -> None:
     s = scheduler(blocks=9)  # 8 usable
     s.add(sequence("a", list(range(20))))
     s.add(sequence("b", list(range(50, 70))))
-    assert [w.seq.id for w in s.plan()] == ["a"]
+    assert [w.seq.id for w in planned(s)] == ["a"]
     while s.running:
         step(s)
-    assert [w.seq.id for w in s.plan()] == ["b"]
+    assert [w.seq.id for w in planned(s)] == ["b"]
 
 
 def test_when_blocks_run_out_the_youngest_is_computed_again() -> None:
@@ -203,27 +208,27 @@ def test_the_youngest_request_is_preempted_and_keeps_its_age() -> None:
     assert [q.id for q in s.waiting] == ["between", "young"]
 
 
-def test_batch_arrays_of_a_mixed_step() -> None:
+def test_arrays_of_a_mixed_step() -> None:
     s = scheduler(groups=(FULL, WINDOW))
     s.add(sequence("a", [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], 8))
     step(s)
     s.add(sequence("b", [1, 2, 3]))
-    plan = s.plan()
-    batch = build_batch(plan, BLOCK, 2)
+    plan = planned(s)
+    found = StepBuilder(BLOCK, 2, ()).build(plan)
     a, b = plan[0].seq, plan[1].seq
-    assert batch.num_decode == 1
-    assert batch.tokens.tolist() == [int(a.tokens[-1]), 1, 2, 3]
-    assert batch.positions.tolist() == [10, 0, 1, 2]
-    assert batch.query_start.tolist() == [0, 1, 4]
-    assert batch.seq_lens.tolist() == [11, 3]
-    assert batch.logits_rows.tolist() == [0, 3]
+    assert found.num_decode == 1
+    assert found.tokens.tolist() == [int(a.tokens[-1]), 1, 2, 3]
+    assert found.positions.tolist() == [10, 0, 1, 2]
+    assert found.query_start.tolist() == [0, 1, 4]
+    assert found.seq_lens.tolist() == [11, 3]
+    assert found.logits_rows.tolist() == [0, 3]
     assert a.blocks is not None and b.blocks is not None
-    assert batch.slots[0].tolist() == [
+    assert found.slots[0].tolist() == [
         int(a.blocks.tables[0][2]) * BLOCK + 2,
         *(int(b.blocks.tables[0][0]) * BLOCK + i for i in range(3)),
     ]
     # position 10 sees 4 to 10, and the window is laid before the last whole block: block 0 is still held
-    assert batch.block_tables[1][0].tolist() == a.blocks.tables[1][:3].tolist()
+    assert found.block_tables[1][0].tolist() == a.blocks.tables[1][:3].tolist()
 
 
 @settings(max_examples=60, deadline=None)

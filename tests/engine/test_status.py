@@ -9,7 +9,7 @@ import pytest
 
 from pd_serve.engine import core
 from pd_serve.wire import link
-from tests.engine.test_sleep import Node
+from tests.engine.harness import Node
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Runs a decoder on steps: arrays in, logits out.
 
-Called by the engine's core, once a step. Owns the attention over the pool's regions and the number of threads.
+Called by the executor, once a step. Owns the attention over the pool's regions and the number of threads.
 Must never look at sequences, requests or sampling parameters: a step says everything.
 """
 
@@ -21,41 +21,31 @@ _WARM_UP_TOKENS = 4
 
 
 class Runner:
-    """``regions``: one uint8 tensor a layer group, ``[num_blocks * block_bytes]``. ``threads``: compute threads."""
+    """``regions``: one uint8 tensor a layer group, ``[num_blocks * block_bytes]``. ``threads``: compute threads.
+
+    ``model`` is None while the weights are not in memory; nothing can be computed then.
+    """
 
     def __init__(
-        self, model: Decoder, config: ModelConfig, layout: KVLayout, regions: list[Tensor], threads: int
+        self, model: Decoder | None, config: ModelConfig, layout: KVLayout, regions: list[Tensor], threads: int
     ) -> None:
         torch.set_num_threads(threads)
         if threads > 1:
             set_kernel_threads(threads)
-        self._model: Decoder | None = model
+        self.model = model
         self._layout = layout
         self._attention = PagedAttention(
             layout, regions, config.num_heads, config.attention_scale, parallel=threads > 1
         )
 
-    @property
-    def model(self) -> Decoder | None:
-        """None between ``unload`` and ``load``; nothing can be computed then."""
-        return self._model
-
-    def unload(self) -> None:
-        """Lets go of the weights."""
-        self._model = None
-
-    def load(self, model: Decoder) -> None:
-        """Takes the weights that come after ``unload``: of the same model."""
-        self._model = model
-
     @torch.inference_mode()
     def execute(self, step: Step) -> Tensor:
         """Writes the step's KV and returns ``[N, vocab]`` float32 logits of its ``logits_rows``."""
-        assert self._model is not None, "the weights are asleep"
+        assert self.model is not None, "the weights are asleep"
         self._attention.start(step)
         tokens, positions = torch.from_numpy(step.tokens), torch.from_numpy(step.positions)
         rows = torch.from_numpy(step.logits_rows) if len(step.logits_rows) < step.num_tokens else None
-        return self._model.logits(self._model.forward(tokens, positions, self._attention, rows))
+        return self.model.logits(self.model.forward(tokens, positions, self._attention, rows))
 
     def warm_up(self) -> None:
         """Compiles kernels or takes them from the cache, by a short prompt and one decode into block 0."""

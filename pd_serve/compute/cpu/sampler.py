@@ -1,7 +1,7 @@
-"""Chooses tokens from logits, for a batch in which each sequence has its own parameters.
+"""Chooses tokens from logits, for a step in which each row has its own parameters.
 
-Called by the engine's core after each step. Owns the order of what is done to a row of logits, as vLLM has it:
-``logit_bias``, ``min_tokens``, penalties (here log-probabilities are taken), temperature, ``min_p``, ``top_k``,
+Called by the executor after the model. Owns the order of what is done to a row of logits, as vLLM has it: biases (of
+which one of minus infinity forbids), penalties (here log-probabilities are taken), temperature, ``min_p``, ``top_k``,
 ``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit / temperature +
 noise``, whose noise is a function of the sequence's seed, the output index and the token alone. Must never depend on
 the batch, on time or on earlier draws; and as rounding moves logits by little, it changes a draw only where two tokens
@@ -11,7 +11,6 @@ tie (a draw by position in a running sum shifts with every weight before it).
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cpu.sampling_kernels import NUM_BINS, bin_weights, draw_among, draw_any, relative_weights
-from pd_serve.engine.sequence import Sequence
-from pd_serve.wire.link import SamplingParams, TokenLogprob
+from pd_serve.compute.step import NO_LINE, Bias, Sampled, SamplingRow, Step
+from pd_serve.wire.link import TokenLogprob
 
 F32 = npt.NDArray[np.float32]
 
@@ -29,43 +28,50 @@ GREEDY_BELOW = 1e-5  # temperatures: so small a one leaves one token, if it does
 _MASK_64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One entry a sequence, in the order asked for."""
-
-    tokens: list[int]
-    logprobs: list[TokenLogprob | None]
-
-
 class Sampler:
-    """For a vocabulary and the model's end-of-sequence ids. Its state of a sequence is in ``seq.sampler_state``."""
+    """For a vocabulary. Owns the histories and biases that steps speak of by their lines."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Seq[int]) -> None:
-        self._eos = tuple(eos_token_ids)
+    def __init__(self, vocab_size: int) -> None:
+        self._histories: dict[int, _History] = {}
+        self._biases: dict[int, Bias] = {}
         self._weights = np.empty(vocab_size, np.float32)
         self._bins = np.empty(NUM_BINS, np.int64), np.empty(NUM_BINS, np.float64)
-        for top_k in (0, 1):  # compiles the kernels or takes them from the cache, so that no request waits for it
-            self._draw(
-                np.zeros(vocab_size, np.float32), SamplingParams(max_tokens=1, seed=0, top_k=top_k), noise_key(0, 0)
-            )
 
-    def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> Sampled:
-        """One token for each row of ``logits [N, vocab]`` (float32, overwritten)."""
-        rows = logits.numpy()
-        for row, seq in zip(rows, seqs, strict=True):
-            self._adjust(row, seq)
+    def warm_up(self) -> None:
+        """Compiles kernels or takes them from the cache."""
+        for top_k in (0, 1):
+            row = SamplingRow(0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, top_k, -1)
+            self._draw(np.zeros(len(self._weights), np.float32), row)
+
+    def sample(self, step: Step, logits: Tensor) -> Sampled:
+        """A token for each sampled row of ``logits [N, vocab]`` (float32, overwritten), and what else is wanted."""
+        for history in step.histories:
+            self._histories[history.line] = _History(history.prompt, history.output)
+        self._biases |= {bias.line: bias for bias in step.biases}
+        prompt_logprobs = [
+            self.logprobs(logits[rows.first : rows.first + len(rows.targets)], rows.targets.tolist(), rows.k)
+            for rows in step.prompt_rows
+        ]
+        if len(step.sampled_rows) < len(logits):
+            logits = logits[torch.from_numpy(step.sampled_rows)]
+        if not len(logits):
+            return Sampled([], [], prompt_logprobs)
+        rows, params = logits.numpy(), [SamplingRow._make(row) for row in step.sampling.tolist()]
+        for row, p in zip(rows, params, strict=True):
+            self._adjust(row, p)
         tokens = rows.argmax(axis=1).tolist()
-        for i, seq in enumerate(seqs):
-            if seq.sampling.temperature >= GREEDY_BELOW:
-                tokens[i] = self._draw(rows[i], seq.sampling, noise_key(seq.sampling.seed, seq.output_index))
-        logprobs: list[TokenLogprob | None] = [None] * len(seqs)
-        for i, seq in enumerate(seqs):
-            if seq.sampling.logprobs >= 0:
-                logprobs[i] = self.prompt_logprobs(logits[i : i + 1], [tokens[i]], seq.sampling.logprobs)[0]
-        return Sampled(tokens, logprobs)
+        logprobs: list[TokenLogprob | None] = [None] * len(params)
+        for i, p in enumerate(params):
+            if p.temperature >= GREEDY_BELOW:
+                tokens[i] = self._draw(rows[i], p)
+            if p.history != NO_LINE:
+                self._histories[p.history].add(tokens[i])
+            if p.logprobs >= 0:
+                logprobs[i] = self.logprobs(logits[i : i + 1], [tokens[i]], p.logprobs)[0]
+        return Sampled(tokens, logprobs, prompt_logprobs)
 
     @torch.inference_mode()
-    def prompt_logprobs(self, logits: Tensor, next_tokens: Seq[int], k: int) -> list[TokenLogprob]:
+    def logprobs(self, logits: Tensor, next_tokens: Seq[int], k: int) -> list[TokenLogprob]:
         """Log-probability, rank and the ``k`` most likely tokens for each row of ``logits [M, vocab]``."""
         chosen = logits.gather(1, torch.tensor(next_tokens)[:, None])
         total = logits.logsumexp(dim=1, keepdim=True)
@@ -80,23 +86,17 @@ class Sampler:
             )
         ]
 
-    def _adjust(self, row: F32, seq: Sequence) -> None:
+    def _adjust(self, row: F32, params: SamplingRow) -> None:
         """Everything that is done to logits before log-probabilities are taken."""
-        params = seq.sampling
-        if params.logit_bias:
-            row[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
-        if seq.output_index < params.min_tokens:
-            ends = params.stop_token_ids if params.ignore_eos else (*self._eos, *params.stop_token_ids)
-            row[np.array(ends, np.int64)] = -np.inf
-        if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
-            history = seq.sampler_state
-            if not isinstance(history, _History):
-                history = seq.sampler_state = _History()
-            history.update(seq)
-            history.penalise(row, params)
+        if params.bias != NO_LINE:
+            bias = self._biases[params.bias]
+            row[bias.tokens] += bias.values
+        if params.history != NO_LINE:
+            self._histories[params.history].penalise(row, params)
 
-    def _draw(self, row: F32, params: SamplingParams, key: np.uint64) -> int:
-        """The token that the noise of ``key`` picks among those that the filters leave."""
+    def _draw(self, row: F32, params: SamplingRow) -> int:
+        """The token that the noise of the row's seed and index picks among those that the filters leave."""
+        key = noise_key(params.seed, params.output_index)
         top_k = params.top_k if 0 < params.top_k < len(row) else 0
         if not top_k and params.top_p >= 1:
             return int(draw_any(row, params.temperature, params.min_p, key))
@@ -122,26 +122,27 @@ class Sampler:
 class _History:
     """The distinct tokens of a sequence and how often each is output, kept up to date token by token."""
 
-    def __init__(self) -> None:
-        self._place: dict[int, int] = {}
-        self._ids = np.empty(256, np.int64)
-        self._counts = np.empty(256, np.float32)  # in the output
-        self._num_tokens = 0  # of the sequence, seen so far
+    def __init__(self, prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32]) -> None:
+        distinct, counts = np.unique(output, return_counts=True)
+        self._ids = np.union1d(prompt, distinct).astype(np.int64)
+        self._counts = np.zeros(len(self._ids), np.float32)  # in the output
+        self._counts[np.searchsorted(self._ids, distinct)] = counts
+        self._num = len(self._ids)  # of the arrays, which have room for more
+        self._place = {token: place for place, token in enumerate(self._ids.tolist())}
 
-    def update(self, seq: Sequence) -> None:
-        for index, token in enumerate(seq.tokens[self._num_tokens :].tolist(), start=self._num_tokens):
-            place = self._place.get(token)
-            if place is None:
-                place = self._place[token] = len(self._place)
-                if place == len(self._ids):
-                    self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
-                self._ids[place], self._counts[place] = token, 0
-            self._counts[place] += index >= seq.num_prompt
-        self._num_tokens = seq.num_tokens
+    def add(self, token: int) -> None:
+        """It is output."""
+        place = self._place.setdefault(token, self._num)
+        if place == self._num:
+            if place == len(self._ids):
+                self._ids, self._counts = np.resize(self._ids, 2 * place), np.resize(self._counts, 2 * place)
+            self._ids[place], self._counts[place] = token, 0
+            self._num += 1
+        self._counts[place] += 1
 
-    def penalise(self, row: F32, params: SamplingParams) -> None:
+    def penalise(self, row: F32, params: SamplingRow) -> None:
         """Repetition for all tokens seen, then frequency and presence for those that are output."""
-        ids, counts = self._ids[: len(self._place)], self._counts[: len(self._place)]
+        ids, counts = self._ids[: self._num], self._counts[: self._num]
         values = row[ids]
         if params.repetition_penalty != 1:
             penalty = np.float32(params.repetition_penalty)

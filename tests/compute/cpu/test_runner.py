@@ -22,7 +22,7 @@ BLOCK_SIZE = 4
 TOKENS = np.random.default_rng(0).integers(3, 320, 60)
 
 
-def batch(groups: int, begin: int, end: int, all_rows: bool = True) -> Step:
+def step(groups: int, begin: int, end: int, all_rows: bool = True) -> Step:
     """Tokens ``begin:end`` of one sequence in blocks 1, 2, 3 ..."""
     positions = np.arange(begin, end, dtype=np.int64)
     return Step(
@@ -54,15 +54,15 @@ def test_logits_agree_with_transformers(family: str, borders: tuple[int, ...], t
     model = reference.make_tiny(family, tmp_path)
     runner, groups = runner_of(tmp_path)
     runner.warm_up()  # must leave nothing behind
-    found = torch.cat([runner.execute(batch(groups, a, b)) for a, b in pairwise(borders)])
+    found = torch.cat([runner.execute(step(groups, a, b)) for a, b in pairwise(borders)])
     torch.testing.assert_close(found, reference.reference_logits(model, torch.from_numpy(TOKENS)), atol=1e-4, rtol=1e-5)
 
 
 def test_only_the_rows_asked_for(tmp_path: Path) -> None:
     reference.make_tiny("llama", tmp_path)
     runner, groups = runner_of(tmp_path)
-    whole = runner.execute(batch(groups, 0, 60))
-    last = runner.execute(batch(groups, 0, 60, all_rows=False))
+    whole = runner.execute(step(groups, 0, 60))
+    last = runner.execute(step(groups, 0, 60, all_rows=False))
     assert last.shape == (1, 320) and last.dtype == torch.float32
     torch.testing.assert_close(last, whole[-1:])
 
@@ -70,7 +70,7 @@ def test_only_the_rows_asked_for(tmp_path: Path) -> None:
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     reference.make_tiny("llama", tmp_path)
     exact, rounded = (
-        torch.cat([runner.execute(batch(groups, 0, 50)), runner.execute(batch(groups, 50, 51))])
+        torch.cat([runner.execute(step(groups, 0, 50)), runner.execute(step(groups, 50, 51))])
         for runner, groups in (runner_of(tmp_path, dtype) for dtype in ("float32", "bfloat16"))
     )
     assert (torch.nn.functional.cosine_similarity(exact, rounded, dim=-1) > 0.98).all()

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from pd_serve.compute.cpu.sampler import LOWEST_LOGPROB, Sampler, noise_key
 from pd_serve.compute.cpu.sampling_kernels import draw_any
-from pd_serve.engine.sequence import Sequence
+from pd_serve.compute.step import Sampled, Step
+from pd_serve.engine.plan import StepBuilder, Work
+from pd_serve.engine.sequence import Sequence, State
 from pd_serve.wire.link import SamplingParams
 
 VOCAB = 3000
@@ -32,8 +34,19 @@ def random_logits(rows: int, vocab: int = VOCAB, scale: float = 3.0, seed: int =
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def step(*seqs: Sequence, builder: StepBuilder | None = None) -> Step:
+    """The last token of each is computed, and one more sampled."""
+    works = [Work(seq, seq.num_tokens - 1, 1, True) for seq in seqs]
+    return (builder or StepBuilder(16, 0, EOS)).build(works)
+
+
+def sample_all(logits: torch.Tensor, *seqs: Sequence) -> Sampled:
+    return Sampler(logits.shape[1]).sample(step(*seqs), logits)
+
+
 def sample(logits: torch.Tensor, *seqs: Sequence, eos: tuple[int, ...] = EOS) -> list[int]:
-    return Sampler(logits.shape[1], eos).sample(logits.clone(), seqs).tokens
+    found = step(*seqs, builder=StepBuilder(16, 0, eos))
+    return Sampler(logits.shape[1]).sample(found, logits.clone()).tokens
 
 
 def filtered(logits: F64, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> F64:
@@ -191,36 +204,51 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     seq.sampling = SamplingParams(max_tokens=9, seed=0, temperature=0.0, logprobs=20, repetition_penalty=penalty)
     logits[0, [5, 6, 8, 20]] = torch.tensor([14.0, 13.0, -1.0, 12.5])
     expected = processor(torch.tensor([[5, 6, 6, 8, 8, 20]]), logits.clone()).log_softmax(-1)[0]
-    found = Sampler(VOCAB, EOS).sample(logits.clone(), [seq]).logprobs[0]
+    found = sample_all(logits.clone(), seq).logprobs[0]
     assert found is not None
     for token, logprob in found.top:
         assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
 
 
 def test_presence_and_frequency_count_output_only_and_keep_up_with_it() -> None:
-    logits = torch.zeros(1, VOCAB)
     seq = sequence([5, 5, 6], [6, 8, 8], temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25)
-    sampler = Sampler(VOCAB, EOS)
+    seq.state = State.RUNNING
+    sampler, builder = Sampler(VOCAB), StepBuilder(16, 0, EOS)
 
-    def adjusted() -> torch.Tensor:
-        rows = logits.clone()
-        sampler.sample(rows, [seq])
+    def adjusted(then: int) -> torch.Tensor:
+        """The logits that ``then`` is sampled from, which were 0, or 90 for it."""
+        rows = torch.zeros(1, VOCAB)
+        rows[0, then] = 90.0
+        assert sampler.sample(step(seq, builder=builder), rows).tokens == [then]
+        seq.append(then)
         return rows[0]
 
-    assert adjusted()[[5, 6, 8, 9]].tolist() == [0.0, -0.75, -1.0, 0.0]
-    for token in (8, 5, *range(100, 700)):  # more distinct tokens than there was room for at first
-        seq.append(token) if seq.num_tokens < 100 else None
-    seq.append(8)
-    incremental = adjusted()
-    assert incremental[[5, 6, 8]].tolist() == [-0.75, -0.75, -1.5]
-    seq.sampler_state = None  # as after a preemption
-    assert torch.equal(adjusted(), incremental)
+    assert adjusted(20)[[5, 6, 8, 9]].tolist() == [0.0, -0.75, -1.0, 0.0]
+    for token in (8, 5, *range(100, 190)):  # more distinct tokens than there was room for at first
+        adjusted(token)
+    incremental = adjusted(30)
+    assert incremental[[5, 6, 8, 20, 100]].tolist() == [-0.75, -0.75, -1.25, -0.75, -0.75]
+    builder.forget([Work(seq, 0, 1, True)])  # as after a failed step
+    seq.num_tokens -= 1
+    assert torch.equal(adjusted(30), incremental)
+
+
+def test_lines_of_the_tables_are_as_few_as_running_sequences() -> None:
+    builder = StepBuilder(16, 0, EOS)
+    seqs = [sequence(logit_bias={i: 1.0}, presence_penalty=1.0) for i in range(4)]
+    for seq in seqs:
+        seq.state = State.RUNNING
+    assert step(*seqs[:3], builder=builder).sampling["history"].tolist() == [0, 1, 2]
+    seqs[1].state = State.FINISHED
+    found = step(seqs[0], seqs[3], builder=builder)
+    assert found.sampling["history"].tolist() == found.sampling["bias"].tolist() == [0, 1]
+    assert [h.line for h in found.histories] == [b.line for b in found.biases] == [1]  # what is known is not told again
 
 
 def test_history_grows() -> None:
     seq = sequence(list(range(100, 1400)), [100], temperature=0.0, repetition_penalty=2.0, presence_penalty=1.0)
     rows = torch.ones(1, VOCAB)
-    Sampler(VOCAB, EOS).sample(rows, [seq])
+    sample_all(rows, seq)
     assert rows[0, 99] == 1 and rows[0, 100] == -0.5 and (rows[0, 101:1400] == 0.5).all() and rows[0, 1400] == 1
 
 
@@ -244,7 +272,7 @@ def test_logit_bias_and_min_tokens() -> None:
 def test_logprobs_rank_and_top_are_of_the_logits_before_temperature() -> None:
     logits = random_logits(2)
     seqs = [sequence(temperature=5.0, seed=3, logprobs=4), sequence(temperature=0.0, logprobs=0)]
-    sampled = Sampler(VOCAB, EOS).sample(logits.clone(), seqs)
+    sampled = sample_all(logits.clone(), *seqs)
     exact = logits.double().log_softmax(-1)
     for row, (token, entry) in enumerate(zip(sampled.tokens, sampled.logprobs, strict=True)):
         assert entry is not None and entry.token == token
@@ -255,19 +283,19 @@ def test_logprobs_rank_and_top_are_of_the_logits_before_temperature() -> None:
     best = exact[0].topk(4)
     assert [token for token, _ in first.top] == best.indices.tolist()
     assert [value for _, value in first.top] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert Sampler(VOCAB, EOS).sample(logits.clone(), [sequence(), sequence()]).logprobs == [None, None]
+    assert sample_all(logits.clone(), sequence(), sequence()).logprobs == [None, None]
 
 
 def test_masked_tokens_have_a_finite_logprob() -> None:
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, :3] = 1.0
-    entry = Sampler(VOCAB, EOS).sample(logits, [sequence(logprobs=5)]).logprobs[0]
+    entry = sample_all(logits, sequence(logprobs=5)).logprobs[0]
     assert entry is not None and entry.top[-1][1] == LOWEST_LOGPROB
 
 
 def test_prompt_logprobs() -> None:
     logits = random_logits(5)
-    entries = Sampler(VOCAB, EOS).prompt_logprobs(logits, [4, 9, 0, 2999, 8], 2)
+    entries = Sampler(VOCAB).logprobs(logits, [4, 9, 0, 2999, 8], 2)
     exact = logits.double().log_softmax(-1)
     assert [e.token for e in entries] == [4, 9, 0, 2999, 8]
     assert [e.logprob for e in entries] == pytest.approx([exact[i, e.token].item() for i, e in enumerate(entries)])

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from pd_serve.engine.plan import StepBuilder, Work
 from pd_serve.engine.sequence import Sequence
 from pd_serve.wire.link import SamplingParams
 from tests.compute.cuda.device import DEVICE, INTERPRETED, error, same, skip_without_gpu
@@ -107,7 +108,8 @@ def test_the_cpu_engine_draws_the_same() -> None:
     ours = sampler_for(rows, vocab, [index] * len(rows)).sample(logits.clone()).tokens.tolist()
     tokens = np.zeros(8 + index, np.int32)
     seqs = [Sequence(str(i), 1, tokens, 8, p, capacity=16) for i, p in enumerate(rows)]
-    theirs = cpu.Sampler(vocab, []).sample(logits.cpu(), seqs).tokens
+    step = StepBuilder(16, 0, ()).build([Work(seq, seq.num_tokens - 1, 1, True) for seq in seqs])
+    theirs = cpu.Sampler(vocab).sample(step, logits.cpu()).tokens
     ties = sum(a != b for a, b in zip(ours, theirs, strict=True))
     assert ties <= len(rows) // 100, [(p, a, b) for p, a, b in zip(rows, ours, theirs, strict=True) if a != b]
 

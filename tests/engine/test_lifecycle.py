@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from pd_serve.compute.cpu import ops
+from pd_serve.compute.cpu.executor import LocalExecutor
 from pd_serve.compute.cpu.runner import Runner
-from pd_serve.engine import core
-from pd_serve.engine.sleep import TAGS, HostSleeper
+from pd_serve.compute.cpu.sampler import Sampler
+from pd_serve.compute.executor import TAGS
+from pd_serve.engine import lifecycle
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.pool import HostPool
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
@@ -19,7 +21,7 @@ from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import load_decoder
 from pd_serve.wire import engine as wire
 from pd_serve.wire.memory import MemoryReport, TagUsage
-from tests.compute.cpu.test_runner import batch
+from tests.compute.cpu.test_runner import step
 from tests.engine.harness import Node
 
 
@@ -46,11 +48,11 @@ def test_peers_lose_the_pool_before_its_memory_goes_and_find_another_epoch(node:
 
 
 def test_what_runs_may_end_and_nothing_new_comes_in(node: Node) -> None:
-    node.compute.go.clear()
+    node.executor.go.clear()
     node.submit("long", 20)
     node.tell(wire.Sleep(101, 1))
     node.submit("late", 3)
-    node.compute.go.set()
+    node.executor.go.set()
     assert node.answer(101).level == 1
     node.finished("long")
     refused = [o for o in node.outputs if o.id == "late"]
@@ -61,7 +63,7 @@ def test_what_runs_may_end_and_nothing_new_comes_in(node: Node) -> None:
 
 def test_what_does_not_end_is_ended(node: Node) -> None:
     node.role.leases = 1
-    node.compute.step_s = 0.03
+    node.executor.step_s = 0.03
     node.submit("long", 70)
     node.tell(wire.Sleep(101, 2))
     node.listen(lambda: node.heard and node.status().load.draining, "draining")
@@ -77,7 +79,7 @@ def test_what_does_not_end_is_ended(node: Node) -> None:
 
 
 def test_memory_that_a_transfer_writes_is_kept(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "TRANSFERS_END_S", 0.05)
+    monkeypatch.setattr(lifecycle, "TRANSFERS_END_S", 0.05)
     node.role.pulling = 2
     node.tell(wire.Sleep(101, 1))
     state = node.order(wire.Sleep(101, 1, now=True))
@@ -102,7 +104,7 @@ def test_a_transport_that_does_not_let_go(node: Node) -> None:
 
 
 def test_a_sleeper_that_fails(node: Node) -> None:
-    node.sleeper.broken = "sleep"
+    node.executor.broken = "sleep"
     state = node.sleep()
     assert (state.level, state.asleep, state.failure) == (0, [], "RuntimeError: no pinned memory")
     assert node.said == ["open 1", "close 1", "sleep 1", "wake kv_cache", "open 2", "wake weights"]
@@ -112,12 +114,12 @@ def test_a_sleeper_that_fails(node: Node) -> None:
 
 def test_a_wake_that_fails_leaves_the_engine_asleep(node: Node) -> None:
     assert node.sleep(2).level == 2
-    node.sleeper.broken = WEIGHTS
+    node.executor.broken = WEIGHTS
     state = node.wake()
     assert state == wire.SleepState(2, 2, list(TAGS), "the model's files are gone")
     assert node.said[3:] == ["wake kv_cache", "open 2", "close 2", "sleep 2"]
     assert node.epochs() == []
-    node.sleeper.broken = ""
+    node.executor.broken = ""
     assert node.wake().level == 0
     assert node.epochs() == ["epoch-3"]
 
@@ -159,29 +161,31 @@ def test_memory_on_a_host_goes_and_comes_back(tmp_path: Path) -> None:
     def load() -> object:
         return load_decoder(tmp_path, model, "float32", "dummy", ops=ops)
 
-    runner = Runner(load(), model, layout, pool.tensors(), 1)  # type: ignore[arg-type]
-    before = runner.execute(batch(1, 0, 60))
-    sleeper = HostSleeper(pool, runner, load)  # type: ignore[arg-type]
-    weights, kv = sleeper.report().tags[WEIGHTS], sleeper.report().tags[KV_CACHE]
+    runner = Runner(None, model, layout, pool.tensors(), 1)
+    executor = LocalExecutor(pool, runner, Sampler(model.vocab_size), load)  # type: ignore[arg-type]
+    assert executor.asleep == [WEIGHTS]
+    executor.load()
+    before = runner.execute(step(1, 0, 60))
+    weights, kv = executor.report().tags[WEIGHTS], executor.report().tags[KV_CACHE]
     assert weights.bytes > 2 * 32_000 * 256 * 4  # embedding and packed head
     assert weights.reserved_bytes == weights.bytes and kv.reserved_bytes == pool.size_bytes > 30 << 20
 
     full = resident_bytes()
-    sleeper.sleep(1)
-    assert sleeper.asleep == [KV_CACHE]
+    executor.sleep(1)
+    assert executor.asleep == [KV_CACHE]
     assert full - resident_bytes() > 0.9 * filled_bytes
-    assert sleeper.report().tags[KV_CACHE].reserved_bytes == 0
-    assert sleeper.report().tags[WEIGHTS] == weights
-    sleeper.sleep(2)  # deeper
-    assert set(sleeper.asleep) == set(TAGS)
+    assert executor.report().tags[KV_CACHE].reserved_bytes == 0
+    assert executor.report().tags[WEIGHTS] == weights
+    executor.sleep(2)  # deeper
+    assert set(executor.asleep) == set(TAGS)
     assert full - resident_bytes() > 0.9 * (filled_bytes + weights.bytes)
-    empty = sleeper.report().tags[WEIGHTS]
+    empty = executor.report().tags[WEIGHTS]
     assert (empty.bytes, empty.peak_bytes, empty.reserved_bytes) == (0, weights.bytes, 0)
 
-    sleeper.wake([WEIGHTS])
-    assert sleeper.asleep == [KV_CACHE]
-    sleeper.wake(TAGS)
-    assert sleeper.asleep == [] and sleeper.report().tags[WEIGHTS] == weights
+    executor.wake([WEIGHTS])
+    assert executor.asleep == [KV_CACHE]
+    executor.wake(TAGS)
+    assert executor.asleep == [] and executor.report().tags[WEIGHTS] == weights
     assert pool.memory().regions == addresses
     assert not pool.tensors()[0][: 1 << 20].any()
-    np.testing.assert_array_equal(runner.execute(batch(1, 0, 60)).numpy(), before.numpy())
+    np.testing.assert_array_equal(runner.execute(step(1, 0, 60)).numpy(), before.numpy())

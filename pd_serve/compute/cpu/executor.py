@@ -1,7 +1,6 @@
-"""What an engine gives back of its memory while nobody needs it, and how it comes back.
+"""Computes steps on this machine's cores, within ``launch``.
 
-The engine's core decides when: nothing runs, and no peer can reach the pool any more. A :class:`Sleeper` does it for
-one kind of device; it must never change the pool's addresses, because what is built on them outlives a sleep.
+Weights lie in host memory anyway: a sleep of level 1 gives back the KV cache alone.
 """
 
 from __future__ import annotations
@@ -10,48 +9,47 @@ import ctypes
 import gc
 import logging
 from collections.abc import Callable, Collection
-from typing import Protocol
 
 from pd_serve.compute.cpu.runner import Runner
+from pd_serve.compute.cpu.sampler import Sampler
+from pd_serve.compute.step import Sampled, Step
 from pd_serve.memory.pool import HostPool
+from pd_serve.memory.region import PoolMemory
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS, Counter
 from pd_serve.models.decoder import Decoder
 from pd_serve.wire.memory import MemoryReport
 
 log = logging.getLogger(__name__)
 
-TAGS = (WEIGHTS, KV_CACHE)
 
+class LocalExecutor:
+    """See :class:`pd_serve.compute.executor.Executor`. ``read_weights``: for :meth:`load`, and after a deep sleep."""
 
-class Sleeper(Protocol):
-    """Called on the engine's main thread, between steps. Contents of the KV cache never survive a sleep."""
+    depth = 0
 
-    @property
-    def asleep(self) -> list[str]:
-        """The tags of ``TAGS`` without physical memory: nothing can be computed while there is one."""
-
-    def sleep(self, level: int) -> None:
-        """Puts every tag to sleep. Level 1: weights are kept in host memory; level 2: they are dropped."""
-
-    def wake(self, tags: Collection[str]) -> None:
-        """Makes tags usable again, dropped weights by loading them anew; one that is awake stays as it is.
-
-        Raises PDServeError or OSError, and the tags not reached are still asleep.
-        """
-
-    def report(self) -> MemoryReport:
-        """What each tag holds now. Cheap: asked for every second."""
-
-
-class HostSleeper:
-    """On a CPU the weights lie in host memory anyway: level 1 gives back the KV cache alone."""
-
-    def __init__(self, pool: HostPool, runner: Runner, load: Callable[[], Decoder]) -> None:
+    def __init__(self, pool: HostPool, runner: Runner, sampler: Sampler, read_weights: Callable[[], Decoder]) -> None:
         self._pool = pool
         self._runner = runner
-        self._load = load
+        self._sampler = sampler
+        self._read_weights = read_weights
         self._weights = Counter()
+
+    def launch(self, step: Step) -> Sampled:
+        return self._sampler.sample(step, self._runner.execute(step))
+
+    def collect(self, launched: Sampled) -> Sampled:
+        return launched
+
+    def memory(self) -> list[PoolMemory]:
+        return [self._pool.memory()]
+
+    def load(self) -> None:
+        self._runner.model = self._read_weights()
         self._count_weights()
+
+    def warm_up(self) -> None:
+        self._runner.warm_up()
+        self._sampler.warm_up()
 
     @property
     def asleep(self) -> list[str]:
@@ -61,7 +59,7 @@ class HostSleeper:
         if not self._pool.asleep:
             self._pool.release()
         if level == 2 and self._runner.model is not None:
-            self._runner.unload()
+            self._runner.model = None
             _give_back()
             self._count_weights()
 
@@ -69,8 +67,7 @@ class HostSleeper:
         if KV_CACHE in tags and self._pool.asleep:
             self._pool.restore()
         if WEIGHTS in tags and self._runner.model is None:
-            self._runner.load(self._load())
-            self._count_weights()
+            self.load()
 
     def _count_weights(self) -> None:
         model = self._runner.model
@@ -82,6 +79,9 @@ class HostSleeper:
         pool = self._pool.report()
         asleep = [WEIGHTS] if self._runner.model is None else []
         return MemoryReport("cpu", {WEIGHTS: self._weights.usage(), **pool.tags}, asleep=asleep + pool.asleep)
+
+    def close(self) -> None:
+        """The process ends, and its memory with it."""
 
 
 def _give_back() -> None:
