@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -33,55 +35,45 @@ def ready(port: int) -> bool:
         return False
 
 
-def test_up_prints_what_to_type_and_ctrl_c_ends_everything(tmp_path: Path, smollm2: Path) -> None:
-    log = tmp_path / "up.log"
+@dataclass
+class Up:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Up]:
+    """As a newcomer's, with the default model. What ends it comes last."""
+    log = tmp_path_factory.mktemp("up") / "up.log"
     process, port = start(log)
     try:
         wait_for(lambda: ready(port) and "curl" in log.read_text(), 90, "ready")
-        shown = log.read_text()
-        assert f"http://127.0.0.1:{port}" in shown
-        assert "prefill" in shown and "decode" in shown and "nixl" in shown
-        command = re.search(r"curl .*?(?=\n\n|\Z)", shown, re.S)
-        assert command is not None
-        answer = subprocess.run(
-            ["bash", "-c", command.group(0)], capture_output=True, text=True, timeout=60, check=True
-        )
-        assert '"choices"' in answer.stdout
-        family = children(process.pid)
-        assert len(family) >= 5  # router, two nodes, two engines
-        assert f"at http://127.0.0.1:{port}/v1" in shown and "openai.OpenAI(base_url=" in shown
-        body = '{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
-        url = f"http://127.0.0.1:{port}/v1/completions"
-        stream = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", body]
-        streaming = subprocess.Popen(stream, stdout=subprocess.PIPE, text=True)
-        assert streaming.stdout is not None and streaming.stdout.readline().startswith("data: ")
-        started = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(10) in (0, 130)
-        assert time.monotonic() - started < 5
-        assert '"shutting_down"' in streaming.communicate(timeout=5)[0]  # not that nodes are missing
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 2, "all children gone")
-        assert "Traceback" not in log.read_text()
+        yield Up(process, port, log)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_child_that_dies_is_started_again(tmp_path: Path, smollm2: Path) -> None:
-    log = tmp_path / "up.log"
-    process, port = start(log)
-    try:
-        wait_for(lambda: ready(port), 90, "ready")
-        nodes = httpx.get(f"http://127.0.0.1:{port}/v1/status", timeout=5).json()["nodes"]
-        decode = next(n for n in nodes if n["role"] == "decode")
-        pid = int(decode["url"].rsplit(":", 1)[1])
-        owner = next(p for p in children(process.pid) if f":{pid}" in listening(p))
-        os.kill(owner, signal.SIGKILL)
-        wait_for(lambda: not ready(port), 20, "not ready")
-        wait_for(lambda: ready(port), 60, "ready again")
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(10) in (0, 130)
+def test_up_prints_what_to_type(up: Up) -> None:
+    shown = up.log.read_text()
+    assert f"http://127.0.0.1:{up.port}" in shown
+    assert "prefill" in shown and "decode" in shown and "nixl" in shown
+    command = re.search(r"curl .*?(?=\n\n|\Z)", shown, re.S)
+    assert command is not None
+    answer = subprocess.run(["bash", "-c", command.group(0)], capture_output=True, text=True, timeout=60, check=True)
+    assert '"choices"' in answer.stdout
+    assert f"at http://127.0.0.1:{up.port}/v1" in shown and "openai.OpenAI(base_url=" in shown
+
+
+def test_a_child_that_dies_is_started_again(up: Up) -> None:
+    nodes = httpx.get(f"http://127.0.0.1:{up.port}/v1/status", timeout=5).json()["nodes"]
+    decode = next(n for n in nodes if n["role"] == "decode")
+    port = int(decode["url"].rsplit(":", 1)[1])
+    owner = next(p for p in children(up.process.pid) if f":{port} " in listening(p))
+    os.kill(owner, signal.SIGKILL)
+    wait_for(lambda: not ready(up.port), 20, "not ready")
+    wait_for(lambda: ready(up.port), 60, "ready again")
 
 
 def listening(pid: int) -> str:
@@ -90,8 +82,25 @@ def listening(pid: int) -> str:
     return " ".join(f":{c.laddr.port}" for c in psutil.Process(pid).net_connections() if c.status == "LISTEN") + " "
 
 
-def test_when_the_parent_is_killed_nothing_stays(tmp_path: Path, smollm2: Path) -> None:
-    process, port = start(tmp_path / "up.log")
+def test_ctrl_c_ends_everything(up: Up) -> None:
+    family = children(up.process.pid)
+    assert len(family) >= 5  # router, two nodes, two engines
+    body = '{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
+    url = f"http://127.0.0.1:{up.port}/v1/completions"
+    stream = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", body]
+    streaming = subprocess.Popen(stream, stdout=subprocess.PIPE, text=True)
+    assert streaming.stdout is not None and streaming.stdout.readline().startswith("data: ")
+    started = time.monotonic()
+    os.killpg(up.process.pid, signal.SIGINT)
+    assert up.process.wait(10) in (0, 130)
+    assert time.monotonic() - started < 5
+    assert '"shutting_down"' in streaming.communicate(timeout=5)[0]  # not that nodes are missing
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 2, "all children gone")
+    assert "Traceback" not in up.log.read_text()
+
+
+def test_when_the_parent_is_killed_nothing_stays(tmp_path: Path, small_model: Path) -> None:
+    process, port = start(tmp_path / "up.log", "--model", str(small_model))
     wait_for(lambda: ready(port), 90, "ready")
     family = children(process.pid)
     process.kill()
@@ -99,7 +108,7 @@ def test_when_the_parent_is_killed_nothing_stays(tmp_path: Path, smollm2: Path) 
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 10, "orphans gone")
 
 
-def test_a_taken_port_is_a_clear_error(tmp_path: Path, smollm2: Path) -> None:
+def test_a_taken_port_is_a_clear_error(smollm2: Path) -> None:
     import socket
 
     with socket.socket() as taken:
