@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -16,6 +15,7 @@ from pd_serve.decode.inbox import Arrived, Drained, Failed, Offered
 from pd_serve.errors import FailureKind
 from pd_serve.wire.link import Source
 from tests.transfer.harness import LARGE, DecodeEnd, PrefillEnd, PrefillProcess, until
+from tests.transfer.processes import start
 
 pytestmark = pytest.mark.slow
 
@@ -192,10 +192,7 @@ def test_a_killed_decode_node_holds_no_lease() -> None:
     p = PrefillEnd(LARGE, 8)
     p.outbox.open("k")
     p.publish("k", 32, [[1, 2]], token=1)
-    spawn = multiprocessing.get_context("spawn")
-    pipe, child = spawn.Pipe()
-    process = spawn.Process(target=_claim_and_wait, args=(child, p.source), daemon=True)
-    process.start()
+    process, pipe = start(_claim_and_wait, p.source)
     assert pipe.poll(20) and pipe.recv() == "offered"
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

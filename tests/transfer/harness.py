@@ -5,7 +5,6 @@ an outbox in its own process.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
 import uuid
@@ -25,7 +24,7 @@ from pd_serve.transfer.session.handshake import Identity
 from pd_serve.transfer.session.tls import Tls
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
-from tests.transfer.processes import Killable
+from tests.transfer.processes import Killable, start
 from tests.transfer.scripted import aligned
 
 # two groups with blocks of different size, the second with a window
@@ -193,11 +192,7 @@ class PrefillProcess(Killable):
     """A prefill end in a process of its own. Tests command it through a pipe."""
 
     def __init__(self, layout: KVLayout = SMALL, num_blocks: int = 64, **options: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, child = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(child, layout, num_blocks, options), daemon=True)
-        self.process.start()
-        child.close()
+        self.process, self._pipe = start(_serve, layout, num_blocks, options)
         self.source: Source = self._answer(30.0)
         self.pool = Pool(layout, num_blocks, options.get("seed", 1))
 

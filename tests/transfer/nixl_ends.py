@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from pd_serve.transfer.nixl.limits import HOST
 from pd_serve.transfer.nixl.pull import NixlPull
 from pd_serve.transfer.slices import Slicing, slicings
 from tests.transfer.harness import agent_name, until
-from tests.transfer.processes import Killable
+from tests.transfer.processes import Killable, start
 
 # everything travels packed, in small chunks; little of it fits into the rings
 PACKED = dataclasses.replace(
@@ -157,11 +156,7 @@ class Target(Killable):
     """``serve``: answers control messages, in turns of a Python thread; otherwise it computes with the GIL held."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, limits: Limits | None = None) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, child = spawn.Pipe()
-        self.process = spawn.Process(target=_target, args=(child, layout, num_blocks, limits), daemon=True)
-        self.process.start()
-        child.close()
+        self.process, self.pipe = start(_target, layout, num_blocks, limits)
         assert self.pipe.poll(30)
         self.layout = layout
         self.description, regions = self.pipe.recv()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import select
 import time
@@ -22,7 +21,7 @@ from pd_serve.transfer.ucx import UcxTransport
 from pd_serve.transfer.ucx.reader import UcxPeer, UcxPull
 from pd_serve.transfer.ucx.source import UcxReader
 from tests.transfer.harness import Pool
-from tests.transfer.processes import Killable
+from tests.transfer.processes import Killable, start
 
 
 def blocks(group: int, remote: Any, local: Any) -> BlockMap:
@@ -105,15 +104,10 @@ class Target(Killable):
     """A source in a process of its own, and this process's reader of it."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, **environment: str) -> None:
-        context = multiprocessing.get_context("forkserver")  # imports torch once; UCX is loaded after the fork
-        context.set_forkserver_preload([__name__])
         self.pool = Pool(layout, num_blocks, seed=5)  # equal to the source's
         self.ours = Pool(layout, num_blocks)
         self.reader = started(self.ours)
-        self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_target, args=(child, layout, num_blocks, environment), daemon=True)
-        self.process.start()
-        child.close()
+        self.process, self.pipe = start(_target, layout, num_blocks, environment)
         assert self.pipe.poll(30)
         description, regions = self.pipe.recv()
         self.pair = pair_of(layout, layout, PoolMemory(None, regions), self.ours.memory())
