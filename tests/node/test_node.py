@@ -407,7 +407,7 @@ def test_orders_from_elsewhere_want_the_token_and_routers_the_secret(start_node:
     assert receive_outputs(connection, "a") == [1, 2]
     connection.connection.send(submit("b", [1, 2]))  # without a MAC
     assert close_code(connection, node) == 1008
-    assert "MAC does not hold" in node.log
+    node.until(lambda: "MAC does not hold" in node.log, "the reason in its log")
     node.until(lambda: node.counters().get("dropped_1") == 1, "the end of the link")
     assert node.counters()["heard_submit"] == 1
     assert node.post("/sleep", headers={"Authorization": f"Bearer {token}"}).status_code == 200

@@ -112,8 +112,8 @@ def test_another_user_gets_nothing_there_either(served: tuple[SourceProcess, Pat
     end.close()
 
 
-def test_the_directory_may_be_mounted_at_another_place_there(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
+def test_the_directory_may_be_mounted_at_another_place_there(short_path: Path) -> None:
+    here, there = short_path / "here", short_path / "there"
     here.mkdir()
     there.mkdir()
     mounted = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', os.fspath(here), os.fspath(there)]

@@ -257,13 +257,13 @@ def test_without_a_runtime_directory_it_is_in_the_temporary_one(
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
-def test_a_directory_that_is_missing_or_too_long_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_missing_or_too_long_is_refused(short_path: Path) -> None:
     driver = MemfdDriver()
     source_pool, pool = Pool(driver, layout(), 8, seed=1), Pool(driver, layout(), 8)
     before = open_fds()
-    for setting, why in ((tmp_path / "missing", "does not exist"), (tmp_path / ("x" * 100), "at most 107 bytes")):
+    for setting, why in ((short_path / "missing", "does not exist"), (short_path / ("x" * 100), "at most 107 bytes")):
         source = NvlinkTransport(driver, NumpyMover(), socket_directory(os.fspath(setting)))
-        reader = NvlinkTransport(driver, NumpyMover(), tmp_path)
+        reader = NvlinkTransport(driver, NumpyMover(), short_path)
         source.register(source_pool.memory())
         reader.register(pool.memory())
         session = Link(reader, source, pair_of(layout(), source_pool.regions, layout(), pool.regions)).pump()
