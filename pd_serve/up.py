@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pd_serve import config as settings
 from pd_serve import logs, preflight
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
+from pd_serve.models.sizes import sizes
 from pd_serve.models.source import resolve
 from pd_serve.net import listen, netloc
 from pd_serve.settings import values_of
@@ -48,7 +49,7 @@ def run(config: UpConfig) -> int:
     preflight.check(config, nodes=config.prefill + config.decode)
     config.api_keys()
     server_tls(config.ssl_certfile, config.ssl_keyfile)
-    config.chat_template_text()  # a broken file is said before anything starts
+    template = config.chat_template_text()
     model = resolve(config.model, config.dtype, config.load_format)
     config = replace(
         config,
@@ -57,6 +58,7 @@ def run(config: UpConfig) -> int:
         load_format=model.load_format,
         served_model_name=config.served_model_name or model.name,
     )
+    sizes(config, model.directory, template)  # what cannot be is said before anything starts
     with tempfile.TemporaryDirectory(prefix="pd-serve-up-") as directory:
         processes = [Supervised(name, role, url, path) for name, role, url, path in _plan(config, Path(directory))]
         return asyncio.run(Up(config, processes, started_s).run())

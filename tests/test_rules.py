@@ -47,7 +47,7 @@ _FURTHER = {
     "config": {"api.chat_template"},  # a template that a user gives is checked where settings are read
     "engine.boot": {"compute.cpu", "transfer"},  # puts an engine together and gives it its lanes
     "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
-    "up": {"models.source", "wire.model"},  # the same, for one machine
+    "up": {"models.sizes", "models.source", "wire.model"},  # the same, for one machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other
 }
 _UNTIL_DEVICES_ARE_HANDED_IN = [

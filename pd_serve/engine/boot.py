@@ -24,11 +24,10 @@ import msgspec
 import zmq
 
 from pd_serve import logs
-from pd_serve.config import EngineConfig, EngineSettings
+from pd_serve.config import EngineConfig
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.pulse import Pulse
-from pd_serve.errors import ConfigError, PDServeError, TransferError
-from pd_serve.values import readable_size
+from pd_serve.errors import PDServeError, TransferError
 from pd_serve.wire.engine import EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.region import PoolMemory
-    from pd_serve.models.config import ModelConfig
     from pd_serve.models.decoder import Decoder
     from pd_serve.transfer.lanes import Lanes
     from pd_serve.transfer.session.handshake import Identity
@@ -186,22 +184,19 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     from pd_serve.engine.core import Engine
     from pd_serve.engine.lifecycle import Lifecycle
     from pd_serve.engine.scheduler import Limits, Scheduler
-    from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.pool import HostPool
     from pd_serve.memory.switches import check_expandable_segments
-    from pd_serve.models.config import ModelConfig, fingerprint
+    from pd_serve.models.config import fingerprint
     from pd_serve.models.decoder import load_decoder
+    from pd_serve.models.sizes import sizes
     from pd_serve.transfer.session.handshake import Identity
 
     watch.lap("import")
     directory = Path(config.model)
-    model = ModelConfig.from_directory(directory, config.template)
-    layout = KVLayout(config.block_size, config.dtype, model.layer_groups())
-    num_blocks = _num_blocks(layout, config.kv_cache_memory)
-    max_model_len = _max_model_len(config, model, (num_blocks - 1) * config.block_size)
-    model = model.for_length(max_model_len)
-    counts = (num_blocks,) * len(layout.groups)
+    fit = sizes(config, directory, config.template)
+    model, layout, max_model_len = fit.model, fit.layout, fit.max_model_len
+    counts = (fit.num_blocks,) * len(layout.groups)
     pool = HostPool(layout, counts)
     check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=bool(config.enable_cumem_allocator))
     kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
@@ -265,35 +260,3 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
         vocab_size=model.vocab_size,
     )
     return engine, roles.introduce(role, engine.load(), watch.phases)
-
-
-def _max_model_len(config: EngineSettings, model: ModelConfig, capacity: int) -> int:
-    """The longest sequence: what the user asks for, or the model's limit as far as the KV cache has room for it."""
-    if config.max_model_len > model.max_model_len:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is more than the model takes, {model.max_model_len} tokens "
-            "(max_position_embeddings and rope scaling of its config.json): lower --max-model-len"
-        )
-    limit = config.max_model_len or model.default_model_len
-    if capacity >= limit:
-        return limit
-    if config.max_model_len:
-        raise ConfigError(
-            f"max_model_len {limit} does not fit the KV cache of {capacity} tokens: "
-            f"raise --kv-cache-memory or lower --max-model-len"
-        )
-    log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, limit)
-    return capacity
-
-
-def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
-    """Blocks of every group, the null block included. Windowed groups get as many as the others: short prompts
-    need them, and what long ones leave over keeps prefixes."""
-    each = sum(layout.block_bytes(group) for group in range(len(layout.groups)))
-    count = kv_cache_bytes // each
-    if count < 3:
-        raise ConfigError(
-            f"a KV cache of {readable_size(kv_cache_bytes)} has room for {count} blocks of {readable_size(each)}; "
-            f"raise --kv-cache-memory to at least {readable_size(64 * each)}"
-        )
-    return count

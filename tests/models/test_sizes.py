@@ -1,13 +1,17 @@
-"""What an engine decides before it loads a model."""
+"""How long sequences may be, before anything is loaded."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pd_serve.config import NodeConfig
-from pd_serve.engine.boot import _max_model_len
+from pd_serve import up
+from pd_serve.config import NodeConfig, UpConfig
 from pd_serve.errors import ConfigError
 from pd_serve.models.config import ModelConfig
+from pd_serve.models.sizes import _max_model_len
+from tests.e2e import tiny_model
 from tests.models.reference import LONGROPE, SIZES
 
 
@@ -28,3 +32,15 @@ def test_a_length_that_cannot_be_had_is_an_error_that_says_what_to_set() -> None
 
 def test_longrope_serves_its_original_context_unless_more_is_asked_for() -> None:
     assert (limit(0, 10_000, rope_scaling=LONGROPE), limit(256, 10_000, rope_scaling=LONGROPE)) == (64, 256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"kv_cache_memory": 1024}, "--kv-cache-memory to at least"), ({"max_model_len": 5000}, "lower --max-model-len")],
+)
+def test_up_says_what_does_not_fit_before_it_starts_anything(
+    tmp_path: Path, settings: dict[str, int], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        up.run(UpConfig(model=str(tiny_model.write(tmp_path)), **settings))  # type: ignore[arg-type]
+    assert "Starting" not in capfd.readouterr().out

@@ -1,0 +1,70 @@
+"""How many blocks a KV cache has and how long sequences may be: arithmetic on settings and a model's configuration.
+
+Called by engines, and by ``up`` before it starts any. No torch here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from pd_serve.config import EngineSettings
+from pd_serve.errors import ConfigError
+from pd_serve.kv.layout import KVLayout
+from pd_serve.models.config import ModelConfig
+from pd_serve.values import readable_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    model: ModelConfig  # for sequences of that length
+    layout: KVLayout
+    num_blocks: int  # of every layer group, the null block included
+    max_model_len: int  # tokens
+
+
+def sizes(settings: EngineSettings, directory: Path, template: str) -> Sizes:
+    """For the model in ``directory``, with ``dtype`` resolved. ``template``: see ``EngineConfig``.
+
+    Raises ConfigError, ModelError.
+    """
+    model = ModelConfig.from_directory(directory, template)
+    layout = KVLayout(settings.block_size, settings.dtype, model.layer_groups())
+    num_blocks = _num_blocks(layout, settings.kv_cache_memory)
+    max_model_len = _max_model_len(settings, model, (num_blocks - 1) * settings.block_size)
+    return Sizes(model.for_length(max_model_len), layout, num_blocks, max_model_len)
+
+
+def _max_model_len(settings: EngineSettings, model: ModelConfig, capacity: int) -> int:
+    """The longest sequence: what the user asks for, or the model's limit as far as the KV cache has room for it."""
+    if settings.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {settings.max_model_len} is more than the model takes, {model.max_model_len} tokens "
+            "(max_position_embeddings and rope scaling of its config.json): lower --max-model-len"
+        )
+    limit = settings.max_model_len or model.default_model_len
+    if capacity >= limit:
+        return limit
+    if settings.max_model_len:
+        raise ConfigError(
+            f"max_model_len {limit} does not fit the KV cache of {capacity} tokens: "
+            f"raise --kv-cache-memory or lower --max-model-len"
+        )
+    log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, limit)
+    return capacity
+
+
+def _num_blocks(layout: KVLayout, kv_cache_bytes: int) -> int:
+    """Blocks of every group, the null block included. Windowed groups get as many as the others: short prompts
+    need them, and what long ones leave over keeps prefixes."""
+    each = sum(layout.block_bytes(group) for group in range(len(layout.groups)))
+    count = kv_cache_bytes // each
+    if count < 3:
+        raise ConfigError(
+            f"a KV cache of {readable_size(kv_cache_bytes)} has room for {count} blocks of {readable_size(each)}; "
+            f"raise --kv-cache-memory to at least {readable_size(64 * each)}"
+        )
+    return count
