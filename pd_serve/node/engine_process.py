@@ -1,8 +1,6 @@
-"""The node's end of its engine process: starts it, forwards frames, knows its status, sees it hang, stop and die.
+"""The node's end of its engine process: starts it, forwards frames, knows its status, sees it die.
 
-Used by the node's main loop and its links. Never decodes what routers and engine say to each other. A slow engine is
-not a dead one: its pulse says how long the step may take, and only silence of the pulse, or a step beyond its limit, is
-trouble. A node that was itself stopped or starved blames nobody for what it did not hear.
+Used by the node's main loop and its links. Never decodes what routers and engine say to each other.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +20,7 @@ import msgspec
 import zmq
 
 from pd_serve.config import EngineConfig
+from pd_serve.node.liveness import Liveness
 from pd_serve.processes import Child, describe_exit
 from pd_serve.wire import engine as wire
 from pd_serve.wire.link import Running, Status
@@ -32,15 +30,12 @@ log = logging.getLogger(__name__)
 # Messages an engine may leave unread. It reads between any two steps: beyond this it hangs.
 MAX_UNREAD = 100_000
 _SHUTDOWN_S = 2.0
-# Before silence counts: what came while this process was not running is read first.
-_SECOND_LOOK_S = 0.2
 
 
 class EngineProcess:
     """Owns the engine process and the sockets to it. ``timeout_s``: the silence after which it counts as stopped."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
         self._deliver: Callable[[int, bytes], None] = lambda _origin, _payload: None
         self._changed: Callable[[], None] = lambda: None
         self._directory = Path(tempfile.mkdtemp(prefix="pd-serve-"))
@@ -58,10 +53,7 @@ class EngineProcess:
         self.ready: wire.EngineReady | None = None
         self.status: Status | None = None
         self.submits: dict[int, int] = {}  # by link: the number of the last submit that ``status`` includes
-        self.running: Running | None = None  # the step, by its pulse
-        self.trouble = ""  # why the engine counts as stopped or hanging
-        self._heard_s = time.monotonic()
-        self._silent = False
+        self._liveness = Liveness(timeout_s, self._read)
         self._beats = 0
         self._started: asyncio.Event = asyncio.Event()
         self._drained: asyncio.Event = asyncio.Event()
@@ -87,7 +79,17 @@ class EngineProcess:
         for socket in (self._socket, self._pulse):
             loop.add_reader(socket.fileno(), self._read)
         loop.call_soon(self._read)
-        self._watch(loop)
+        self._liveness.begin(loop, changed)
+
+    @property
+    def running(self) -> Running | None:
+        """The step, by its pulse."""
+        return self._liveness.running
+
+    @property
+    def trouble(self) -> str:
+        """Why the engine counts as stopped or hanging."""
+        return self._liveness.trouble
 
     @property
     def pid(self) -> int:
@@ -189,60 +191,11 @@ class EngineProcess:
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    # --- liveness -----------------------------------------------------------------------------------
-
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Looks when the silence would be too long, and then once more."""
-        due_s = self._heard_s + self._timeout_s - _SECOND_LOOK_S
-        now_s = time.monotonic()
-        if now_s < due_s:
-            loop.call_later(due_s - now_s, self._watch, loop)
-        else:
-            loop.call_later(_SECOND_LOOK_S, self._look_again, loop, now_s)
-
-    def _look_again(self, loop: asyncio.AbstractEventLoop, looked_s: float) -> None:
-        self._read()
-        now_s = time.monotonic()
-        if (
-            now_s - looked_s > 2 * _SECOND_LOOK_S
-        ):  # this process was stopped, or got no time: what it missed may come yet
-            self._heard_s = max(self._heard_s, now_s - self._timeout_s + 2 * _SECOND_LOOK_S)
-        elif now_s - self._heard_s >= self._timeout_s - _SECOND_LOOK_S and self.ready is not None:
-            self._silent = True  # before it is ready a library that loads may hold everything up
-            self._judge()
-        if self._silent or self.ready is None:
-            loop.call_later(self._timeout_s / 2, self._watch, loop)
-        else:
-            self._watch(loop)
-
-    def _judge(self) -> None:
-        """Sets ``trouble``."""
-        running = self.running
-        if self._silent:
-            trouble = f"the engine has said nothing for {self._timeout_s:g} s: it is stopped, or its machine is"
-        elif running is not None and running.seconds > running.limit_s:
-            what = f"step {running.step} ({running.tokens} tokens)" if running.tokens else "the engine's loop"
-            trouble = f"{what} takes longer than its limit of {running.limit_s:.1f} s: the engine hangs"
-        else:
-            trouble = ""
-        if trouble != self.trouble:
-            if trouble:
-                log.error("%s", trouble)
-            else:
-                log.warning("the engine is back")
-            self.trouble = trouble
-            self._changed()
-
-    def _heard(self) -> None:
-        self._heard_s = time.monotonic()
-        if self._silent:
-            self._silent = False
-            self._judge()
+    # --- reading ------------------------------------------------------------------------------------
 
     def _beat(self, beat: wire.Beat) -> None:
         self._beats += 1
-        self.running = beat.running
-        self._judge()
+        self._liveness.beat(beat.running)
         if beat.running is not None:
             self._changed()
         self._connected()
@@ -252,13 +205,11 @@ class EngineProcess:
         if self._beats and self.ready is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    # --- reading ------------------------------------------------------------------------------------
-
     def _read(self) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
                 self._beat(wire.decode_beat(self._pulse.recv(zmq.NOBLOCK)))
-                self._heard()
+                self._liveness.heard()
         while True:
             try:
                 origin, payload = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -267,7 +218,7 @@ class EngineProcess:
             except (zmq.ZMQError, ValueError):
                 log.exception("the engine's socket failed")
                 return
-            self._heard()
+            self._liveness.heard()
             number = int.from_bytes(origin, "little")
             if number:
                 self._deliver(number, payload)
@@ -281,6 +232,7 @@ class EngineProcess:
                 self._changed()
             case wire.EngineReady():
                 self.ready = message
+                self._liveness.started = True
                 before = self.status or Status(message.load)
                 self.status = msgspec.structs.replace(before, load=message.load)
                 self._started.set()

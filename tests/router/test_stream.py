@@ -50,10 +50,15 @@ class ManualClock:
         heapq.heappush(self._timers, (timer.due_s, next(self._numbers), timer))
         return timer
 
+    def sleep(self, by_s: float) -> None:
+        """The process does not run: timers are late."""
+        self._now_s += by_s
+
     def advance(self, by_s: float) -> None:
         end_s = self._now_s + by_s
         while self._timers and self._timers[0][0] <= end_s:
-            self._now_s, _, timer = heapq.heappop(self._timers)
+            due_s, _, timer = heapq.heappop(self._timers)
+            self._now_s = max(self._now_s, due_s)
             if not timer.cancelled:
                 timer.callback()
         self._now_s = end_s
