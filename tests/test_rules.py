@@ -45,7 +45,8 @@ _ROOMS = {
 _FURTHER = {
     "cli": {"bench", "doctor", "node", "router"},  # the commands
     "config": {"api.chat_template"},  # a template that a user gives is checked where settings are read
-    "engine.boot": {"compute.cpu", "transfer"},  # puts an engine together and gives it its lanes
+    "compute.backend": {"compute.cpu", "models"},  # chooses a device
+    "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
     "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
     "up": {"models.sizes", "models.source", "wire.model"},  # the same, for one machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pd_serve.kv.layout import KVLayout
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.region import PoolMemory
-    from pd_serve.models.decoder import Decoder
+    from pd_serve.models.sizes import Sizes
     from pd_serve.transfer.lanes import Lanes
     from pd_serve.transfer.session.handshake import Identity
 
@@ -47,9 +47,6 @@ log = logging.getLogger(__name__)
 # oneDNN and torch's layer over it each keep a compiled kernel, 0.4 MiB and more, for every number of rows a matrix was
 # multiplied with: 1024 of them, unless told otherwise. A step uses about five, and a new one costs a millisecond.
 KERNELS_KEPT = 128
-
-# A CPU core multiplies 256 rows of bfloat16 as fast, a row, as any number of them.
-SATURATING_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -170,51 +167,72 @@ def bound_caches() -> None:
 
 def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
     """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
-    # long: every part of an engine once, in the order in which they need each other
     watch = Stopwatch()
     import torch
 
-    torch.set_num_threads(config.threads)
     torch.set_grad_enabled(False)
 
-    from pd_serve.compute.cpu import ops
-    from pd_serve.compute.cpu.executor import LocalExecutor
-    from pd_serve.compute.cpu.runner import Runner
-    from pd_serve.compute.cpu.sampler import Sampler
+    from pd_serve.compute.backend import backend_for
     from pd_serve.engine.core import Engine
     from pd_serve.engine.lifecycle import Lifecycle
+    from pd_serve.models.sizes import sizes
+
+    backend = backend_for(config)
+    watch.lap("import")
+    fit = sizes(config, Path(config.model), config.template)
+    executor = backend.make_executor(config, fit)
+    parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS)
+    roles = Roles(make_role, parts, info)
+    role = roles.open()  # the transport starts on its own thread while the model loads
+    try:
+        watch.lap("pool")
+        executor.load()
+        watch.lap("load")
+        role.wait_ready(config.transport_timeout_s)
+        watch.lap("transfer")
+        executor.warm_up()
+        watch.lap("warm_up")
+    except BaseException:
+        role.close()
+        raise
+    engine = Engine(
+        kv=parts.kv,
+        scheduler=parts.scheduler,
+        executor=executor,
+        lifecycle=Lifecycle(roles, role, parts.kv, executor, pulse),
+        channel=channel,
+        pulse=pulse,
+        eos_token_ids=fit.model.eos_token_ids,
+        vocab_size=fit.model.vocab_size,
+    )
+    return engine, roles.introduce(role, engine.load(), watch.phases)
+
+
+def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_tokens: int) -> tuple[Parts, ModelInfo]:
+    """The engine's books over its pool, and what others are told of the model."""
     from pd_serve.engine.scheduler import Limits, Scheduler
     from pd_serve.kv.manager import KVManager
-    from pd_serve.memory.pool import HostPool
     from pd_serve.memory.switches import check_expandable_segments
     from pd_serve.models.config import fingerprint
-    from pd_serve.models.decoder import load_decoder
-    from pd_serve.models.sizes import sizes
     from pd_serve.transfer.session.handshake import Identity
 
-    watch.lap("import")
-    directory = Path(config.model)
-    fit = sizes(config, directory, config.template)
-    model, layout, max_model_len = fit.model, fit.layout, fit.max_model_len
+    check_expandable_segments(on_gpu=memory.device is not None, cumem=bool(config.enable_cumem_allocator))
+    model, layout = fit.model, fit.layout
     counts = (fit.num_blocks,) * len(layout.groups)
-    pool = HostPool(layout, counts)
-    check_expandable_segments(on_gpu=pool.memory().device is not None, cumem=bool(config.enable_cumem_allocator))
-    kv = KVManager(layout, counts, max_model_len + 1, prefix_caching=config.prefix_caching)
+    kv = KVManager(layout, counts, fit.max_model_len + 1, prefix_caching=config.prefix_caching)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        saturating_tokens=SATURATING_TOKENS,
+        saturating_tokens=saturating_tokens,
         max_queue=config.max_queue,
         max_queue_wait_s=config.max_queue_wait_s,
-        max_model_len=max_model_len,
+        max_model_len=fit.max_model_len,
     )
-    scheduler = Scheduler(kv, limits)
+    long_rope = any(rope.long for rope in model.ropes)
     info = ModelInfo(
         name=config.served_model_name,
-        fingerprint=fingerprint(
-            directory, config.dtype, config.load_format, long_rope=any(rope.long for rope in model.ropes)
-        ),
-        max_model_len=max_model_len,
+        fingerprint=fingerprint(Path(config.model), config.dtype, config.load_format, long_rope=long_rope),
+        max_model_len=fit.max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
     )
@@ -227,36 +245,4 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
         secret=config.secret.encode(),
         checksums=config.checksums,
     )
-    roles = Roles(make_role, Parts(config, identity, layout, kv, scheduler, pool.memory()), info)
-
-    def read_weights() -> Decoder:
-        return load_decoder(
-            directory, model, config.dtype, config.load_format, ops=ops, max_positions=max_model_len + 1
-        )
-
-    role = roles.open()  # the transport starts on its own thread while the model loads
-    try:
-        watch.lap("pool")
-        runner = Runner(None, model, layout, pool.tensors(), config.threads)
-        executor = LocalExecutor(pool, runner, Sampler(model.vocab_size), read_weights)
-        executor.load()
-        watch.lap("load")
-        executor.warm_up()
-        watch.lap("warm_up")
-        role.wait_ready(config.transport_timeout_s)
-        pool.populate()
-        watch.lap("transfer")
-    except BaseException:
-        role.close()
-        raise
-    engine = Engine(
-        kv=kv,
-        scheduler=scheduler,
-        executor=executor,
-        lifecycle=Lifecycle(roles, role, kv, executor, pulse),
-        channel=channel,
-        pulse=pulse,
-        eos_token_ids=model.eos_token_ids,
-        vocab_size=model.vocab_size,
-    )
-    return engine, roles.introduce(role, engine.load(), watch.phases)
+    return Parts(config, identity, layout, kv, Scheduler(kv, limits), memory), info

@@ -50,6 +50,7 @@ class LocalExecutor:
     def warm_up(self) -> None:
         self._runner.warm_up()
         self._sampler.warm_up()
+        self._pool.populate()
 
     @property
     def asleep(self) -> list[str]:

@@ -1,0 +1,25 @@
+"""A kind of device, as the start of an engine sees it. The only place where one is chosen."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pd_serve.compute.executor import Executor
+from pd_serve.config import EngineConfig
+from pd_serve.models.sizes import Sizes
+
+
+class Backend(Protocol):
+    """A module of the device's folder."""
+
+    SATURATING_TOKENS: int  # in a step: from so many on, more of them cost in proportion
+
+    def make_executor(self, config: EngineConfig, fit: Sizes, /) -> Executor[Any]:
+        """Allocates the KV cache; weights come with ``Executor.load``. Raises PDServeError."""
+
+
+def backend_for(config: EngineConfig) -> Backend:
+    """Engines compute on CPUs so far."""
+    from pd_serve.compute.cpu import backend
+
+    return backend

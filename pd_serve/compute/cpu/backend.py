@@ -1,0 +1,35 @@
+"""An engine on this machine's cores (see :class:`pd_serve.compute.backend.Backend`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pd_serve.compute.cpu import ops
+from pd_serve.compute.cpu.executor import LocalExecutor
+from pd_serve.compute.cpu.runner import Runner
+from pd_serve.compute.cpu.sampler import Sampler
+from pd_serve.config import EngineConfig
+from pd_serve.memory.pool import HostPool
+from pd_serve.models.decoder import Decoder, load_decoder
+from pd_serve.models.sizes import Sizes
+
+# A core multiplies 256 rows of bfloat16 as fast, a row, as any number of them.
+SATURATING_TOKENS = 256
+
+
+def make_executor(config: EngineConfig, fit: Sizes) -> LocalExecutor:
+    """Its memory is filled with pages by ``warm_up``."""
+    pool = HostPool(fit.layout, (fit.num_blocks,) * len(fit.layout.groups))
+    runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads)
+
+    def read_weights() -> Decoder:
+        return load_decoder(
+            Path(config.model),
+            fit.model,
+            config.dtype,
+            config.load_format,
+            ops=ops,
+            max_positions=fit.max_model_len + 1,
+        )
+
+    return LocalExecutor(pool, runner, Sampler(fit.model.vocab_size), read_weights)
