@@ -15,7 +15,7 @@ RUN_DEV := $(VENV)/.installed-dev
 # Of pip's output what says how far it is.
 SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
 
-.PHONY: help up test test-fast lint format docs clean
+.PHONY: help up test test-fast lint format docs golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -43,6 +43,9 @@ format: $(RUN_DEV)  ## let ruff mend what it can
 
 docs: $(RUN)  ## write docs/configuration.md anew
 	@$(BIN)/python -m pd_serve.config docs/configuration.md
+
+golden: $(RUN_DEV)  ## write tests/wire/golden.txt anew, after a meant change of what processes say to each other
+	@$(BIN)/python -m tests.wire.golden
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) build ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
