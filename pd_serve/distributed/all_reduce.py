@@ -10,13 +10,8 @@ Whatever the way, all ranks get the same bits, and get them again from the same 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -24,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pd_serve import timings
 from pd_serve.distributed.group import Group
-from pd_serve.paths import cache_directory
+from pd_serve.timings import Timed, by_rows
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +29,11 @@ LADDER = (1, 8, 32, 64, 128, 256, 1024, 8192)  # rows that are timed; others use
 _LAUNCHES = 64  # in a graph that is timed: ranks do not begin at the same microsecond
 _REPLAYS = 9
 _ALIGNMENT = 16  # bytes, of a row: what the two-shot kernel moves at once
-_FORMAT = 1
 
 
 class Way(StrEnum):
     LIBRARY = "library"  # NCCL
     TWO_SHOT = "two_shot"
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What was measured for a number of rows: microseconds of a sum in a graph, of the slowest rank."""
-
-    rows: int
-    way: Way
-    us: float
-    library_us: float
 
 
 class AllReduce:
@@ -59,11 +44,11 @@ class AllReduce:
     """
 
     def __init__(
-        self, group: Group, max_rows: int, width: int, dtype: torch.dtype, timed: Sequence[Timed] | None = None
+        self, group: Group, max_rows: int, width: int, dtype: torch.dtype, timed: Sequence[Timed[Way]] | None = None
     ) -> None:
         """``timed``: by :func:`choose`; None: the library's, for any number of rows."""
         self._group = group
-        self._ways = _by_rows(timed or ())
+        self._ways = by_rows(timed or ())
         self._symmetric = any(way is Way.TWO_SHOT for way in self._ways)
         if self._symmetric:
             self._buffer = _symmetric_buffer(group, max_rows, width, dtype)
@@ -106,14 +91,6 @@ def _symmetric_buffer(group: Group, rows: int, width: int, dtype: torch.dtype) -
     return buffer
 
 
-def _by_rows(timed: Sequence[Timed]) -> list[Way]:
-    """The way for each number of rows from 0 on; for more rows the last one's."""
-    ways: list[Way] = []
-    for entry in sorted(timed, key=lambda t: t.rows):
-        ways += [entry.way] * (entry.rows + 1 - len(ways))
-    return ways
-
-
 def choose(
     group: Group,
     max_rows: int,
@@ -122,7 +99,7 @@ def choose(
     *,
     cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Timed, ...]:
+) -> tuple[Timed[Way], ...]:
     """The fastest way for each number of rows of the ladder up to ``max_rows``: the same on all ranks.
 
     From rank 0's ``cache`` (the folder), else timed now, in a second or two, and kept there. Nothing is timed, and the
@@ -131,8 +108,8 @@ def choose(
     if group.size == 1 or group.device.type != "cuda" or width * dtype.itemsize % _ALIGNMENT:
         return ()
     ladder = [*(rows for rows in LADDER if rows < max_rows), max_rows]
-    file = (cache or cache_folder(group)) / f"{width}-{max_rows}-{str(dtype).removeprefix('torch.')}.json"
-    kept = [_read(file, ladder) if group.rank == 0 else None]
+    file = (cache or _cache_folder(group)) / f"{width}-{max_rows}-{str(dtype).removeprefix('torch.')}.json"
+    kept = [timings.read(file, ladder, _named) if group.rank == 0 else None]
     dist.broadcast_object_list(kept, device=group.device)
     if kept[0] is not None:
         return kept[0]
@@ -140,11 +117,11 @@ def choose(
         progress(f"timing sums over {group.size} GPUs")
     timed = _time(group, ladder, width, dtype)
     if group.rank == 0 and timed:
-        _write(file, timed)
+        timings.write(file, timed)
     return timed
 
 
-def _time(group: Group, ladder: Sequence[int], width: int, dtype: torch.dtype) -> tuple[Timed, ...]:
+def _time(group: Group, ladder: Sequence[int], width: int, dtype: torch.dtype) -> tuple[Timed[Way], ...]:
     try:
         buffer = _symmetric_buffer(group, ladder[-1], width, dtype)
         buffer.zero_()
@@ -192,42 +169,10 @@ def _most(group: Group, value: float) -> float:
     return float(one)
 
 
-def cache_folder(group: Group) -> Path:
-    """For what was timed between GPUs like these with this driver and torch."""
-    try:
-        driver = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
-    except OSError:
-        driver = "unknown"
-    parts = (torch.cuda.get_device_name(group.device), str(group.size), driver, torch.__version__)
-    return cache_directory() / "all_reduce" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+def _cache_folder(group: Group) -> Path:
+    name = torch.cuda.get_device_name(group.device)
+    return timings.cache_folder("all_reduce", name, str(group.size), torch.__version__)
 
 
-def _read(file: Path, ladder: Sequence[int]) -> tuple[Timed, ...] | None:
-    """What ``file`` has, if that is for all of ``ladder``. A file that makes no sense is ignored with a warning."""
-    try:
-        text = file.read_text()
-    except OSError:
-        return None
-    try:
-        data = json.loads(text)
-        if data["format"] != _FORMAT:
-            return None
-        timed = [
-            Timed(int(row["rows"]), Way(row["way"]), float(row["us"]), float(row["library_us"]))
-            for row in data["timed"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s): timing sums over ranks again", file, error)
-        return None
-    return tuple(timed) if [t.rows for t in timed] == list(ladder) else None
-
-
-def _write(file: Path, timed: Sequence[Timed]) -> None:
-    """Whole or not at all: another process may read, or write the same, meanwhile."""
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"format": _FORMAT, "timed": [dataclasses.asdict(t) for t in timed]}))
-        part.replace(file)
-    except OSError as error:
-        log.warning("cannot keep %s (%s): sums over ranks will be timed at every start", file, error)
+def _named(rows: int, name: str) -> Way:
+    return Way(name)

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pd_serve.distributed.all_reduce import AllReduce, Timed, Way, choose
+from pd_serve.distributed.all_reduce import AllReduce, Way, choose
 from pd_serve.distributed.group import Group, RankLost
+from pd_serve.timings import Timed
 from tests.distributed.ranks import run
 
 pytestmark = [

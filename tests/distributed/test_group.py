@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pd_serve.distributed.all_reduce import AllReduce, Timed, Way, _by_rows, _read, _write, choose
+from pd_serve.distributed.all_reduce import AllReduce, choose
 from pd_serve.distributed.group import Group, RankLost
 from tests.distributed.ranks import run
 
@@ -52,23 +52,3 @@ def test_a_rank_that_does_not_start(tmp_path: Path) -> None:
         Group(tmp_path, 1, 2, torch.device("cpu"), timeout_s=0.1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Group(tmp_path, 2, 2, torch.device("cpu"))
-
-
-def test_rows_use_what_the_next_larger_ones_do() -> None:
-    timed = (Timed(1, Way.LIBRARY, 7.0, 7.0), Timed(4, Way.TWO_SHOT, 8.0, 9.0), Timed(6, Way.LIBRARY, 9.0, 9.0))
-    assert [way is Way.TWO_SHOT for way in _by_rows(timed)] == [False, False, True, True, True, False, False]
-    assert _by_rows(()) == []
-
-
-def test_what_was_timed_is_kept(tmp_path: Path) -> None:
-    timed = (Timed(1, Way.LIBRARY, 7.0, 7.0), Timed(8, Way.TWO_SHOT, 8.0, 9.5))
-    file = tmp_path / "a" / "b.json"
-    assert _read(file, (1, 8)) is None
-    _write(file, timed)
-    assert _read(file, (1, 8)) == timed
-    assert _read(file, (1, 8, 16)) is None
-    for text in ("{", "[]", '{"format": 1, "timed": [{"rows": 1, "way": "by post", "us": 1, "library_us": 1}]}'):
-        file.write_text(text)
-        assert _read(file, (1, 8)) is None
-    file.write_text('{"format": 0}')
-    assert _read(file, (1, 8)) is None

@@ -1,8 +1,8 @@
 """Linear layers that use, for each shape and number of rows, what was fastest on this very GPU.
 
 Called by the engine at start (:func:`choose`) and by decoders (:class:`Linear`). Owns which kernel multiplies: torch's
-(cuBLAS), the GEMV or the split-K kernel beside it. What it measured lies in ``linears/`` of the cache, a file for each
-shape, by GPU, driver, versions and kernel sources: a start with warm caches times nothing.
+(cuBLAS), the GEMV or the split-K kernel beside it. What it measured, with weights that are not in the L2 cache, is kept
+(:mod:`pd_serve.timings`), a file for each shape, by versions and kernel sources.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +21,10 @@ import torch
 import triton
 from torch import Tensor
 
+from pd_serve import timings
 from pd_serve.compute.cuda import gemv, splitk
 from pd_serve.compute.cuda.timing import graph_us
-from pd_serve.paths import cache_directory
+from pd_serve.timings import Timed, by_rows
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ _MOST_ROWS = splitk.MAX_ROWS  # cuBLAS above: there it is arithmetic that limits
 _LAUNCHES = 8  # at least, in a graph that is timed: its own launch shall not count
 _WORTH = 0.98  # an own kernel has to need less than this share of cuBLAS' time
 _TOLERANCE = 2e-2  # relative error against torch's result from which on a kernel counts as broken
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -52,40 +51,34 @@ TORCH = Way()
 Shape = tuple[int, int]  # [out, in], as a weight has it
 
 
-@dataclass(frozen=True)
-class Timed:
-    """What was measured for one number of rows: microseconds of a multiplication, weights not in the L2 cache."""
-
-    rows: int
-    way: Way
-    us: float
-    torch_us: float
-
-
 class Linear:
     """``x @ weight.T + bias`` by the ways that were chosen for the weight's shape."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        timed: Sequence[Timed] = (),
-        workspace: splitk.Workspace | None = None,
-    ) -> None:
-        """``weight [out, in]`` contiguous, ``bias [out]``. ``timed``: of its shape, by :func:`choose`; none: torch.
-
-        Raises ValueError where a way needs a workspace and none, or too small a one, is given.
-        """
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """``weight [out, in]`` contiguous, ``bias [out]``. It goes torch's way until :meth:`use`."""
         if not weight.is_contiguous():
             raise ValueError("a linear's weight must be contiguous")
-        needs = any(isinstance(t.way.tile, splitk.SplitTile) for t in timed)
-        if needs and (workspace is None or workspace.max_outputs < weight.shape[0]):
-            raise ValueError(f"split-K needs a workspace for {weight.shape[0]} outputs")
         self._weight = weight
         self._transposed = weight.t()
         self._bias = bias
+        self._workspace: splitk.Workspace | None = None
+        self._ways: list[Way] = []
+
+    @property
+    def shape(self) -> Shape:
+        return self._weight.shape[0], self._weight.shape[1]
+
+    def use(self, timed: Sequence[Timed[Way]], workspace: splitk.Workspace | None = None) -> None:
+        """From now on goes the ways that :func:`choose` found for its shape.
+
+        Raises ValueError where a way needs a workspace and none, or too small a one, is given.
+        """
+        weight = self._weight
+        needs = any(isinstance(t.way.tile, splitk.SplitTile) for t in timed)
+        if needs and (workspace is None or workspace.max_outputs < weight.shape[0]):
+            raise ValueError(f"split-K needs a workspace for {weight.shape[0]} outputs")
         self._workspace = workspace
-        self._ways = _by_rows(timed)
+        self._ways = by_rows(timed)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -129,14 +122,6 @@ def _multiply(
         torch.addmm(bias, x, transposed, out=out)
 
 
-def _by_rows(timed: Sequence[Timed]) -> list[Way]:
-    """The way for each number of rows from 0 on, as long as one was timed."""
-    ways: list[Way] = []
-    for entry in sorted(timed, key=lambda t: t.rows):
-        ways += [entry.way] * (entry.rows + 1 - len(ways))
-    return ways
-
-
 def candidates(rows: int) -> list[Way]:
     """Ways that may be the fastest for ``rows`` rows; torch's is the first."""
     ways = [TORCH]
@@ -155,7 +140,7 @@ def choose(
     ladder: Sequence[int] = LADDER,
     cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
-) -> dict[Shape, tuple[Timed, ...]]:
+) -> dict[Shape, tuple[Timed[Way], ...]]:
     """The fastest way for each shape and number of rows: from ``cache``, else timed now and kept there.
 
     ``cache``: the folder, by default :func:`cache_folder`. ``progress`` is called before each shape that is timed.
@@ -165,10 +150,10 @@ def choose(
         return dict.fromkeys(shapes, ())
     ladder = [rows for rows in sorted(ladder) if rows <= _MOST_ROWS]
     folder = cache or cache_folder(device)
-    chosen: dict[Shape, tuple[Timed, ...]] = {}
+    chosen: dict[Shape, tuple[Timed[Way], ...]] = {}
     missing: list[Shape] = []
     for shape in dict.fromkeys(shapes):
-        found = _read(_file(folder, shape, dtype), ladder)
+        found = timings.read(_file(folder, shape, dtype), ladder, _named)
         if found is None:
             missing.append(shape)
         else:
@@ -180,7 +165,7 @@ def choose(
             if progress:
                 progress(f"timing linears of {shape[0]} x {shape[1]}")
             chosen[shape] = _time(shape, ladder, dtype, device, workspace)
-            _write(_file(folder, shape, dtype), chosen[shape])
+            timings.write(_file(folder, shape, dtype), chosen[shape])
     return chosen
 
 
@@ -200,7 +185,7 @@ def _compile(
 
 def _time(
     shape: Shape, ladder: Sequence[int], dtype: torch.dtype, device: torch.device, workspace: splitk.Workspace
-) -> tuple[Timed, ...]:
+) -> tuple[Timed[Way], ...]:
     n, k = shape
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     copies = -(-4 * l2_bytes // (n * k * dtype.itemsize))
@@ -246,79 +231,14 @@ def _us(
 def cache_folder(device: torch.device) -> Path:
     """For what was timed on GPUs like ``device`` with these versions."""
     sources = b"".join(inspect.getsource(module).encode() for module in (gemv, splitk))
-    parts = (
-        torch.cuda.get_device_name(device),
-        str(torch.cuda.get_device_properties(device).multi_processor_count),
-        _driver(),
-        torch.__version__,
-        triton.__version__,
-        hashlib.sha256(sources).hexdigest(),
-    )
-    return cache_directory() / "linears" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-
-def _driver() -> str:
-    """The driver's version, 580.159.04 for instance."""
-    version = Path("/proc/driver/nvidia/version")
-    try:
-        return version.read_text().partition("\n")[0]
-    except OSError:
-        return "unknown"
+    processors = str(torch.cuda.get_device_properties(device).multi_processor_count)
+    versions = torch.__version__, triton.__version__, hashlib.sha256(sources).hexdigest()
+    return timings.cache_folder("linears", torch.cuda.get_device_name(device), processors, *versions)
 
 
 def _file(folder: Path, shape: Shape, dtype: torch.dtype) -> Path:
     return folder / f"{shape[0]}x{shape[1]}-{str(dtype).removeprefix('torch.')}.json"
 
 
-def _read(file: Path, ladder: Sequence[int]) -> tuple[Timed, ...] | None:
-    """What ``file`` has, if that is for all of ``ladder``. A file that makes no sense is ignored with a warning."""
-    try:
-        text = file.read_text()
-    except OSError:
-        return None
-    try:
-        data = json.loads(text)
-        if data["format"] != _FORMAT:
-            return None
-        timed = {row["rows"]: _decode(row) for row in data["timed"]}
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s): timing these linears again", file, error)
-        return None
-    return tuple(timed[rows] for rows in ladder) if all(rows in timed for rows in ladder) else None
-
-
-_TILES: dict[str, type[gemv.GemvTile] | type[splitk.SplitTile]] = {"gemv": gemv.GemvTile, "split_k": splitk.SplitTile}
-
-
-def _decode(row: dict[str, object]) -> Timed:
-    kind, tile = row["way"], row["tile"]
-    rows, us, torch_us = row["rows"], row["us"], row["torch_us"]
-    if not (isinstance(rows, int) and isinstance(us, float) and isinstance(torch_us, float)):
-        raise ValueError("numbers are missing")
-    way = TORCH
-    if kind != "torch":
-        if not (isinstance(kind, str) and isinstance(tile, list) and all(isinstance(v, int) for v in tile)):
-            raise ValueError("a tile is missing")
-        way = Way(_TILES[kind](*tile))
-        if way not in candidates(rows):
-            raise ValueError(f"no such way: {way}")
-    return Timed(rows, way, us, torch_us)
-
-
-def _write(file: Path, timed: Sequence[Timed]) -> None:
-    """Whole or not at all: another process may read, or write the same, meanwhile."""
-    kinds = {cls: kind for kind, cls in _TILES.items()}
-    rows = []
-    for t in timed:
-        tile = t.way.tile
-        rows.append({
-            "rows": t.rows, "way": "torch" if tile is None else kinds[type(tile)],
-            "tile": None if tile is None else list(dataclasses.astuple(tile)), "us": t.us, "torch_us": t.torch_us,
-        })  # fmt: skip
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"format": _FORMAT, "timed": rows}))
-        part.replace(file)
-    except OSError as error:
-        log.warning("cannot keep %s (%s): linears will be timed at every start", file, error)
+def _named(rows: int, name: str) -> Way:
+    return {str(way): way for way in candidates(rows)}[name]

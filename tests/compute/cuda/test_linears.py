@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,10 @@ from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_g
 
 skip_without_gpu()
 
+from pd_serve import timings  # noqa: E402
 from pd_serve.compute.cuda import gemv, linears, splitk  # noqa: E402
-from pd_serve.compute.cuda.linears import TORCH, Linear, Timed, Way  # noqa: E402
+from pd_serve.compute.cuda.linears import TORCH, Linear, Way, _named  # noqa: E402
+from pd_serve.timings import Timed  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +61,7 @@ def test_split_k(n: int, k: int, tile: splitk.SplitTile) -> None:
     assert not workspace.arrived.any()
 
 
-def some_ways() -> list[Timed]:
+def some_ways() -> list[Timed[Way]]:
     return [
         Timed(2, Way(gemv.TILES[0]), 1.0, 2.0),
         Timed(4, TORCH, 2.0, 2.0),
@@ -72,7 +73,8 @@ def some_ways() -> list[Timed]:
 def test_a_linear_goes_the_way_of_its_rows(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     n, k = 96, 512
     weight, _, added, _ = operands(n, k, 1, bias)
-    layer = Linear(weight, added, some_ways(), splitk.Workspace(n, DEVICE))
+    layer = Linear(weight, added)
+    layer.use(some_ways(), splitk.Workspace(n, DEVICE))
     seen: list[Way] = []
     multiply = linears._multiply
 
@@ -95,32 +97,16 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
     weight = torch.zeros(96, 512, device=DEVICE, dtype=DTYPE)
     for workspace in (None, splitk.Workspace(95, DEVICE)):
         with pytest.raises(ValueError, match="workspace"):
-            Linear(weight, None, some_ways(), workspace)
+            Linear(weight).use(some_ways(), workspace)
 
 
-def test_what_was_timed_is_kept(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "96x512-bfloat16.json"
-    timed = tuple(some_ways())
-    linears._write(file, timed)
-    assert linears._read(file, [2, 4, 16]) == timed
-    assert linears._read(file, [2, 4, 16, 32]) is None  # another ladder: timed again
-    assert [f.name for f in file.parent.iterdir()] == [file.name]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "", "{", "[]", '{"format": 1}', '{"format": 1, "timed": [{}]}',
-        '{"format": 1, "timed": [{"rows": 2, "way": "gemv", "tile": [3, 1, 1, 1], "us": 1.0, "torch_us": 2.0}]}',
-        '{"format": 1, "timed": [{"rows": 2, "way": "other", "tile": [1], "us": 1.0, "torch_us": 2.0}]}',
-    ],
-)  # fmt: skip
-def test_a_damaged_cache_is_ignored(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_way_is_kept_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "96x512-bfloat16.json"
-    file.write_text(damage)
-    with caplog.at_level(logging.WARNING):
-        assert linears._read(file, [2]) is None
-    assert str(file) in caplog.text
+    timed = tuple(some_ways())
+    timings.write(file, timed)
+    assert timings.read(file, [2, 4, 16], _named) == timed
+    file.write_text(file.read_text().replace("GemvTile(1,", "GemvTile(3,"))  # no such tile
+    assert timings.read(file, [2], _named) is None
 
 
 @on_gpu
@@ -131,7 +117,7 @@ def test_choosing_and_choosing_again(tmp_path: Path) -> None:
     assert len(said) == 2
     for shape in shapes:
         assert [t.rows for t in first[shape]] == [1, 16]
-        assert all(0 < t.us <= t.torch_us for t in first[shape])
+        assert all(0 < t.us <= t.library_us for t in first[shape])
     again = linears.choose(shapes, DTYPE, DEVICE, ladder=(1, 16), cache=tmp_path, progress=said.append)
     assert again == first
     assert len(said) == 2
@@ -144,7 +130,8 @@ def test_choosing_and_choosing_again(tmp_path: Path) -> None:
 def test_a_linear_in_a_graph() -> None:
     n, k = 6144, 4096
     weight, _, _, _ = operands(n, k, 1, False)
-    layer = Linear(weight, None, some_ways(), splitk.Workspace(n, DEVICE))
+    layer = Linear(weight)
+    layer.use(some_ways(), splitk.Workspace(n, DEVICE))
     for rows in (1, 16):
         x = torch.randn(rows, k, device=DEVICE).to(DTYPE)
         out = torch.empty(rows, n, device=DEVICE, dtype=DTYPE)
