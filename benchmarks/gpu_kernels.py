@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +72,7 @@ def bench_linears(rate: float) -> None:
             result(f"linears choose {attempt} s={time.perf_counter() - begin:.1f}")
     for name, (n, k) in SHAPES.items():
         for t in chosen[n, k]:
-            share, torchs = (2 * n * k / us / rate for us in (t.us, t.torch_us))
+            share, torchs = (2 * n * k / us / rate for us in (t.us, t.library_us))
             result(f"linear {name} rows={t.rows} us={t.us:.1f} share={share:.2f} torch={torchs:.2f} way={t.way}")
 
 
@@ -109,7 +110,8 @@ def bench_kernels(rate: float) -> None:
 
 
 def bench_sampler(rate: float) -> None:
-    from pd_serve.wire.link import SamplingParams
+    from pd_serve.compute.cuda.sampler import Rows
+    from pd_serve.compute.step import SAMPLING
 
     kinds = {
         "greedy": {"temperature": 0.0},
@@ -122,8 +124,14 @@ def bench_sampler(rate: float) -> None:
             logits = torch.randn(rows, VOCAB, device=DEVICE).mul_(spread)
             sampler = Sampler(VOCAB, rows, DEVICE)
             for kind, values in kinds.items():
-                for i in range(rows):
-                    sampler.rows.put(i, SamplingParams(max_tokens=1, seed=i, **values), 0)  # type: ignore[arg-type]
+                host, sampling = Rows(rows, torch.device("cpu")), np.zeros(rows, SAMPLING)
+                for name, value in {
+                    "seed": np.arange(rows), "temperature": 1, "top_p": 1, "repetition_penalty": 1, "history": -1,
+                    "bias": -1, **values,
+                }.items():  # fmt: skip
+                    sampling[name] = value
+                host.fill(sampling, rows)
+                sampler.rows.copy_from(host)
                 us = graph_us(lambda: sampler.sample(logits))  # noqa: B023
                 share = 2 * 4 * rows * VOCAB / us / rate
                 result(f"sampler {kind} rows={rows} spread={spread:g} us={us:.1f} share={share:.2f}")
@@ -136,8 +144,8 @@ def bench_attention(rate: float) -> None:
     from pd_serve.compute.cuda.attention import (
         AttentionShape,
         Decode,
+        FlashPrefill,
         PlannedDecode,
-        Prefill,
         Workspaces,
         XqaDecode,
         compile_kernels,
@@ -168,7 +176,7 @@ def bench_attention(rate: float) -> None:
             share = 4 * batch * context * KV_HEADS * DIM / us / rate
             result(f"decode {kind.__name__} batch={batch} context={context} us={us:.1f} share={share:.2f}")
         del pool
-    prefill = Prefill(shape, DEVICE, workspaces)
+    prefill = FlashPrefill(shape, DEVICE, workspaces)
     for new, prefix in ((512, 0), (2048, 0), (8192, 0), (2048, 6144), (512, 7680), (2048, 2048)):
         blocks = (new + prefix) // block
         pool = torch.randn(blocks + 1, layers, 2, KV_HEADS, block, DIM, device=DEVICE, dtype=torch.bfloat16)

@@ -52,8 +52,8 @@ class GroupedQueryAttention:
 
     @property
     def tensors(self) -> list[Tensor]:
-        norms = [norm for norm in (self.transform.q_norm, self.transform.k_norm) if norm is not None]
-        return [*self.qkv.tensors, *self.output.tensors, *norms]
+        transform = [part for part in self.transform if isinstance(part, Tensor)]
+        return [*self.qkv.tensors, *self.output.tensors, *transform]
 
     def __call__(self, x: Tensor, positions: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         heads = self.qkv(x).view(len(x), -1, self._head_dim)

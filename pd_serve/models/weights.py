@@ -43,12 +43,16 @@ class ModelWeights:
     lm_head: Linear
 
     @property
-    def size_bytes(self) -> int:
-        """Of all tensors, packed copies included."""
+    def tensors(self) -> list[Tensor]:
+        """All that it holds in memory, each once, packed copies included. The same order for the same model."""
         held = [self.embedding, self.norm, *self.lm_head.tensors]
         for layer in self.layers:
             held += layer.tensors
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return list({id(tensor): tensor for tensor in held}.values())
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
 class TensorSource(Protocol):

@@ -1,9 +1,9 @@
 """Attention over the block-major KV pool on a GPU, by FlashInfer's kernels.
 
 Called by the engine, an object for each kind of layer (:class:`AttentionShape`) and each phase: :func:`make_decode`
-gives :class:`XqaDecode` where XQA has the shape, else :class:`PlannedDecode`; :class:`Prefill` is for chunks. Owns the
-choice of kernels, their metadata on the device and when they are compiled. A layer's K and V are views of the pool
-(``kv/layout.py``), strided and in place: nothing is copied.
+gives :class:`XqaDecode` where XQA has the shape, else :class:`PlannedDecode`; :func:`make_prefill` is for chunks, and
+float32 is for a plain kernel of our own. Owns the choice of kernels, their metadata on the device and when they are
+compiled. A layer's K and V are views of the pool (``kv/layout.py``), strided and in place: nothing is copied.
 
 A decode step is prepared once and run by each layer, or captured into a CUDA graph for a number of rows and then
 prepared for each replay. Block 0 of the pool must hold finite numbers: rows that fill up a graph read it, and so do
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pd_serve.compute.cuda.plain import PlainRows, attend
 from pd_serve.errors import ConfigError
 
 FLASHINFER = ((0, 6, 12), (0, 7))  # from, to before: its API changes in minor versions
@@ -90,7 +91,8 @@ def compile_kernels(
     ``progress`` is called with a line to show before that, and not at all if everything is there. Where this was not
     called the first use of a kernel compiles it.
     """
-    specs = {spec.name: spec for shape in shapes for spec in _specs(shape, device)}
+    flash = [shape for shape in shapes if shape.dtype is not torch.float32]
+    specs = {spec.name: spec for shape in flash for spec in _specs(shape, device)}
     missing = [spec for spec in specs.values() if not spec.is_compiled]
     if not missing:
         return
@@ -143,7 +145,6 @@ class Workspaces:
     def __init__(self, device: torch.device) -> None:
         self.xqa = torch.zeros(_XQA_SEMAPHORE_BYTES + _WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.planned = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.plan = torch.zeros(_PLAN_BYTES, dtype=torch.uint8, device=device)
 
 
 class Decode(Protocol):
@@ -169,25 +170,17 @@ def make_decode(
     shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
 ) -> Decode:
     """For up to ``max_batch`` sequences of up to ``max_blocks`` blocks."""
+    if shape.dtype is torch.float32:
+        return PlainDecode(shape, max_batch, max_blocks, device)
     kind = XqaDecode if xqa_has(shape, device) else PlannedDecode
     return kind(shape, max_batch, max_blocks, device, workspaces)
 
 
-class XqaDecode:
-    """By XQA: tables and lengths are on the device, so that a graph's replay needs no plan of the host's.
+class _DeviceTables:
+    """Tables and lengths on the device, where kernels read them: a graph's replay needs no plan of the host's."""
 
-    ``tables [max_batch, max_blocks]`` and ``lens [max_batch]`` are where kernels read them: whoever has them on the
-    device already may write them there.
-    """
-
-    def __init__(
-        self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
-    ) -> None:
-        from flashinfer.decode import xqa_batch_decode_with_kv_cache
-
-        self._xqa = xqa_batch_decode_with_kv_cache
+    def __init__(self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device) -> None:
         self._shape = shape
-        self._workspace = workspaces.xqa
         self.tables = torch.zeros((max_batch, max_blocks), dtype=torch.int32, device=device)
         self.lens = torch.ones(max_batch, dtype=torch.int32, device=device)
         self._size = 0
@@ -195,14 +188,6 @@ class XqaDecode:
     def prepare(self, tables: Tensor, lens: Tensor) -> None:
         self.replay(len(lens), tables, lens)
         self._size = len(lens)
-
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        tables = self.tables[: self._size]
-        self._xqa(
-            q, (k_cache, v_cache), self._workspace, tables, self.lens[: self._size],
-            tables.shape[1] * self._shape.block_size, bmm1_scale=self._shape.scale,
-            window_left=self._shape.window_left, out=out, kv_layout="HND", enable_pdl=False,
-        )  # fmt: skip
 
     def begin_capture(self, sizes: Sequence[int]) -> None:
         if max(sizes) > len(self.lens):
@@ -220,6 +205,39 @@ class XqaDecode:
             self.lens[used:size] = 1
 
 
+class XqaDecode(_DeviceTables):
+    """By XQA."""
+
+    def __init__(
+        self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device, workspaces: Workspaces
+    ) -> None:
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+        super().__init__(shape, max_batch, max_blocks, device)
+        self._xqa = xqa_batch_decode_with_kv_cache
+        self._workspace = workspaces.xqa
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        tables = self.tables[: self._size]
+        self._xqa(
+            q, (k_cache, v_cache), self._workspace, tables, self.lens[: self._size],
+            tables.shape[1] * self._shape.block_size, bmm1_scale=self._shape.scale,
+            window_left=self._shape.window_left, out=out, kv_layout="HND", enable_pdl=False,
+        )  # fmt: skip
+
+
+class PlainDecode(_DeviceTables):
+    """By the plain kernel, any dtype."""
+
+    def __init__(self, shape: AttentionShape, max_batch: int, max_blocks: int, device: torch.device) -> None:
+        super().__init__(shape, max_batch, max_blocks, device)
+        self._sequences = torch.arange(max_batch, dtype=torch.int32, device=device)
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        n = self._size
+        attend(self._shape, q, k_cache, v_cache, out, PlainRows(self.tables[:n], self._sequences[:n], self.lens[:n]))
+
+
 class PlannedDecode:
     """By FlashInfer's decode wrapper on tensor cores: the host, where ``tables`` and ``lens`` are, plans each step."""
 
@@ -231,7 +249,8 @@ class PlannedDecode:
         self._wrapper = BatchDecodeWithPagedKVCacheWrapper
         self._shape = shape
         self._device = device
-        self._workspaces = workspaces
+        self._workspace = workspaces.planned
+        self._plan_buffer = torch.zeros(_PLAN_BYTES, dtype=torch.uint8, device=device)  # of the plan that is run
         self._max_blocks = max_blocks
         self._indices = torch.zeros(max_batch * max_blocks, dtype=torch.int32, device=device)
         self._graphs: dict[int, Any] = {}
@@ -272,10 +291,10 @@ class PlannedDecode:
                 "paged_kv_last_page_len_buffer": torch.ones(size, dtype=torch.int32, device=self._device),
             }
         wrapper = self._wrapper(
-            self._workspaces.planned, "HND", use_tensor_cores=True, use_cuda_graph=size is not None, backend="fa2",
+            self._workspace, "HND", use_tensor_cores=True, use_cuda_graph=size is not None, backend="fa2",
             **buffers,
         )  # fmt: skip
-        wrapper.reset_workspace_buffer(self._workspaces.planned, self._workspaces.plan)
+        wrapper.reset_workspace_buffer(self._workspace, self._plan_buffer)
         return wrapper
 
     def _plan(self, wrapper: Any, tables: Tensor, lens: Tensor) -> None:
@@ -289,8 +308,46 @@ class PlannedDecode:
         self._copied.record()
 
 
-class Prefill:
-    """Attention of chunks of prompts, whose K and V are in the pool already.
+class Prefill(Protocol):
+    """Attention of chunks of prompts, whose K and V are in the pool already."""
+
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+        """All int32, on the host: ``query_start [B + 1]``, first rows; ``lens [B]``, tokens, new ones included;
+        ``tables [B, blocks]``.
+        """
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """``q``, ``out [T, Hq, D]``; ``k``, ``v [T, Hkv, D]``, the chunks' own; the caches as in :class:`Decode`.
+
+        Rows of ``q``, ``k`` and ``v`` may be apart.
+        """
+
+
+def make_prefill(shape: AttentionShape, device: torch.device, workspaces: Workspaces) -> Prefill:
+    """For one kind of layer."""
+    if shape.dtype is torch.float32:
+        return PlainPrefill(shape, device)
+    return FlashPrefill(shape, device, workspaces)
+
+
+class PlainPrefill:
+    """By the plain kernel, any dtype."""
+
+    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
+        self._shape = shape
+        self._device = device
+        self._rows: PlainRows | None = None
+
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+        self._rows = PlainRows.of_chunks(query_start, lens, tables, self._device)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        assert self._rows is not None  # prepared
+        attend(self._shape, q, k_cache, v_cache, out, self._rows)
+
+
+class FlashPrefill:
+    """By FlashInfer.
 
     Chunks without a prefix read their own K and V, which are contiguous. Others read all from the pool: on an H100 to
     read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md).
@@ -307,9 +364,6 @@ class Prefill:
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
-        """All int32, on the host: ``query_start [B + 1]``, first rows; ``lens [B]``, tokens, new ones included;
-        ``tables [B, blocks]``.
-        """
         s = self._shape
         common = {
             "causal": True, "sm_scale": s.scale, "window_left": s.window_left, "logits_soft_cap": s.soft_cap,
@@ -327,10 +381,6 @@ class Prefill:
         self._copied.record()
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        """``q``, ``out [T, Hq, D]``; ``k``, ``v [T, Hkv, D]``, the chunks' own; the caches as in :class:`Decode`.
-
-        Rows of ``q``, ``k`` and ``v`` may be apart.
-        """
         if self._own:
             self._ragged.run(q, k, v, out=out)
         else:
@@ -340,6 +390,7 @@ class Prefill:
 def _pages(tables: Tensor, lens: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """FlashInfer's form of block tables: where each sequence's begin, blocks of all, tokens in each last block."""
     counts = (lens + (block_size - 1)) // block_size
+    tables = tables[:, : int(counts.max())]
     starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     inside = torch.arange(tables.shape[1], dtype=torch.int32)[None, :] < counts[:, None]

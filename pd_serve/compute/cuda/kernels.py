@@ -87,6 +87,12 @@ def rotate_and_store(
     )  # fmt: skip
 
 
+def take_samples(tokens: Tensor, picks: Tensor, samples: Tensor) -> None:
+    """``tokens[i] = samples[picks[i]]`` where ``picks[i]`` is not below 0. All int64, ``tokens`` and ``picks [N]``."""
+    if len(tokens):
+        _take_samples[(triton.cdiv(len(tokens), _TILE),)](tokens, picks, samples, len(tokens), BLOCK=_TILE)
+
+
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """``silu(gate) * up`` of ``[T, 2 I]``: returns ``out [T, I]``, by default a new tensor."""
     return _gated(gate_up, out, 1.0, 0.0)
@@ -234,3 +240,13 @@ def _gated_mul(
     up = tl.load(gate_up + half, i < half, other=0.0).to(tl.float32)
     value = gate / (1 + tl.exp(-gate * (linear + cubic * gate * gate))) * up
     tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), i < half)
+
+
+@triton.jit
+def _take_samples(
+    tokens: tl.tensor, picks: tl.tensor, samples: tl.tensor, number: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pick = tl.load(picks + i, i < number, other=-1)
+    tl.store(tokens + i, tl.load(samples + pick, pick >= 0, other=0), pick >= 0)

@@ -13,9 +13,8 @@ exact, so that no order of programs changes a threshold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pd_serve.compute import step
 from pd_serve.compute.cuda.noise import arrival, noise_key
+from pd_serve.compute.step import NO_LINE
 
-if TYPE_CHECKING:
-    from pd_serve.wire.link import SamplingParams
-
-NONE = -1  # no history, no bias
 GREEDY_BELOW = tl.constexpr(1e-5)  # temperatures: so small a one leaves one token, if it does not overflow
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not know
 _UNDERFLOW = tl.constexpr(-87.0)  # exponents: smaller weights are 0
@@ -39,8 +36,10 @@ _CHUNK = 4096  # tokens of a program
 _PASSES, _LEVELS = 3, 8  # over all tokens, each counts above so many levels: they narrow down where a threshold is
 _CANDIDATES = 4096  # weights that one program can hold: where more are left, it reads the whole row again and again
 
-_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-_INTS = ("top_k", "index", "history", "bias")
+# of each row, by the names of SamplingRow
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTS = ("top_k", "output_index", "history", "bias")
+_GREEDY = {"top_p": 1, "repetition_penalty": 1, "history": NO_LINE, "bias": NO_LINE}  # else 0
 
 
 class Rows:
@@ -57,20 +56,17 @@ class Rows:
         floats = {name: fields[i].view(torch.float32) for i, name in enumerate(_FLOATS)}
         ints = {name: fields[len(_FLOATS) + i] for i, name in enumerate(_INTS)}
         self.fields = floats | ints
-        self.fields["top_p"].fill_(1)
-        self.fields["repetition"].fill_(1)
-        self.fields["history"].fill_(NONE)
-        self.fields["bias"].fill_(NONE)
+        for name, value in _GREEDY.items():
+            self.fields[name].fill_(value)
 
-    def put(self, row: int, sampling: SamplingParams, index: int, history: int = NONE, bias: int = NONE) -> None:
-        """What row ``row`` samples with: its ``index``-th output token, with these lines of the sampler's tables."""
-        self.seed[row] = sampling.seed - (1 << 64 if sampling.seed >> 63 else 0)
-        values = (
-            sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty,
-            sampling.presence_penalty, sampling.frequency_penalty, sampling.top_k, index, history, bias,
-        )  # fmt: skip
-        for name, value in zip((*_FLOATS, *_INTS), values, strict=True):
-            self.fields[name][row] = value
+    def fill(self, sampling: step.Rows, rows: int) -> None:
+        """On the host: the first rows are ``sampling`` (of dtype SAMPLING), those up to ``rows`` greedy again."""
+        used = len(sampling)
+        self.seed[:used] = torch.from_numpy(sampling["seed"].astype(np.uint64).view(np.int64))
+        for name, field in self.fields.items():
+            values = field.numpy()
+            values[:used] = sampling[name]
+            values[used:rows] = _GREEDY.get(name, 0)
 
     def copy_from(self, host: Rows) -> None:
         """Queued on the current stream: ``host`` may not be changed before the device has come that far."""
@@ -83,8 +79,7 @@ class Sampled:
     adjusted: Tensor  # [rows, vocab] float32: logits with bias and penalties, as log-probabilities are taken of them
 
 
-@dataclass(frozen=True)
-class Logprobs:
+class Logprobs(NamedTuple):
     """Natural, not below ``LOWEST_LOGPROB``."""
 
     chosen: Tensor  # [rows] float32
@@ -123,12 +118,11 @@ class Sampler:
         history.index_fill_(0, prompt, 1)
         history.index_add_(0, output, torch.full_like(output, 2, dtype=torch.int32))
 
-    def set_bias(self, line: int, bias: Mapping[int, float], forbidden: Sequence[int] = ()) -> None:
-        """Added to logits; ``forbidden`` tokens (an end before ``min_tokens``) can never be sampled."""
-        row = torch.zeros(self.vocab_size, dtype=torch.float32)
-        row[list(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32)
-        row[list(forbidden)] = -torch.inf
-        self.biases[line].copy_(row)
+    def set_bias(self, line: int, tokens: Tensor, values: Tensor) -> None:
+        """``values`` float32 are added to the logits of ``tokens`` int64: minus infinity, and it is never sampled."""
+        bias = self.biases[line]
+        bias.zero_()
+        bias.index_copy_(0, tokens, values)
 
     def sample(self, logits: Tensor, out: Tensor | None = None) -> Sampled:
         """A token for each row of ``logits [N, vocab]``, by the first N of :attr:`rows`.
@@ -146,7 +140,8 @@ class Sampler:
         histories, biases = (table if len(table) else self.rows.buffer for table in (self.histories, self.biases))
         _adjust[(n, chunks)](
             logits, logits.stride(0), adjusted, adjusted.stride(0), vocab, self._highest,
-            f["repetition"], f["presence"], f["frequency"], f["history"], f["bias"], histories, biases, self._collected,
+            f["repetition_penalty"], f["presence_penalty"], f["frequency_penalty"], f["history"], f["bias"],
+            histories, biases, self._collected,
             COPY=adjusted is not logits, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
         row = (adjusted, adjusted.stride(0), vocab, chunks, self._highest)
@@ -164,7 +159,7 @@ class Sampler:
         )  # fmt: skip
         _race[(n, chunks)](
             adjusted, adjusted.stride(0), vocab, chunks, self._highest, f["temperature"], self._threshold,
-            self.rows.seed, f["index"], self._best, self._best_token, ACROSS=across, CHUNK=_CHUNK, num_warps=8,
+            self.rows.seed, f["output_index"], self._best, self._best_token, ACROSS=across, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
         _finish[(n,)](
             self._best, self._best_token, chunks, vocab, f["history"], histories, out, ACROSS=across, num_warps=1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from pd_serve.errors import ConfigError
 from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_gpu
@@ -17,25 +16,17 @@ pytest.importorskip("flashinfer")
 from pd_serve.compute.cuda.attention import (  # noqa: E402
     AttentionShape,
     Decode,
+    FlashPrefill,
     PlannedDecode,
-    Prefill,
     Workspaces,
     XqaDecode,
     check,
     compile_kernels,
     make_decode,
 )
+from tests.compute.cuda.pools import Pool, queries, shape  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-
-LAYERS, LAYER = 3, 1
-
-
-def shape(
-    heads: int, kv_heads: int, dim: int, block: int, window: int | None = None, cap: float | None = None
-) -> AttentionShape:
-    return AttentionShape(heads, kv_heads, dim, block, dim**-0.5, window, cap)
-
 
 XQA = [
     shape(32, 8, 128, 16), shape(32, 8, 128, 64), shape(9, 3, 64, 16), shape(8, 8, 128, 16), shape(16, 2, 64, 64),
@@ -50,48 +41,6 @@ SHAPES = [*XQA, *PLANNED]
 @pytest.fixture(scope="module")
 def workspaces() -> Workspaces:
     return Workspaces(DEVICE)
-
-
-class Pool:
-    """Random K and V for sequences of these lengths, in scattered blocks; block 0 is nobody's."""
-
-    def __init__(self, s: AttentionShape, lens: list[int]) -> None:
-        self.shape, self.lens = s, lens
-        most = max(-(-n // s.block_size) for n in lens)
-        blocks = len(lens) * most + 1
-        self.data = torch.randn(blocks, LAYERS, 2, s.num_kv_heads, s.block_size, s.head_dim, device=DEVICE).to(s.dtype)
-        self.tables = (torch.randperm(blocks - 1)[: len(lens) * most] + 1).int().view(len(lens), most)
-        self.k, self.v = self.data[:, LAYER, 0], self.data[:, LAYER, 1]
-        self.seen = self.tables.clone()  # as an engine has them: no block where nothing is seen any more
-        for row, n in enumerate(lens):
-            self.seen[row, -(-n // s.block_size) :] = 0
-            if s.window is not None:
-                self.seen[row, : max(0, n - s.window) // s.block_size] = 0
-
-    def of(self, row: int) -> tuple[Tensor, Tensor]:
-        """K and V of a sequence, ``[tokens, Hkv, D]`` float32."""
-        table = self.tables[row].long().to(DEVICE)
-        k, v = (x[table].transpose(1, 2).flatten(0, 1)[: self.lens[row]].float() for x in (self.k, self.v))
-        return k, v
-
-    def expected(self, row: int, q: Tensor) -> Tensor:
-        """Of the last tokens of a sequence: ``q [n, Hq, D]``."""
-        s, (k, v) = self.shape, self.of(row)
-        group = s.num_heads // s.num_kv_heads
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k) * s.scale
-        if s.soft_cap is not None:
-            scores = s.soft_cap * torch.tanh(scores / s.soft_cap)
-        at = torch.arange(self.lens[row] - len(q), self.lens[row], device=DEVICE)[:, None]
-        key = torch.arange(self.lens[row], device=DEVICE)[None, :]
-        hidden = key > at
-        if s.window is not None:
-            hidden |= key <= at - s.window
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-
-
-def queries(s: AttentionShape, rows: int) -> Tensor:
-    return (torch.randn(rows, s.num_heads, s.head_dim, device=DEVICE) * 2).to(s.dtype)
 
 
 def check_decode(decode: Decode, s: AttentionShape) -> None:
@@ -166,7 +115,7 @@ def test_prefill(s: AttentionShape, prefix: list[int], new: list[int], workspace
         k[starts[row] : starts[row + 1]] = own_k[-n:]
         v[starts[row] : starts[row + 1]] = own_v[-n:]
     out = torch.full((starts[-1], s.num_heads, s.head_dim), torch.nan, device=DEVICE, dtype=s.dtype)
-    prefill = Prefill(s, DEVICE, workspaces)
+    prefill = FlashPrefill(s, DEVICE, workspaces)
     table = pool.tables if s.window is not None else pool.seen  # of a window, chunks see more than their last token
     prefill.prepare(torch.tensor(starts, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32), table)
     prefill.run(q, k, v, pool.k, pool.v, out)

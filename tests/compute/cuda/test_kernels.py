@@ -117,3 +117,12 @@ def test_gated(rows: int, half: int, dtype: torch.dtype) -> None:
     gelu = torch.nn.functional.gelu(gate, approximate="tanh") * up
     assert error(kernels.silu_mul(gate_up), silu) < tolerance(dtype)
     assert error(kernels.gelu_tanh_mul(gate_up), gelu) < tolerance(dtype)
+
+
+def test_samples_of_the_step_before_are_tokens_of_this_one() -> None:
+    tokens = torch.arange(100, 2100, device=DEVICE)
+    samples = torch.arange(5000, 5300, device=DEVICE)
+    picks = torch.where(torch.arange(2000) % 3 == 0, -1, torch.arange(2000) % 300).to(DEVICE)
+    expected = torch.where(picks < 0, tokens, samples[picks.clamp_min(0)])
+    kernels.take_samples(tokens, picks, samples)
+    assert torch.equal(tokens, expected)

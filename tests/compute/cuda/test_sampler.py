@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from pd_serve.compute.step import SAMPLING, SamplingRow
 from pd_serve.engine.plan import StepBuilder, Work
 from pd_serve.engine.sequence import Sequence
 from pd_serve.wire.link import SamplingParams
@@ -63,12 +64,20 @@ def drawn(row: F64, p: SamplingParams, index: int) -> int:
     return int((kept(row, p) / noise(p.seed, index, len(row))).argmax())
 
 
+def row_of(p: SamplingParams, index: int, **lines: int) -> SamplingRow:
+    shared = {name: getattr(p, name) for name in SamplingRow._fields if hasattr(p, name)}
+    return SamplingRow(**shared, output_index=index, **lines)
+
+
+def load(sampler: Sampler, rows: list[SamplingRow]) -> None:
+    host = Rows(sampler.rows.max_rows, torch.device("cpu"))
+    host.fill(np.array([tuple(row) for row in rows], SAMPLING), len(rows))
+    sampler.rows.copy_from(host)
+
+
 def sampler_for(rows: list[SamplingParams], vocab: int, indices: list[int] | None = None, **tables: int) -> Sampler:
     sampler = Sampler(vocab, len(rows), DEVICE, **tables)
-    host = Rows(len(rows), torch.device("cpu"))
-    for i, p in enumerate(rows):
-        host.put(i, p, indices[i] if indices else i)
-    sampler.rows.copy_from(host)
+    load(sampler, [row_of(p, indices[i] if indices else i) for i, p in enumerate(rows)])
     return sampler
 
 
@@ -179,12 +188,10 @@ def test_bias_penalties_and_histories() -> None:
     for line in (0, 2):
         sampler.start_history(line, prompt.to(DEVICE), output.to(DEVICE))
     sampler.start_history(1, prompt.to(DEVICE), output[:0].to(DEVICE))
-    sampler.set_bias(1, {7: 3.5, 4400: -2.0}, forbidden=[9, 11])
-    host = Rows(len(rows), torch.device("cpu"))
-    host.put(0, rows[0], 0, history=2, bias=1)
-    host.put(1, rows[1], 0, history=0)
-    host.put(2, rows[2], 0, bias=1)
-    sampler.rows.copy_from(host)
+    biased = torch.tensor([7, 4400, 9, 11], device=DEVICE)
+    sampler.set_bias(1, biased, torch.tensor([3.5, -2.0, -torch.inf, -torch.inf], device=DEVICE))
+    lines = ({"history": 2, "bias": 1}, {"history": 0}, {"bias": 1})
+    load(sampler, [row_of(p, 0, **line) for p, line in zip(rows, lines, strict=True)])
     logits = torch.randn(len(rows), vocab, device=DEVICE) * 3
     expected = logits.double().cpu()
 

@@ -1,0 +1,164 @@
+"""Steps of the executor on one GPU: Llama-3.1-8B's shape in bfloat16 with made-up weights, by batch size and context.
+
+``python benchmarks/gpu_engine.py [--layers 32] [--eager]``. Prints lines that begin with RESULT: seconds of a start,
+milliseconds of a decode step as the engine's loop would see them (launch, then collect the one before), beside what the
+bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pd_serve.compute.cuda.executor import CudaExecutor, Launched, Settings
+from pd_serve.compute.step import SAMPLING, SamplingRow, Step
+from pd_serve.kv.layout import KVLayout
+from pd_serve.models.config import ModelConfig
+from pd_serve.models.decoder import Decoder, load_decoder
+from pd_serve.models.interface import Ops
+
+BLOCK, MAX_LEN = 16, 10_240
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "eos_token_id": 128001, "torch_dtype": "bfloat16",
+}  # fmt: skip
+ROW = SamplingRow(0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, -1)
+
+
+def read_rate() -> float:
+    """Bytes a second of reading a large tensor once."""
+    x = torch.zeros(1 << 31, dtype=torch.int8, device="cuda").view(torch.int64)
+    times = []
+    for _ in range(8):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        x.max()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    rate = x.numel() * 8 / min(times) * 1e3
+    del x
+    torch.cuda.empty_cache()
+    return rate
+
+
+def step(counts: list[int], prefix: int, tables: np.ndarray, ahead: bool, sampling: SamplingRow = ROW) -> Step:
+    seqs, total = len(counts), sum(counts)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    positions = np.concatenate([np.arange(prefix, prefix + count) for count in counts]).astype(np.int64)
+    row = np.repeat(np.arange(seqs), counts)
+    blocks = -(-(prefix + max(counts)) // BLOCK)
+    decodes = seqs if prefix and max(counts) == 1 else 0
+    return Step(
+        tokens=np.random.default_rng(0).integers(0, 100_000, total), positions=positions, query_start=starts,
+        seq_lens=(np.array(counts) + prefix).astype(np.int32),
+        slots=[tables[row, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK],
+        block_tables=[tables[:seqs, :blocks]], logits_rows=starts[1:].astype(np.int64) - 1, num_decode=decodes,
+        from_samples=np.arange(decodes, dtype=np.int32) if ahead else np.full(decodes, -1, np.int32),
+        sampled_rows=np.arange(seqs, dtype=np.int64), sampling=np.array([tuple(sampling)] * seqs, SAMPLING),
+    )  # fmt: skip
+
+
+def scattered(rng: np.random.Generator, num_blocks: int, batch: int, blocks: int) -> np.ndarray:
+    return (rng.permutation(num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
+
+
+def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarray, sampling: SamplingRow) -> float:
+    """Median between two collected steps, one step ahead, after a prefill of nothing (KV is what is there)."""
+    times, before, last = [], None, time.perf_counter()
+    for i in range(40):
+        launched: Launched = executor.launch(step([1] * batch, context + i, tables, i > 0, sampling))
+        if before is not None:
+            executor.collect(before)
+            now = time.perf_counter()
+            times.append((now - last) * 1e3)
+            last = now
+        before = launched
+    assert before is not None
+    executor.collect(before)
+    return statistics.median(times[8:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="kernels of a decode step")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": options.layers}))
+        config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN)
+        layout = KVLayout(BLOCK, "bfloat16", config.layer_groups())
+
+        def load(ops: Ops, device: str) -> Decoder:
+            return load_decoder(
+                Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device
+            )
+
+        executor = CudaExecutor(
+            config, layout, load, Settings(256, 8192, MAX_LEN, options.eager, gpu_memory_utilization=0.88)
+        )
+    print(f"RESULT start {time.perf_counter() - begin:.1f} s, {executor.num_blocks} blocks", flush=True)
+    weights = executor._runner.model.weights.size_bytes
+    each = layout.block_bytes(0) / BLOCK
+    rate = read_rate()
+    print(f"RESULT read {rate / 1e9:.0f} GB/s, weights {weights / 1e9:.2f} GB", flush=True)
+    rng = np.random.default_rng(1)
+    nucleus = ROW._replace(temperature=0.8, top_p=0.95, seed=3)
+    for batch, context in ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024), (1, 8192)):
+        blocks = -(-(context + 64) // BLOCK)
+        if batch * blocks >= executor.num_blocks:
+            continue
+        tables = (
+            (rng.permutation(executor.num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
+        )
+        limit = (weights + batch * context * each) / rate * 1e3
+        ms, sampled = (decode_ms(executor, batch, context, tables, row) for row in (ROW, nucleus))
+        print(
+            f"RESULT decode batch={batch} context={context} {ms:.2f} ms (bytes {limit:.2f}, {limit / ms:.2f}), "
+            f"top-p {sampled:.2f} ms",
+            flush=True,
+        )
+    for tokens in (512, 2048, 8192):
+        tables = (np.arange(-(-tokens // BLOCK)) + 1).astype(np.int32)[None]
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            executor.collect(executor.launch(step([tokens], 0, tables, False)))
+            times.append((time.perf_counter() - start) * 1e3)
+        print(f"RESULT prefill {tokens} {statistics.median(times):.1f} ms", flush=True)
+    if options.profile:
+        profile(executor, rng)
+
+
+def profile(executor: CudaExecutor, rng: np.random.Generator) -> None:
+    """What decode steps of a few batch sizes spend on which kernels."""
+    for batch in (1, 32, 256):
+        blocks = 1100 // BLOCK
+        tables = (
+            (rng.permutation(executor.num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
+        )
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            for i in range(4):
+                executor.collect(executor.launch(step([1] * batch, 1024 + i, tables, False)))
+        rows = sorted(trace.key_averages(), key=lambda e: -e.device_time_total)
+        total = sum(e.device_time_total for e in rows)
+        print(f"PROFILE batch {batch}: {total / 4e3:.2f} ms a step in kernels")
+        for e in rows[:14]:
+            print(f"PROFILE   {e.device_time_total / 4e3:8.3f} ms {e.count / 4:6.0f} x {e.key[:90]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Computes steps on one GPU, one step ahead of the engine: an :class:`pd_serve.compute.executor.Executor` of depth 1.
+
+Owns the device's memory and the order of a start: weights are loaded, kernels are compiled and timed, the largest step
+is run and graphs are captured over a KV pool of a few blocks; what the device then has left is the pool's, at the same
+addresses. Nothing is estimated (:mod:`pd_serve.memory.ledger`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pd_serve.compute.cuda import attention
+from pd_serve.compute.cuda.inputs import Inputs
+from pd_serve.compute.cuda.ops import CudaOps
+from pd_serve.compute.cuda.paged import PagedAttention, shapes
+from pd_serve.compute.cuda.runner import Limits, Runner, ladder
+from pd_serve.compute.cuda.sampler import Logprobs
+from pd_serve.compute.step import SAMPLING, PromptRows, Sampled, SamplingRow, Step
+from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.cuda_driver import CudaDriver
+from pd_serve.memory.gauge import DeviceGauge
+from pd_serve.memory.ledger import ACTIVATIONS, GRAPHS, LIBRARIES, Ledger
+from pd_serve.memory.pinned import should_pin_memory
+from pd_serve.memory.region import PoolMemory
+from pd_serve.memory.sleep import DeviceMemory
+from pd_serve.memory.usage import KV_CACHE, WEIGHTS
+from pd_serve.models.config import ModelConfig
+from pd_serve.models.decoder import Decoder
+from pd_serve.models.interface import Ops
+from pd_serve.models.weights import DTYPES
+from pd_serve.wire.link import TokenLogprob
+from pd_serve.wire.memory import MemoryReport
+
+log = logging.getLogger(__name__)
+
+_FIRST_BLOCKS = 2  # of a pool before it gets its size: block 0, and one that nobody writes to
+_RESIZE_BYTES = 4 << 20  # what a pool may take beyond its blocks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``kv_cache_bytes``: None: what ``gpu_memory_utilization`` of the device leaves."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enforce_eager: bool = False
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.92
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Launched:
+    """Results on their way to the host."""
+
+    arrived: torch.cuda.Event
+    step: Step
+    tokens: Tensor
+    logprobs: Logprobs | None
+    prompts: list[Logprobs]
+
+
+class CudaExecutor:
+    """See :class:`pd_serve.compute.executor.Executor`. All of a start is done when it is made."""
+
+    depth = 1
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: KVLayout,
+        read_weights: Callable[[Ops, str], Decoder],
+        settings: Settings,
+    ) -> None:
+        """``read_weights(ops, device)``: at the start, and after a deep sleep. Raises PDServeError or OSError."""
+        self._device = torch.device("cuda", settings.device)
+        attention.check(self._device)
+        self._config, self._layout, self._settings = config, layout, settings
+        self._read_weights = read_weights
+        driver = CudaDriver()
+        self._gauge = DeviceGauge(driver, settings.device)
+        # what this process used already would count as others'
+        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        before = None if used else self._gauge.before_context()
+        driver.synchronize(settings.device)
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
+        self._ledger = Ledger(self._gauge.read, books=self._booked, before=before)
+        self._start()
+
+    def _booked(self) -> int:
+        """Bytes of the device that this process knows of."""
+        tags = self._memory.report().tags.values()
+        return sum(tag.reserved_bytes for tag in tags) + torch.cuda.memory_reserved(self._device)
+
+    def _start(self) -> None:
+        settings, dtype = self._settings, DTYPES[self._layout.dtype]
+        limits = Limits(
+            settings.max_num_batched_tokens,
+            settings.max_num_seqs,
+            self._layout.blocks_for(settings.max_model_len + 1),
+        )
+        ops = CudaOps()
+        with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
+            model = self._read_weights(ops, str(self._device))
+        group_shapes = shapes(self._config, self._layout, dtype)
+        with self._phase("kernels", LIBRARIES):
+            attention.compile_kernels(group_shapes, self._device, log.info)
+            ops.choose(dtype, self._device, log.info)
+            torch.cuda.empty_cache()
+        with self._phase("pool", KV_CACHE, booked=True):
+            self._pool = self._memory.kv_pool(self._layout, self._blocks(_FIRST_BLOCKS), max_blocks=self._most_blocks())
+        inputs = Inputs(limits.tokens, limits.seqs, len(self._layout.groups), self._device)
+        regions = self._pool.reserved_tensors()
+        paged = PagedAttention(self._layout, regions, group_shapes, inputs.slots, limits.seqs, limits.blocks)
+        self._runner = Runner(model, paged, inputs, limits)
+        with self._phase("largest step", ACTIVATIONS):
+            self._run_largest()
+            torch.cuda.empty_cache()
+        if not settings.enforce_eager:
+            with self._phase("graphs", GRAPHS):
+                self._runner.capture(ladder(settings.max_num_seqs), lambda size: log.debug("graph of %d rows", size))
+        with self._phase("largest step again", ACTIVATIONS):
+            self._run_largest()
+        with self._phase("KV cache", KV_CACHE, booked=True):
+            self._size_pool()
+
+    @contextmanager
+    def _phase(self, what: str, name: str, *, booked: bool = False) -> Iterator[None]:
+        start = time.perf_counter()
+        with self._ledger.phase(name, booked=booked):
+            yield
+            torch.cuda.synchronize(self._device)
+        log.info("%s: %.2f s", what, time.perf_counter() - start)
+
+    def _size_pool(self) -> None:
+        settings = self._settings
+        each = sum(self._layout.block_bytes(group) for group in range(len(self._layout.groups)))
+        least = (self._layout.blocks_for(settings.max_model_len + 1) + 1) * each + _RESIZE_BYTES
+        if settings.kv_cache_bytes is not None:
+            plan = self._ledger.plan_exact(settings.kv_cache_bytes)
+            self.num_blocks = plan.kv_bytes // each
+        else:
+            plan = self._ledger.plan(settings.gpu_memory_utilization, least)
+            self.num_blocks = (plan.kv_bytes - _RESIZE_BYTES) // each
+        log.info("%s", plan.line(str(self._device)))
+        self._pool.resize(self._blocks(self.num_blocks))
+
+    def _blocks(self, number: int) -> tuple[int, ...]:
+        return (number,) * len(self._layout.groups)
+
+    def _most_blocks(self) -> tuple[int, ...]:
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        each = sum(self._layout.block_bytes(group) for group in range(len(self._layout.groups)))
+        return self._blocks(max(_FIRST_BLOCKS, total // each))
+
+    def _run_largest(self) -> None:
+        """The steps that need most: a chunk of all tokens, once with a prefix; all rows with log-probabilities."""
+        settings, block = self._settings, self._layout.block_size
+        tokens = min(settings.max_num_batched_tokens, settings.max_model_len)
+        rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+        for step in (
+            self._made_up([tokens], 0),
+            self._made_up([min(tokens, max(1, settings.max_model_len - block))], block, prompt=True),
+            self._made_up([1] * rows, min(block, settings.max_model_len - 1)),
+        ):
+            self.collect(self.launch(step))
+
+    def _made_up(self, counts: list[int], prefix: int, *, prompt: bool = False) -> Step:
+        """A step of so many new tokens a sequence after a prefix, which stores nothing and reads blocks 0."""
+        total, seqs, groups = sum(counts), len(counts), len(self._layout.groups)
+        lens = np.array(counts, np.int32) + prefix
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        row = SamplingRow(
+            seed=1, temperature=1.0, top_p=0.9, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
+            frequency_penalty=0.0, top_k=0, logprobs=20,
+        )  # fmt: skip
+        step = Step(
+            tokens=np.zeros(total, np.int64),
+            positions=np.concatenate([np.arange(prefix, prefix + count) for count in counts]).astype(np.int64),
+            query_start=starts,
+            seq_lens=lens,
+            slots=[np.full(total, -1, np.int64)] * groups,
+            block_tables=[np.zeros((seqs, self._layout.blocks_for(int(lens.max()))), np.int32)] * groups,
+            logits_rows=starts[1:].astype(np.int64) - 1,
+            num_decode=seqs if prefix and max(counts) == 1 else 0,
+            sampled_rows=np.arange(seqs, dtype=np.int64),
+            sampling=np.array([tuple(row)] * seqs, SAMPLING),
+        )
+        if prompt:
+            step.logits_rows = np.arange(total, dtype=np.int64)
+            step.sampled_rows = np.array([total - 1], np.int64)
+            step.prompt_rows = [PromptRows(0, np.zeros(max(0, total - 1), np.int32), 20)]
+        return step
+
+    def launch(self, step: Step) -> Launched:
+        queued = self._runner.queue(step)
+        launched = Launched(
+            torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
+            step,
+            queued.tokens.to("cpu", non_blocking=True),
+            None if queued.logprobs is None else _to_host(queued.logprobs),
+            [_to_host(values) for values in queued.prompts],
+        )
+        launched.arrived.record()
+        return launched
+
+    def collect(self, launched: Launched) -> Sampled:
+        launched.arrived.synchronize()
+        tokens = launched.tokens.tolist()
+        wanted = launched.step.sampling["logprobs"].tolist()
+        if launched.logprobs is None:
+            own: list[TokenLogprob | None] = [None] * len(tokens)
+        else:
+            rows = _rows(tokens, launched.logprobs, wanted)
+            own = [row if k >= 0 else None for row, k in zip(rows, wanted, strict=True)]
+        prompts = [
+            _rows(p.targets.tolist(), values, [p.k] * len(p.targets))
+            for p, values in zip(launched.step.prompt_rows, launched.prompts, strict=True)
+        ]
+        return Sampled(tokens, own, prompts)
+
+    def memory(self) -> list[PoolMemory]:
+        return [self._pool.memory()]
+
+    def load(self) -> None:
+        """Done already."""
+
+    def warm_up(self) -> None:
+        """Done already."""
+
+    @property
+    def asleep(self) -> list[str]:
+        return self._memory.asleep
+
+    def sleep(self, level: int) -> None:
+        torch.cuda.synchronize(self._device)
+        self._memory.sleep(level)
+        self._dropped = level == 2
+
+    def wake(self, tags: Collection[str]) -> None:
+        asleep = WEIGHTS in self.asleep
+        self._memory.wake(tags)
+        if asleep and WEIGHTS in tags and self._dropped:
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Into the tensors of before, whose addresses are in graphs."""
+        fresh = self._read_weights(CudaOps(), "cpu")
+        with torch.inference_mode():
+            for ours, theirs in zip(self._runner.model.weights.tensors, fresh.weights.tensors, strict=True):
+                ours.copy_(theirs)
+        torch.cuda.synchronize(self._device)
+
+    def report(self) -> MemoryReport:
+        return self._memory.report()
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        self._runner.close()
+        self._memory.close()
+        self._gauge.close()
+
+
+def _to_host(values: Logprobs) -> Logprobs:
+    return Logprobs(*(value.to("cpu", non_blocking=True) for value in values))
+
+
+def _rows(tokens: list[int], values: Logprobs, numbers: list[int]) -> list[TokenLogprob]:
+    """``numbers``: how many of the most likely each row wants."""
+    chosen, rank = values.chosen.tolist(), values.rank.tolist()
+    tops, top_tokens = values.top.tolist(), values.top_tokens.tolist()
+    return [
+        TokenLogprob(token, chosen[i], rank[i], list(zip(top_tokens[i][: max(k, 0)], tops[i], strict=False)))
+        for i, (token, k) in enumerate(zip(tokens, numbers, strict=True))
+    ]

@@ -1,0 +1,83 @@
+"""A step's arrays at fixed places, on the device and, as they leave, on the host: what CUDA graphs are fed from.
+
+The host has two sets of them, so that one can be filled while the other is still on its way. Used by the runner.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pd_serve.compute.cuda.sampler import Rows
+from pd_serve.compute.step import Step
+
+
+class Inputs:
+    """All int64, one behind the other: one copy brings them to the device. T, S, G as in :mod:`pd_serve.compute.step`.
+
+    Attributes have room for ``max_tokens`` or ``max_seqs``.
+    """
+
+    def __init__(self, max_tokens: int, max_seqs: int, num_groups: int, device: torch.device) -> None:
+        """On the host the memory is pinned where there is a GPU."""
+        pinned = device.type == "cpu" and torch.cuda.is_available()
+        words = (3 + num_groups) * max_tokens + 2 * max_seqs
+        self._words = torch.zeros(words, dtype=torch.int64, device=device, pin_memory=pinned)
+        by_token = self._words[: words - 2 * max_seqs].view(-1, max_tokens)
+        self.tokens, self.positions, self.logits_rows = by_token[:3]  # [T] each
+        self.slots = list(by_token[3:])  # a group: [T]; below 0: stored nowhere
+        self.picks, self.sampled_rows = self._words[words - 2 * max_seqs :].view(2, max_seqs)  # [S] each
+
+    def copy_from(self, host: Inputs) -> None:
+        """Queued on the current stream."""
+        self._words.copy_(host._words, non_blocking=True)
+
+
+class Staging:
+    """One set on the host, with what attention and the sampler get."""
+
+    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int, num_groups: int) -> None:
+        host, pinned = torch.device("cpu"), torch.cuda.is_available()
+        self.inputs = Inputs(max_tokens, max_seqs, num_groups, host)
+        self.rows = Rows(max_seqs, host)
+        self.lens = torch.ones(max_seqs, dtype=torch.int32, pin_memory=pinned)
+        self.tables = [
+            torch.zeros((max_seqs, max_blocks), dtype=torch.int32, pin_memory=pinned) for _ in range(num_groups)
+        ]
+        self._left = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    def fill(self, step: Step, size: int) -> None:
+        """``size``: rows of the graph that will be replayed, those beyond the step's being nobody's; 0: none will."""
+        if self._left is not None:
+            self._left.synchronize()
+        tokens, seqs, inputs = step.num_tokens, step.num_seqs, self.inputs
+        inputs.tokens.numpy()[:tokens] = step.tokens
+        inputs.positions.numpy()[:tokens] = step.positions
+        inputs.logits_rows.numpy()[: len(step.logits_rows)] = step.logits_rows
+        inputs.sampled_rows.numpy()[: len(step.sampled_rows)] = step.sampled_rows
+        picks = inputs.picks.numpy()
+        picks[: len(step.from_samples)] = step.from_samples
+        picks[len(step.from_samples) : max(size, step.num_decode)] = -1
+        self.lens.numpy()[:seqs] = step.seq_lens
+        for slots, staged in zip(step.slots, inputs.slots, strict=True):
+            staged.numpy()[:tokens] = slots
+        for table, whole in zip(step.block_tables, self.tables, strict=True):
+            whole.numpy()[:seqs, : table.shape[1]] = table
+        self.rows.fill(step.sampling, max(size, len(step.sampling)))
+        if size > seqs:
+            self._fill_up(seqs, size)
+
+    def leaves(self) -> None:
+        """All copies of it are queued on the current stream."""
+        if self._left is not None:
+            self._left.record()
+
+    def _fill_up(self, used: int, size: int) -> None:
+        """Rows of a graph that nobody has: they read block 0 and store nothing."""
+        inputs = self.inputs
+        for array in (inputs.tokens, inputs.positions):
+            array[used:size] = 0
+        for slots in inputs.slots:
+            slots[used:size] = -1
+        for table in self.tables:
+            table[used:size, 0] = 0
+        self.lens[used:size] = 1
