@@ -41,7 +41,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
         engine.start(engine_config, command=engine_command)
         from pd_serve.node.server import Node
 
-        return Node(config, engine_config, engine, url).run(listener)
+        return Node(engine_config, engine, url).run(listener)
     finally:
         engine.close()
         listener.close()

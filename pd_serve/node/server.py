@@ -22,7 +22,7 @@ import uvloop
 
 from pd_serve import __version__
 from pd_serve.auth import admin_token
-from pd_serve.config import EngineConfig, NodeConfig
+from pd_serve.config import EngineConfig
 from pd_serve.errors import PDServeError
 from pd_serve.http import bounded
 from pd_serve.node import links as codes
@@ -51,19 +51,19 @@ class _Server(Server):
 
 
 class Node:
-    def __init__(self, config: NodeConfig, engine_config: EngineConfig, engine: EngineProcess, url: str) -> None:
+    def __init__(self, config: EngineConfig, engine: EngineProcess, url: str) -> None:
+        self._config = config
+        self._secret = config.secret.encode()
         self.engine = engine
-        self.links = Links(engine_config.secret.encode(), config.connect_timeout_s, lambda: self._bundle)
+        self.links = Links(self._secret, config.connect_timeout_s, lambda: self._bundle)
         self.draining = False
-        self.sleep = Sleep(engine, self, config.drain_timeout_s) if engine_config.enable_sleep_mode else None
-        secret = engine_config.secret.encode()
-        self.order_token = admin_token(secret) if secret and not is_loopback(config.host) else ""
-        if not secret and not is_loopback(config.host):
+        self.sleep = Sleep(engine, self, config.drain_timeout_s) if config.enable_sleep_mode else None
+        public = not is_loopback(config.host)
+        self.order_token = admin_token(self._secret) if self._secret and public else ""
+        if public and not self._secret:
             log.warning(
                 "--allow-insecure-nodes: whoever reaches %s can give this node orders and requests", config.host
             )
-        self._config = config
-        self._engine_config = engine_config
         self._url = url
         self._registration: Registration | None = None
         self._stop = asyncio.Event()
@@ -85,7 +85,7 @@ class Node:
             return None
         return Hello(
             link_version=LINK_VERSION,
-            node_id=self._engine_config.node_id,
+            node_id=self._config.node_id,
             role=self._config.role,
             url=self._url,
             model=msgspec.structs.replace(ready.model, text=self._text),
@@ -93,7 +93,7 @@ class Node:
             epoch=ready.epoch,
             peer_addresses=ready.peer_addresses,
             transport=ready.transport,
-            local_prefill_tokens=self._engine_config.local_prefill_tokens,
+            local_prefill_tokens=self._config.local_prefill_tokens,
             load=self._load() or ready.load,
         )
 
@@ -117,14 +117,14 @@ class Node:
             }
         return {
             "version": __version__,
-            "node_id": self._engine_config.node_id,
+            "node_id": self._config.node_id,
             "role": self._config.role,
             "url": self._url,
             "pid": os.getpid(),
             "state": self._state(),
             "links": len(self.links),
-            "dtype": self._engine_config.dtype,
-            "threads": self._engine_config.threads,
+            "dtype": self._config.dtype,
+            "threads": self._config.threads,
             "started_at": self._started_s,
             "ready_at": self._ready_s,
             "engine": engine,
@@ -148,11 +148,11 @@ class Node:
     def _read_bundle(self, model: ModelInfo) -> None:
         """What routers ask for. Reads files. Raises ModelError."""
         bundle = bundle_from_directory(
-            self._engine_config.model,
+            self._config.model,
             name=model.name,
             fingerprint=model.fingerprint,
-            chat_template=self._engine_config.template,
-            generation_config=self._engine_config.generation_config,
+            chat_template=self._config.template,
+            generation_config=self._config.generation_config,
         )
         encoded = encode_bundle(bundle)
         self._text, self._bundle = text_hash(encoded), encoded
@@ -182,13 +182,12 @@ class Node:
         if self._config.router and self._registration is None and not self.draining:
             from pd_serve.node.registration import Registration  # a node without routers needs no HTTP client
 
-            secret = self._engine_config.secret.encode()
             self._registration = Registration(
                 self._config.router,
                 self._url,
                 self.links.lost,
                 timeout_s=self._config.connect_timeout_s,
-                secret=secret,
+                secret=self._secret,
                 ssl_ca=self._config.ssl_ca,
             )
 
@@ -253,7 +252,7 @@ class Node:
         log.info(
             "serving %s (%s) on %s, transport %s, up to %d tokens; engine started in %s",
             started.model.name,
-            self._engine_config.dtype,
+            self._config.dtype,
             self._url,
             started.transport,
             started.model.max_model_len,
