@@ -25,6 +25,7 @@ from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.prefill.outbox import Outbox
 from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.session.handshake import Identity
+from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
 
@@ -64,10 +65,11 @@ def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> No
     pool = make_pool(kv, options.blocks, options.devices[0] if options.device == "cuda" else None)
     me = make_identity("P", kv, checksums, options.secret)
     lanes = lanes_for(options.transport, f"p-{me.epoch}", pool.memory(), reads_only=False)
-    outbox = Outbox(me, lanes, host="127.0.0.1", lease_s=30.0)
-    outbox.begin()
-    outbox.wait_ready()
-    pipe.send((me.epoch, outbox.address))
+    worker = TransferWorker(lanes)
+    outbox = Outbox(me, worker, host="127.0.0.1", lease_s=30.0)
+    worker.start()
+    worker.wait_ready()
+    pipe.send((me.epoch, outbox.listen().result()))
     rng = np.random.default_rng(1)
     while (keys := pipe.recv()) is not None:
         count = options.mib * 1024 // options.block_kib
@@ -79,7 +81,7 @@ def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> No
         for key, blocks in zip(keys, ids, strict=True):
             outbox.publish(key, count * 16, [Blocks(0, 0, blocks)], 7)
         pipe.send(start)
-    outbox.close()
+    worker.close()
 
 
 def measure(options: argparse.Namespace, checksums: bool) -> None:
@@ -91,9 +93,10 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
     pool = make_pool(kv, options.blocks, options.devices[1] if options.device == "cuda" else None)
     me = make_identity("D", kv, checksums, options.secret)
     lanes = lanes_for(options.transport, f"d-{me.epoch}", pool.memory(), reads_only=True)
-    inbox = Inbox(me, lanes, pull_timeout_s=30.0)
-    inbox.begin()
-    inbox.wait_ready()
+    worker = TransferWorker(lanes)
+    inbox = Inbox(me, worker, pull_timeout_s=30.0)
+    worker.start()
+    worker.wait_ready()
     epoch, address = pipe.recv()
     peer = Source("P", epoch, (address,))
     count = options.mib * 1024 // options.block_kib
@@ -134,7 +137,7 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
             flush=True,
         )
     pipe.send(None)
-    inbox.close()
+    worker.close()
     process.join(10)
 
 

@@ -1,4 +1,4 @@
-"""The inbox of a decode node: it pulls leased prompts out of prefill nodes, chunk by chunk.
+"""The inbox: it pulls leased prompts out of prefill nodes, chunk by chunk.
 
 The main thread names the keys it expects, sets blocks aside when ``Offered`` comes, and may run a request
 only after ``Arrived``. All else happens on the transfer thread. A key ends in exactly one way:
@@ -17,21 +17,20 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from functools import partial
 
 from pd_serve.decode.incoming import I32, Check, Incoming, Part, Stage
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.transfer.base import Pull, PullState
-from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.movers.base import Work
 from pd_serve.transfer.poller import look_s
 from pd_serve.transfer.session.handshake import HANDSHAKE_S, Identity
-from pd_serve.transfer.session.probe import FLOOR_BYTES_PER_S, Prober
-from pd_serve.transfer.session.source_peer import PrefillPeer, State
+from pd_serve.transfer.session.peers import COUNTERS, Peers
+from pd_serve.transfer.session.probe import FLOOR_BYTES_PER_S
+from pd_serve.transfer.session.source_peer import SourcePeer, State
 from pd_serve.transfer.session.tls import Tls
-from pd_serve.transfer.slices import counterparts, needed
-from pd_serve.transfer.worker import Clock, TransferWorker
+from pd_serve.transfer.slices import needed
+from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire import peer as wire
 from pd_serve.wire.link import Source
 
@@ -39,10 +38,6 @@ log = logging.getLogger(__name__)
 
 # A pull may take so long for its bytes beside ``pull_timeout_s``; at a lower rate computing anew is sooner done.
 SLOWEST_BYTES_PER_S = 20e6
-
-FORGET_S = 60.0  # a peer that cannot be reached and that nobody names is dropped after so long
-FORGET_MISFIT_S = 600.0  # one that routers keep away from because of what this node told them
-MAX_SOURCES = 256  # at once, as many as a prefill node has readers; one more ends the one not named for longest
 
 # Beside a GPU the thread stays awake for so long to be told where to pull to, and then whether the lease was valid:
 # waking up takes as long as the answer.
@@ -97,7 +92,7 @@ Event = Offered | Arrived | Failed | Drained
 
 
 class Inbox:
-    """Owns the transfer thread of a decode engine.
+    """A service of ``worker``.
 
     ``allow_insecure``: without a secret, dial sources on other machines too. ``handshake_s``: from dialling one to the
     end of its self-test.
@@ -106,27 +101,21 @@ class Inbox:
     def __init__(
         self,
         identity: Identity,
-        lanes: Lanes,
+        worker: TransferWorker,
         *,
         pull_timeout_s: float,
         handshake_s: float = HANDSHAKE_S,
         allow_insecure: bool = False,
         tls: Tls | None = None,
-        clock: Clock = time.monotonic,
     ) -> None:
-        self._identity = identity
         self._layout = identity.layout
-        self._lanes = lanes
-        self._on_gpu = lanes.memory.device is not None
-        self._look_s = look_s(lanes.memory.device)
+        self._worker = worker
+        self._lanes = worker.lanes
+        self._clock = worker.clock
+        self._on_gpu = worker.lanes.memory.device is not None
+        self._look_s = look_s(worker.lanes.memory.device)
         self._look_part = 0.01 if self._on_gpu else 0.1  # of a transfer's age
         self._pull_timeout_s = pull_timeout_s
-        self._clock = clock
-        self._handshake_s = handshake_s
-        self._tls = tls
-        self._anywhere = bool(identity.secret) or allow_insecure
-        self._peers: dict[str, PrefillPeer] = {}  # by address
-        self._misfits: dict[str, str] = {}  # replaced, never changed: the main thread reads it
         self._keys: dict[str, Incoming] = {}
         self._draining: list[Incoming] = []
         self._events: Mailbox[Event] = Mailbox()
@@ -137,25 +126,29 @@ class Inbox:
                 "pull_seconds",
                 "pull_descriptors",
                 "slow_pulls",
-                "slow_lanes",
-                "self_test_failures",
                 "checksum_bytes",
                 *(f"pull_failures_{kind}" for kind in FailureKind),
-                "handshakes",
-                "handshakes_refused",
-                "garbage_frames",
-                "forged_frames",
+                *COUNTERS,
             ),
             0.0,
         )
-        self._drained = True  # nothing could write to the pool when the thread ended
-        self._worker = TransferWorker(self, lanes, clock)
+        self._peers = Peers(
+            identity,
+            worker,
+            self,
+            self._counters,
+            anywhere=bool(identity.secret) or allow_insecure,
+            handshake_s=handshake_s,
+            tls=tls,
+            changed=self._events.wake,
+        )
+        worker.add(self)
 
     # --- main thread
 
     def connect(self, source: Source) -> None:
         """Connects ahead of use."""
-        self._worker.call(self._connect, source)
+        self._worker.call(self._peers.connect, source)
 
     def expect(self, key: str, source: Source) -> None:
         """Claims ``key`` at its prefill node's ranks; ``Offered`` follows when blocks are ready there."""
@@ -184,42 +177,21 @@ class Inbox:
 
     def counters(self) -> dict[str, float]:
         """Monotonic since the start."""
-        return {**self._counters, "transfer_faults": float(self._worker.internal_errors)}
+        return dict(self._counters)
 
     def misfits(self) -> dict[str, str]:
         """Node ids of sources that nothing can be read from, and why. ``fileno`` is readable when it has changed."""
-        return self._misfits
+        return self._peers.misfits
 
-    def begin(self) -> None:
-        """Starts the transfer thread."""
-        self._worker.start()
-
-    @property
-    def lanes(self) -> tuple[str, ...]:
-        """Names of those that started, preferred first; once ready."""
-        return self._lanes.names
-
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns once a lane runs. Raises TransferError."""
-        self._worker.wait_ready(timeout_s)
-
-    def wake(self) -> None:
-        """Makes the transfer thread look at its clock again."""
-        self._worker.wake()
-
-    def close(self) -> bool:
-        """True: nothing writes to the pool any more."""
-        closed = self._worker.close() and self._drained
+    def close(self) -> None:
+        """After the thread has ended."""
         self._events.close()
-        return closed
 
     # --- transfer thread: the service
 
-    def start(self, worker: TransferWorker) -> None:
-        self._prober = Prober(self._lanes.memory, self._lanes.mover)
-        for name in self._lanes.names:
-            for counter in ("pull_bytes", "lane_chosen", "self_test_bytes", "self_test_seconds"):
-                self._counters[f"{counter}_{name}"] = 0.0
+    def start(self) -> None:
+        self._peers.start()
+        self._counters |= {f"pull_bytes_{name}": 0.0 for name in self._lanes.names}
 
     def run_due(self, now_s: float) -> float:
         due_s = float("inf")
@@ -232,12 +204,7 @@ class Inbox:
                 self._fail(part.whole, FailureKind.TIMEOUT, f"nothing moved for {allowed_s:.1f} s")
             else:
                 due_s = min(due_s, since_s + allowed_s)
-        for peer in list(self._peers.values()):
-            if peer.state is State.PAUSED and now_s >= peer.named_s + (FORGET_MISFIT_S if peer.misfit else FORGET_S):
-                self._forget(peer)
-                continue
-            due_s = min(due_s, peer.run_due(now_s, partial(self._claimed_at, peer)))
-        return min(due_s - now_s, self._prober.run(), self._look_at_pulls())
+        return min(due_s - now_s, self._peers.run_due(now_s), self._look_at_pulls())
 
     def _patience(self, part: Part) -> tuple[float, float]:
         """Since when a part has not moved, and for how long it need not."""
@@ -249,82 +216,26 @@ class Inbox:
         # side by side: when one is done, so are the others
         return max(part.moved_s, part.whole.announced_s), self._pull_timeout_s if part.awaited else float("inf")
 
-    def stop(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
+    def stop(self) -> bool:
+        tested = self._peers.close()
         running = [part.pull for part in [*self._parts(), *self._drained_parts()] if part.pull is not None]
         closed = [pull.close() for pull in running]
-        self._drained = all(closed) and self._prober.idle
+        return all(closed) and tested
 
     def gave_up(self) -> None:
         self._events.wake()
 
     # --- transfer thread: calls of the main thread
 
-    def _connect(self, source: Source) -> None:
-        for rank in self._ranks(source):
-            peer = self._peer(source, source.addresses[rank])
-            if peer is not None:
-                peer.hurry()
-
-    def _ranks(self, source: Source) -> range:
-        """Those of the source that hold heads of this rank's."""
-        return counterparts(self._identity.rank, self._identity.ranks, len(source.addresses))
-
-    def _peer(self, source: Source, address: str) -> PrefillPeer | None:
-        """None where there are as many as can be, all of them in use."""
-        peer = self._peers.get(address)
-        if peer is None:
-            if len(self._peers) >= MAX_SOURCES and not self._make_room():
-                return None
-            # at another address it has started anew
-            for old in [p for p in self._peers.values() if p.named == source.node_id and p.misfit]:
-                if old.address not in source.addresses:
-                    self._forget(old)
-            peer = self._peers[address] = PrefillPeer(
-                source,
-                address,
-                self._identity,
-                self._worker,
-                self._prober,
-                self,
-                self._counters,
-                anywhere=self._anywhere,
-                handshake_s=self._handshake_s,
-                tls=self._tls,
-            )
-        peer.name(source)
-        return peer
-
-    def _make_room(self) -> bool:
-        """Ends the peer that was not named for longest, of those that no request needs."""
-        used = {part.address for part in [*self._parts(), *self._drained_parts()]}
-        idle = [peer for peer in self._peers.values() if peer.address not in used]
-        if idle:
-            self._forget(min(idle, key=lambda peer: peer.named_s))
-        return bool(idle)
-
-    def _forget(self, peer: PrefillPeer) -> None:
-        self._fail_all(peer, FailureKind.PEER_LOST, f"prefill node {peer.named} is at {peer.address} no more")
-        del self._peers[peer.address]
-        peer.close()
-        self.misfits_changed()
-
-    def misfits_changed(self) -> None:
-        found = {peer.named: peer.misfit for peer in self._peers.values() if peer.misfit}
-        if found != self._misfits:
-            self._misfits = found
-            self._events.wake()
-
     def _expect(self, key: str, source: Source) -> None:
         if key in self._keys:
             log.error("key %s is expected twice", key)
             return
-        job = self._keys[key] = Incoming(key, source, self._ranks(source))
+        job = self._keys[key] = Incoming(key, source, self._peers.ranks(source))
         for part in job.parts:
-            peer = self._peer(source, part.address)
+            peer = self._peers.named(source, part.address)
             if peer is None:
-                self._fail(job, FailureKind.CONNECT, f"this node reads from {MAX_SOURCES} prefill nodes already")
+                self._fail(job, FailureKind.CONNECT, f"this node reads from {len(self._peers)} prefill nodes already")
             elif refusal := peer.refusal():
                 self._fail(job, FailureKind.HANDSHAKE if peer.misfit else FailureKind.CONNECT, refusal)
             else:
@@ -350,18 +261,15 @@ class Inbox:
 
     # --- transfer thread: what peers say
 
-    def peer_ready(self, peer: PrefillPeer) -> None:
+    def peer_ready(self, peer: SourcePeer) -> None:
         for part in self._at(peer):
             self._claim(part.whole)
 
-    def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
-        self._fail_all(peer, kind, message)
-
-    def _fail_all(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None:
+    def peer_lost(self, peer: SourcePeer, kind: FailureKind, message: str) -> None:
         for part in self._at(peer):
             self._fail(part.whole, kind, message)
 
-    def peer_says(self, peer: PrefillPeer, message: wire.ToDecode) -> None:
+    def peer_says(self, peer: SourcePeer, message: wire.ToDecode) -> None:
         if isinstance(message, wire.HeartbeatAck):
             for key in message.gone:
                 part = self._known(key, peer)
@@ -382,15 +290,18 @@ class Inbox:
                     why = f"the prefill node ended the request: {message.reason}"
                     self._fail(part.whole, FailureKind.CANCELLED, why)
 
-    def _known(self, key: str, peer: PrefillPeer) -> Part | None:
+    def _known(self, key: str, peer: SourcePeer) -> Part | None:
         job = self._keys.get(key)
         return next((part for part in job.parts if part.address == peer.address), None) if job is not None else None
 
-    def _at(self, peer: PrefillPeer) -> list[Part]:
+    def _at(self, peer: SourcePeer) -> list[Part]:
         return [part for part in self._parts() if part.address == peer.address]
 
-    def _claimed_at(self, peer: PrefillPeer) -> list[str]:
+    def keys_at(self, peer: SourcePeer) -> list[str]:
         return [part.key for part in self._at(peer) if part.held]
+
+    def addresses_in_use(self) -> set[str]:
+        return {part.address for part in [*self._parts(), *self._drained_parts()]}
 
     def _parts(self) -> list[Part]:
         return [part for job in self._keys.values() for part in job.parts]
@@ -465,7 +376,7 @@ class Inbox:
         except Exception as error:
             self._failed(part, error)
 
-    def _start(self, part: Part, peer: PrefillPeer) -> Pull | None:
+    def _start(self, part: Part, peer: SourcePeer) -> Pull | None:
         """Starts to pull what is pending, if anything is. Raises TransferError."""
         part.pulled = part.take()
         if not part.pulled:
@@ -480,7 +391,7 @@ class Inbox:
             part.check_complete(self._layout)  # while bytes move
         return pull
 
-    def _release(self, part: Part, peer: PrefillPeer) -> None:
+    def _release(self, part: Part, peer: SourcePeer) -> None:
         """Asks whether the lease was valid until now. Raises TransferError where something was never announced."""
         part.check_complete(self._layout)
         part.stage = Stage.RELEASING
@@ -497,7 +408,7 @@ class Inbox:
             log.error("%s from prefill node %s over %s: %s", part.key, part.whole.source.node_id, lane, error)
         self._fail(part.whole, FailureKind(error.kind), str(error))
 
-    def _arrived(self, part: Part, peer: PrefillPeer, pull: Pull) -> bool:
+    def _arrived(self, part: Part, peer: SourcePeer, pull: Pull) -> bool:
         """Whether the pull under way has ended well."""
         state = pull.poll()
         if state is PullState.RUNNING:
@@ -511,7 +422,7 @@ class Inbox:
         part.pull = None
         return True
 
-    def _book(self, part: Part, peer: PrefillPeer, pull: Pull) -> None:
+    def _book(self, part: Part, peer: SourcePeer, pull: Pull) -> None:
         seconds = time.perf_counter() - part.pull_started_s
         self._sum(part, peer, None)
         part.size_bytes += pull.size_bytes
@@ -526,7 +437,7 @@ class Inbox:
         if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
             self._slow(peer, pull.size_bytes / seconds)
 
-    def _sum(self, part: Part, peer: PrefillPeer, after: Work | None) -> None:
+    def _sum(self, part: Part, peer: SourcePeer, after: Work | None) -> None:
         """Starts to sum what was pulled last, ``after`` it has arrived, unless that is done already."""
         if peer.checksums:
             for blocks, announced in part.pulled:
@@ -536,7 +447,7 @@ class Inbox:
                 self._counters["checksum_bytes"] += rows.size_bytes
         part.pulled = []
 
-    def _slow(self, peer: PrefillPeer, bytes_per_s: float) -> None:
+    def _slow(self, peer: SourcePeer, bytes_per_s: float) -> None:
         """Counts a pull at the speed of a fall-back, and says so when they become many: never slow in silence."""
         self._counters["slow_pulls"] += 1
         peer.slow_pulls += 1

@@ -1,8 +1,7 @@
 """The engine process from its first line to its last: configuration in, parts built, loop, parts closed.
 
-``python -m pd_serve.prefill`` and ``python -m pd_serve.decode`` call :func:`main` with what makes them
-one or the other. Torch is imported only after threads and cores are set, and errors that a user can
-mend reach the node as ``EngineFailed``.
+``python -m pd_serve.engine`` calls :func:`main` with what makes its role. Torch is imported only after
+threads and cores are set, and errors that a user can mend reach the node as ``EngineFailed``.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ class Parts:
     scheduler: Scheduler
     memory: PoolMemory
 
-    def lanes(self, *, reads_only: bool) -> Lanes:
-        """What the role's transfer thread will start. ``reads_only``: no other node reads this one's memory."""
+    def lanes(self) -> Lanes:
+        """What the role's transfer thread will start. Any engine may come to be read from."""
         from pd_serve.transfer.choice import lanes_for
 
         config = self.config
@@ -69,7 +68,7 @@ class Parts:
             config.transport,
             f"{self.identity.node_id}-{self.identity.epoch}",
             self.memory,
-            reads_only=reads_only,
+            reads_only=False,
             nixl_backend=config.nixl_backend,
             nixl_options=config.nixl_backend_options(),
             nvlink_socket_dir=config.nvlink_socket_dir,
@@ -87,20 +86,25 @@ class Roles:
         self._make = make
         self._parts = parts
         self._info = info
+        self._sends = parts.config.role != "decode"
 
     def open(self) -> Role:
         self._parts = replace(self._parts, identity=replace(self._parts.identity, epoch=uuid.uuid4().hex))
         return self._make(self._parts)
 
+    def let_in(self, role: Role) -> tuple[str, ...]:
+        self._sends = True
+        return role.listen(self._parts.config.transport_timeout_s)
+
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
         parts = self._parts
-        address = role.wait_ready(parts.config.transport_timeout_s)
+        role.wait_ready(parts.config.transport_timeout_s)
         return EngineReady(
             model=self._info,
             layout=parts.layout.kin(),
             layout_text=parts.layout.describe(),
             epoch=parts.identity.epoch,
-            peer_addresses=(address,) if address else (),
+            peer_addresses=self.let_in(role) if self._sends else (),
             transport=role.transport,
             load=load,
             start_s=start_s,
@@ -123,7 +127,7 @@ class Stopwatch:
 def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    logs.configure(config.log_level, f"{config.role}-engine")
+    logs.configure(config.log_level, "engine")
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
     if config.cpus:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pd_serve.compute.executor import TAGS, Executor
 from pd_serve.engine.pulse import Pulse
-from pd_serve.engine.role import NoRole, Role
+from pd_serve.engine.role import Role
 from pd_serve.errors import PDServeError
 from pd_serve.kv.manager import KVManager
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
@@ -33,6 +33,9 @@ class Roles(Protocol):
 
     def open(self) -> Role:
         """Starts its transfer thread; ``Role.wait_ready`` waits for it."""
+
+    def let_in(self, role: Role) -> tuple[str, ...]:
+        """Lets readers in, now and whenever a role is introduced; their addresses. Raises TransferError."""
 
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
         """Waits until the role opened last can be reached, and describes it. Raises TransferError."""
@@ -127,7 +130,7 @@ class Lifecycle:
         if not withdrawn:
             withdrawn = self.role.close()
             self._past.update(self.role.counters())
-            self.role = NoRole()
+            self.role = Role()
         self.level = max(self.level, level)
         if not withdrawn:
             raise PDServeError(

@@ -1,116 +1,209 @@
-"""What makes an engine a prefill or a decode engine: the hooks that the engine calls on its main thread."""
+"""What an engine does for others: its abilities to send and to receive KV, as the engine calls them on its main thread.
+
+An engine has both from its start, on one transfer thread over one set of lanes, and none while it sleeps. Which
+sequence goes which way the router says: one with ``handoff`` is the sender's, one with a ``source`` the receiver's, all
+others are computed here. So the role that a node has at the moment is the routers' business; only the door, through
+which readers come in, opens when the role first includes prefill.
+"""
 
 from __future__ import annotations
 
-import os
+import select
+from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
 from pd_serve.engine.sequence import Sequence
-from pd_serve.wire.link import Output, Peers
+from pd_serve.wire.link import Output, Peers, Source
+
+Events = Iterator[tuple[Sequence, Output]]
 
 
-class Role(Protocol):
-    def wait_ready(self, timeout_s: float) -> str:
-        """Waits until the transfer thread serves; returns the address peers dial. Raises TransferError."""
+class Transfer(Protocol):
+    """The transfer thread."""
 
-    def fileno(self) -> int:
-        """Readable while :meth:`events` has something; the engine sleeps on it."""
+    internal_errors: int
 
-    def submitted(self, seq: Sequence) -> Output | None:
-        """Takes over a new sequence (its state is then not WAITING) or leaves it to be computed here.
-
-        May answer with an output at once.
-        """
-
-    def computed(self, seq: Sequence, token: int | None) -> None:
-        """``seq.num_computed`` tokens have their KV; ``token``: the one sampled, if this step reached the end.
-
-        A role that takes the blocks over sets ``seq.blocks`` to None and the state to FINISHED.
-        """
-
-    def ended(self, seq: Sequence, reason: str) -> None:
-        """The sequence is over for this engine (aborted, failed, finished) before ``computed`` took it over."""
-
-    def abandoned(self, key: str) -> None:
-        """A router aborts an attempt that this engine has finished with: a role may still hold blocks for it."""
-
-    def dropped(self, origin: int) -> None:
-        """A router is gone, and with it whoever would read what is still held for its attempts."""
-
-    def events(self) -> Iterator[tuple[Sequence, Output]]:
-        """Handles what has come in from the transfer thread; yields what the routers are to be told."""
-
-    def peers(self, peers: Peers) -> None:
-        """The prefill nodes that a router knows."""
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits until it serves. Raises TransferError."""
 
     @property
     def transport(self) -> str:
         """Names of the transports that run, separated by commas; after ``wait_ready``."""
 
-    @property
-    def queued(self) -> int:
-        """Sequences this role holds that have no blocks yet."""
+    def close(self) -> bool:
+        """Says goodbye to peers and withdraws the pool from them. True: no transfer touches the pool any more."""
+
+
+class Sender(Protocol):
+    """For sequences with ``handoff``: others decode what is computed here."""
+
+    def listen(self, timeout_s: float) -> str:
+        """Lets readers in; returns the address they dial. Idempotent. Raises TransferError."""
+
+    def fileno(self) -> int: ...
+
+    def submitted(self, seq: Sequence) -> None: ...
+
+    def computed(self, seq: Sequence, token: int | None) -> None: ...
+
+    def ended(self, seq: Sequence, reason: str) -> None: ...
+
+    def abandoned(self, key: str) -> None: ...
+
+    def dropped(self, origin: int) -> None: ...
+
+    def events(self) -> Events: ...
 
     @property
     def leases(self) -> int: ...
+
+    def counters(self) -> dict[str, float]: ...
+
+    def close(self) -> None:
+        """After the transfer thread: what it held for anybody is nobody's then."""
+
+
+class Receiver(Protocol):
+    """For sequences with a ``source``: their prompts are computed elsewhere."""
+
+    def fileno(self) -> int: ...
+
+    def submitted(self, seq: Sequence, source: Source) -> Output: ...
+
+    def ended(self, seq: Sequence) -> None: ...
+
+    def events(self) -> Events: ...
+
+    def peers(self, peers: Peers) -> None: ...
+
+    @property
+    def queued(self) -> int: ...
 
     @property
     def pulling(self) -> int: ...
 
     def counters(self) -> dict[str, float]: ...
 
+    def misfits(self) -> dict[str, str]: ...
+
+    def close(self) -> None:
+        """After the transfer thread."""
+
+
+class Role:
+    """Without arguments: that of an engine that sleeps, which is asked for nothing."""
+
+    def __init__(
+        self, transfer: Transfer | None = None, sender: Sender | None = None, receiver: Receiver | None = None
+    ) -> None:
+        self._transfer = transfer
+        self._sender = sender
+        self._receiver = receiver
+        self._poll = select.epoll()
+        for ability in (sender, receiver):
+            if ability is not None:
+                self._poll.register(ability.fileno(), select.EPOLLIN)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits until the transfer thread serves. Raises TransferError."""
+        if self._transfer is not None:
+            self._transfer.wait_ready(timeout_s)
+
+    def listen(self, timeout_s: float) -> tuple[str, ...]:
+        """Lets readers in; the addresses they dial. Idempotent. Raises TransferError."""
+        return () if self._sender is None else (self._sender.listen(timeout_s),)
+
+    def fileno(self) -> int:
+        """Readable while :meth:`events` has something; the engine sleeps on it."""
+        return self._poll.fileno()
+
+    def submitted(self, seq: Sequence) -> Output | None:
+        """Takes over a new sequence (its state is then not WAITING) or leaves it to be computed here.
+
+        May answer with an output at once.
+        """
+        if seq.handoff and self._sender is not None:
+            self._sender.submitted(seq)
+        elif seq.source is not None and self._receiver is not None:
+            return self._receiver.submitted(seq, seq.source)
+        return None
+
+    def computed(self, seq: Sequence, token: int | None) -> None:
+        """``seq.num_computed`` tokens have their KV; ``token``: the one sampled, if this step reached the end.
+
+        Where the sender takes the blocks over, ``seq.blocks`` is None then and the state FINISHED.
+        """
+        if seq.handoff and self._sender is not None:
+            self._sender.computed(seq, token)
+
+    def ended(self, seq: Sequence, reason: str) -> None:
+        """The sequence is over for this engine (aborted, failed, finished) before ``computed`` took it over."""
+        if seq.handoff and self._sender is not None:
+            self._sender.ended(seq, reason)
+        elif seq.source is not None and self._receiver is not None:
+            self._receiver.ended(seq)
+
+    def abandoned(self, key: str) -> None:
+        """A router aborts an attempt that this engine has finished with: blocks may still be leased for it."""
+        if self._sender is not None:
+            self._sender.abandoned(key)
+
+    def dropped(self, origin: int) -> None:
+        """A router is gone, and with it whoever would read what is still held for its attempts."""
+        if self._sender is not None:
+            self._sender.dropped(origin)
+
+    def events(self) -> Events:
+        """Handles what has come in from the transfer thread; yields what the routers are to be told."""
+        for ability in (self._sender, self._receiver):
+            if ability is not None:
+                yield from ability.events()
+
+    def peers(self, peers: Peers) -> None:
+        """The nodes that a router may name as sources."""
+        if self._receiver is not None:
+            self._receiver.peers(peers)
+
+    @property
+    def transport(self) -> str:
+        """Names of the transports that run, separated by commas; after ``wait_ready``."""
+        return "" if self._transfer is None else self._transfer.transport
+
+    @property
+    def queued(self) -> int:
+        """Sequences that have no blocks yet and that the scheduler does not know of."""
+        return 0 if self._receiver is None else self._receiver.queued
+
+    @property
+    def leases(self) -> int:
+        return 0 if self._sender is None else self._sender.leases
+
+    @property
+    def pulling(self) -> int:
+        return 0 if self._receiver is None else self._receiver.pulling
+
+    def counters(self) -> dict[str, float]:
+        counted: Counter[str] = Counter()
+        for ability in (self._sender, self._receiver):
+            if ability is not None:
+                counted.update(ability.counters())
+        if self._transfer is not None:
+            counted["transfer_faults"] = self._transfer.internal_errors
+        return {name: float(value) for name, value in counted.items()}
+
     def misfits(self) -> dict[str, str]:
-        """Decode: the ids of sources that it cannot read from, and why."""
+        """The ids of sources that this node cannot read from, and why."""
+        return {} if self._receiver is None else self._receiver.misfits()
 
     def close(self) -> bool:
         """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.
 
         True: no transfer touches the pool any more.
         """
-
-
-class NoRole:
-    """What a sleeping engine has for a role: it refuses before it would ask this one anything."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC)  # never readable
-        self.queued = self.leases = self.pulling = 0
-        self.transport = ""
-
-    def wait_ready(self, timeout_s: float) -> str:
-        raise AssertionError("nobody reaches a sleeping engine")
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def submitted(self, seq: Sequence) -> Output | None:
-        raise AssertionError("a sleeping engine takes nothing")
-
-    def computed(self, seq: Sequence, token: int | None) -> None:
-        raise AssertionError("a sleeping engine computes nothing")
-
-    def ended(self, seq: Sequence, reason: str) -> None:
-        """It has no sequence."""
-
-    def abandoned(self, key: str) -> None:
-        """It holds nothing."""
-
-    def dropped(self, origin: int) -> None:
-        """It holds nothing."""
-
-    def events(self) -> Iterator[tuple[Sequence, Output]]:
-        return iter(())
-
-    def peers(self, peers: Peers) -> None:
-        """Routers name them again when the engine is awake."""
-
-    def counters(self) -> dict[str, float]:
-        return {}
-
-    def misfits(self) -> dict[str, str]:
-        return {}
-
-    def close(self) -> bool:
-        os.close(self._fd)
-        return True
+        closed = self._transfer is None or self._transfer.close()
+        for ability in (self._sender, self._receiver):
+            if ability is not None:
+                ability.close()
+        self._poll.close()
+        return closed

@@ -63,7 +63,7 @@ class EngineProcess:
 
     def start(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
         """Starts the process, on the main thread. ``command``: another engine than the real one, for tests."""
-        command = command or [sys.executable, "-m", f"pd_serve.{config.role}"]
+        command = command or [sys.executable, "-m", "pd_serve.engine"]
         self._child = Child(command, stdin=msgspec.json.encode(config))
 
     def attach(

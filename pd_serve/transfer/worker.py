@@ -1,8 +1,8 @@
-"""The engine's transfer thread: it owns the lanes and all peer sockets, and runs one service on them.
+"""The engine's transfer thread: it owns the lanes and all peer sockets, and runs services on them.
 
-The service is a prefill node's outbox or a decode node's inbox. The main thread hands it closures with
-``call`` and reads its events from a mailbox; nothing else is shared. The thread sleeps until a socket
-or a call wakes it or the service's next deadline is due; only while a pull is under way does it look
+The services are the outbox and the inbox. The main thread hands them closures with ``call`` and reads
+their events from mailboxes; nothing else is shared. The thread sleeps until a socket
+or a call wakes it or a service's next deadline is due; only while a pull is under way does it look
 again at short intervals. In between it sleeps, but beside a GPU, whose host has cores to spare (:mod:`poller`).
 
 A fault ends what it concerns, not the thread. Where every turn fails nothing is looked after any more: after some
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.lanes import Lanes
@@ -29,6 +29,7 @@ from pd_serve.transfer.session.connection import Resolved, is_numeric, resolve
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]  # seconds, monotonic
+T = TypeVar("T")
 
 MAX_SLEEP_S = 60.0
 FAULT_PAUSE_S = 0.1  # after a turn that failed
@@ -38,14 +39,14 @@ GIVE_UP_S = 5.0  # after so long without one that did not
 class Service(Protocol):
     """What runs on the transfer thread. Every method is called there."""
 
-    def start(self, worker: TransferWorker) -> None:
-        """Opens sockets; the lanes are started. What it raises makes the start fail."""
+    def start(self) -> None:
+        """The lanes are started. What it raises makes the start fail."""
 
     def run_due(self, now_s: float) -> float:
         """Does what is due; returns in how many seconds it wants to be called again (``inf``: not by itself)."""
 
-    def stop(self) -> None:
-        """Says goodbye and closes the sockets."""
+    def stop(self) -> bool:
+        """Says goodbye and closes the sockets. False: something may still write to the pool."""
 
     def gave_up(self) -> None:
         """After ``stop``: the thread has ended by itself. Makes the main thread call ``check``."""
@@ -64,14 +65,14 @@ class Source(Protocol):
 class TransferWorker:
     """The thread. ``lanes`` start on it: NIXL takes 0.4 s, which overlaps with loading a model."""
 
-    def __init__(self, service: Service, lanes: Lanes, clock: Clock = time.monotonic) -> None:
-        self._service = service
+    def __init__(self, lanes: Lanes, clock: Clock = time.monotonic) -> None:
+        self._services: list[Service] = []
         self.lanes = lanes
         self.clock = clock
         self._calls: Mailbox[Callable[[], object]] = Mailbox()
         self._ready: Future[None] = Future()
         self._stopping = False
-        self._let_go = True  # no lane uses the pool (any more)
+        self._let_go = True  # nothing uses the pool (any more)
         self._handlers: dict[int, Callable[[], object]] = {}  # by file descriptor
         self.internal_errors = 0
         self._failing_since_s = math.inf  # on the system's clock
@@ -81,19 +82,41 @@ class TransferWorker:
 
     # --- main thread
 
+    def add(self, service: Service) -> None:
+        """Before ``start``."""
+        self._services.append(service)
+
     def start(self) -> None:
         self._thread.start()
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns once the service runs. Raises TransferError when it cannot."""
+        """Returns once the services run. Raises TransferError when it cannot."""
         try:
             self._ready.result(timeout_s)
         except TimeoutError:
             raise TransferError(FailureKind.TRANSFER, f"the transport was not ready within {timeout_s:g} s") from None
 
+    @property
+    def transport(self) -> str:
+        """Names of the lanes that started, separated by commas, preferred first; once ready."""
+        return ",".join(self.lanes.names)
+
     def call(self, function: Callable[..., object], *args: object) -> None:
         """Runs ``function(*args)`` on the transfer thread, after all earlier calls."""
         self._calls.put(lambda: function(*args))
+
+    def ask(self, function: Callable[[], T]) -> Future[T]:
+        """What ``function`` answers, or raises, on the transfer thread, once that serves."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.call(run)
+        return answer
 
     def wake(self) -> None:
         """Makes the thread look at its clock again."""
@@ -105,7 +128,7 @@ class TransferWorker:
             raise TransferError(FailureKind.TRANSFER, self._failure)
 
     def close(self, timeout_s: float = 2.0) -> bool:
-        """Stops the service, the lanes and the thread. False: something may still use the pool. Idempotent."""
+        """Stops the services, the lanes and the thread. False: something may still use the pool. Idempotent."""
         if self._thread.is_alive():
             self.call(setattr, self, "_stopping", True)
             self._thread.join(timeout_s)
@@ -139,11 +162,16 @@ class TransferWorker:
             self._poller.unregister(source.fileno())
 
     def _run(self) -> None:
+        started: list[Service] = []
         try:
             self._poller.register(self._calls.fileno(), select.EPOLLIN)
             self.lanes.start()
-            self._service.start(self)
+            for service in self._services:
+                service.start()
+                started.append(service)
         except Exception as error:
+            for service in started:
+                self._guarded(service.stop)
             self._guarded(self.lanes.close)
             self._poller.close()
             self._ready.set_exception(error)
@@ -151,15 +179,12 @@ class TransferWorker:
         self._ready.set_result(None)
         while not self._stopping:
             self._guarded(self._turn)
-        self._guarded(self._service.stop)
-        self._guarded(self._close_lanes)
+        ends = [self._guarded(end) for end in [*(service.stop for service in self._services), self.lanes.close]]
+        self._let_go = all(ends)
         self._poller.close()
         if self._failure:
-            self._guarded(self._service.gave_up)
-
-    def _close_lanes(self) -> None:
-        self._let_go = False  # should it raise
-        self._let_go = self.lanes.close()
+            for service in self._services:
+                self._guarded(service.gave_up)
 
     def _turn(self) -> None:
         for call in self._calls.take():
@@ -168,7 +193,7 @@ class TransferWorker:
             return
         delay_s = MAX_SLEEP_S
         try:
-            delay_s = min(self.lanes.progress(), self._service.run_due(self.clock()))
+            delay_s = min(self.lanes.progress(), *(service.run_due(self.clock()) for service in self._services))
             self._failing_since_s = math.inf
         except Exception as error:
             self.fault(known=self._failing_since_s < math.inf)
@@ -183,12 +208,13 @@ class TransferWorker:
             if handler is not None:
                 self._guarded(handler)
 
-    def _guarded(self, function: Callable[[], object]) -> None:
-        """One request's fault must not take the thread, and with it every other request, down."""
+    def _guarded(self, function: Callable[[], object]) -> object:
+        """One request's fault must not take the thread, and with it every other request, down. None where it faults."""
         try:
-            function()
+            return function()
         except Exception:
             self.fault()
+            return None
 
     def fault(self, *, known: bool = False) -> None:
         """Books the exception that is being handled. Called on the transfer thread. ``known``: the log has had it."""

@@ -29,7 +29,7 @@ def p(clock: Clock) -> Iterator[PrefillEnd]:
     made = PrefillEnd(clock=clock)
     yield made
     made.close()
-    assert made.outbox.counters()["transfer_faults"] == 0
+    assert made.worker.internal_errors == 0
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def d(d_clock: Clock) -> Iterator[DecodeEnd]:
     made = DecodeEnd(clock=d_clock)
     yield made
     made.close()
-    assert made.inbox.counters()["transfer_faults"] == 0
+    assert made.worker.internal_errors == 0
 
 
 def check_bytes(p: PrefillEnd, d: DecodeEnd, theirs: list[list[int]], ours: list[list[int]], first: list[int]) -> None:
@@ -252,11 +252,11 @@ def test_a_lease_that_runs_out_while_pulling(p: PrefillEnd, d: DecodeEnd, clock:
     d.accept("k", OURS)
     until(lambda: d.inbox.counters()["pulls"])
     clock.now_s += 30  # no heartbeat got through for a whole lease
-    p.outbox.wake()
+    p.worker.wake()
     assert until(lambda: p.why("k")) == "expired"
     p.publish("k", 24, THEIRS, first=2, token=1)  # the main thread had not heard of it
     d_clock.now_s += 5
-    d.inbox.wake()
+    d.worker.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.EXPIRED
     d.wait("k", Drained)
@@ -270,7 +270,7 @@ def test_a_lease_that_ran_out_before_the_bytes_came(p: PrefillEnd, d: DecodeEnd,
     p.publish("k", 24, THEIRS, token=1)
     d.wait("k", Offered)
     clock.now_s += 30
-    p.outbox.wake()
+    p.worker.wake()
     assert until(lambda: p.why("k")) == "expired"
     d.accept("k", OURS)
     assert d.wait("k", Failed).kind is FailureKind.EXPIRED
@@ -286,8 +286,8 @@ def test_heartbeats_keep_a_waiting_request_alive(p: PrefillEnd, d: DecodeEnd, cl
     for _ in range(20):
         clock.now_s += 6
         d_clock.now_s += 6
-        d.inbox.wake()
-        p.outbox.wake()
+        d.worker.wake()
+        p.worker.wake()
         until(lambda: p.outbox._book.next_expiry_s() >= clock.now_s + 29)
     d.accept("k", OURS)
     d.wait("k", Arrived)
@@ -306,7 +306,7 @@ def test_a_prefill_node_may_compute_for_longer_than_any_timeout(
     for _ in range(24):  # alive, in one long step
         clock.now_s += 5
         d_clock.now_s += 5
-        d.inbox.wake()
+        d.worker.wake()
         until(lambda: p.why("k") or p.outbox._book.next_expiry_s() >= clock.now_s + 29)
     assert d.ends("k") == []
     p.publish("k", 22, THEIRS, first=2, token=1)
@@ -404,7 +404,7 @@ def test_a_request_that_meets_a_fault_of_ours_ends_alone(
     d.wait("bad", Drained)
     d.wait("good", Arrived)
     assert until(lambda: p.why("bad")) == "declined"
-    assert d.inbox.counters()["transfer_faults"] == 1
+    assert d.worker.internal_errors == 1
     d.close()
 
 
@@ -418,4 +418,4 @@ def test_the_main_thread_learns_that_the_transfer_thread_gave_up(monkeypatch: py
         assert select.select([service.fileno()], [], [], 10)[0]
         with pytest.raises(TransferError, match="in every turn"):
             service.events()
-        assert service.close()
+        assert end.close()

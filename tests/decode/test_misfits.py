@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pd_serve.auth import Seal
-from pd_serve.decode import inbox as module
 from pd_serve.decode.inbox import Failed, Offered
 from pd_serve.errors import FailureKind
+from pd_serve.transfer.session import peers as module
 from pd_serve.transfer.session import source_peer as peer
 from pd_serve.transfer.session.handshake import HANDSHAKE_S, Reception
 from pd_serve.wire import peer as wire
@@ -41,12 +41,12 @@ class Reader(DecodeEnd):
 
     def later(self, seconds: float) -> None:
         self.clock.now_s += seconds
-        self.inbox.wake()
+        self.worker.wake()
 
     def settle(self) -> None:
         """All calls so far have been made, and what they led to at once is over."""
         done = threading.Event()
-        self.inbox._worker.call(done.set)
+        self.worker.call(done.set)
         assert done.wait(5)
 
     def paused(self, source: Source) -> None:
@@ -56,7 +56,7 @@ class Reader(DecodeEnd):
     def counter(self, name: str) -> float:
         return self.inbox.counters()[name]
 
-    def peer(self, source: Source) -> peer.PrefillPeer:
+    def peer(self, source: Source) -> peer.SourcePeer:
         return self.inbox._peers[source.addresses[0]]
 
 
@@ -65,7 +65,7 @@ def d(clock: Clock) -> Iterator[Reader]:
     made = Reader(clock)
     yield made
     made.close()
-    assert made.counter("transfer_faults") == 0
+    assert made.worker.internal_errors == 0
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_one_that_does_not_answer_for_long_is_told(d: Reader) -> None:
     until(lambda: "nobody listens" in d.inbox.misfits().get("P", ""))
     d.settle()
     d.later(module.FORGET_MISFIT_S)
-    until(lambda: not d.inbox.misfits() and not d.inbox._peers)
+    until(lambda: not d.inbox.misfits() and not len(d.inbox._peers))
 
 
 def test_another_epoch_or_another_address_is_tried_at_once(d: Reader, p: PrefillEnd) -> None:
@@ -209,7 +209,7 @@ def test_without_a_secret_only_this_machine_is_dialled(d: Reader, address: str) 
 def test_with_a_secret_other_machines_are_dialled(clock: Clock) -> None:
     d = Reader(clock, secret=b"s")
     d.inbox.expect("k", Source("P", "e", ("tcp://192.0.2.1:9",)))
-    until(lambda: d.find("k", Failed) or any(one._wire for one in d.inbox._peers.values()))
+    until(lambda: d.find("k", Failed) or any(one._wire for one in map(d.inbox._peers.get, d.inbox._peers)))
     d.later(HANDSHAKE_S)
     assert d.wait("k", Failed).kind is FailureKind.CONNECT
     d.close()

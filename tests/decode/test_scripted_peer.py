@@ -127,7 +127,7 @@ def d(clock: Clock) -> Iterator[DecodeEnd]:
     made = DecodeEnd(clock=clock, lanes=copy_lanes)
     yield made
     made.close()
-    assert made.inbox.counters()["transfer_faults"] == 0
+    assert made.worker.internal_errors == 0
 
 
 def ready(num_tokens: int, ids: list[int], token: int | None = None, group: int = 0, first: int = 0) -> wire.Ready:
@@ -144,11 +144,11 @@ def test_silence(s: Scripted, d: DecodeEnd, clock: Clock) -> None:
     s.wait_for(wire.Claim)
     for _ in range(6):  # a heartbeat every 5 s
         clock.now_s += 5
-        d.inbox.wake()
+        d.worker.wake()
         s.wait_for(wire.Heartbeat)
     assert d.ends("k") == []  # a pause shorter than the lease harms nothing
     clock.now_s += 5
-    d.inbox.wake()
+    d.worker.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.PEER_LOST
     assert "heartbeats" in failed.message
@@ -224,7 +224,7 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
     s.renew()
     s.open()
     clock.now_s += 10  # the pause before the next attempt
-    d.inbox.wake()
+    d.worker.wake()
     until(lambda: d.inbox.counters()["handshakes"] == 2)
     d.inbox.expect("late", before)
     assert d.wait("late", Failed).kind is FailureKind.PEER_LOST
@@ -300,7 +300,7 @@ def test_a_handshake_that_is_not_answered(s: Scripted, d: DecodeEnd, clock: Cloc
     d.inbox.expect("k", s.source)
     s.wait_for(wire.Hello)
     clock.now_s += HANDSHAKE_S
-    d.inbox.wake()
+    d.worker.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.CONNECT and "no answer to the handshake" in failed.message
 
@@ -311,8 +311,8 @@ def test_a_self_test_that_does_not_end(clock: Clock, s: Scripted) -> None:
     d.inbox.expect("k", s.source)
     until(lambda: hanging.pulls)
     clock.now_s += HANDSHAKE_S
-    d.inbox.wake()
+    d.worker.wake()
     failed = d.wait("k", Failed)
     assert failed.kind is FailureKind.CONNECT and "has passed its test" in failed.message
-    assert not d.inbox.close()  # the read may still come, so the memory cannot be given away
+    assert not d.close()  # the read may still come, so the memory cannot be given away
     hanging.hangs = False

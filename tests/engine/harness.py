@@ -15,9 +15,8 @@ from pd_serve.engine.channel import Channel
 from pd_serve.engine.core import Engine
 from pd_serve.engine.lifecycle import Lifecycle
 from pd_serve.engine.pulse import Pulse
-from pd_serve.engine.role import NoRole
+from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Limits, Scheduler
-from pd_serve.engine.sequence import Sequence
 from pd_serve.errors import PDServeError
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
@@ -31,20 +30,16 @@ VOCAB = 64
 MODEL = link.ModelInfo("m", "f00d", 100, VOCAB, [1])
 
 
-class ScriptedRole(NoRole):
+class ScriptedRole(Role):
     """A role without peers. ``leases`` and ``pulling`` are the test's to set."""
+
+    leases = pulling = 0  # type: ignore[assignment]
 
     def __init__(self, epoch: int, said: list[str], lets_go: bool) -> None:
         super().__init__()
         self._epoch = epoch
         self._said = said
         self._lets_go = lets_go
-
-    def submitted(self, seq: Sequence) -> link.Output | None:
-        return None
-
-    def computed(self, seq: Sequence, token: int | None) -> None:
-        pass
 
     def counters(self) -> dict[str, float]:
         return {"handshakes": 1.0}
@@ -147,6 +142,9 @@ class Node:
         self.said.append(f"open {self._opened}")
         self.role = ScriptedRole(self._opened, self.said, self.lets_go)
         return self.role
+
+    def let_in(self, role: object) -> tuple[str, ...]:
+        return (f"tcp://epoch-{self._opened}",)
 
     def introduce(self, role: object, load: link.Load, start_s: dict[str, float]) -> wire.EngineReady:
         epoch = f"epoch-{self._opened}"

@@ -20,7 +20,7 @@ class Client:
     def __init__(
         self, end: PrefillEnd, node_id: str = "D", lanes: dict[str, bytes] | None = None, **other: object
     ) -> None:
-        self.socket = Frames.dial(end.outbox.address)
+        self.socket = Frames.dial(end.address)
         self.identity = identity(node_id, SMALL, **other)
         self.pool = Pool(self.identity.layout, 8)
         lanes = {"copy": b"copy"} if lanes is None else lanes

@@ -62,7 +62,7 @@ def test_expiry(end: PrefillEnd, client: Client, clock: Clock) -> None:
     clock.now_s += 20
     assert client.sync(["kept"]) == []
     clock.now_s += 11
-    end.outbox.wake()
+    end.worker.wake()
     assert until(lambda: end.why("left")) == "expired"
     assert client.sync(["kept", "left"]) == ["left"]
     client.say(wire.Release("left", done=True))
@@ -88,10 +88,10 @@ def test_nobody_claims(end: PrefillEnd, clock: Clock) -> None:
     end.outbox.open("k")
     end.publish("k", 10, TABLES, token=1)
     published = threading.Event()
-    end.outbox._worker.call(published.set)  # after the publication, which starts the lease anew
+    end.worker.call(published.set)  # after the publication, which starts the lease anew
     assert published.wait(5)
     clock.now_s += LEASE_S
-    end.outbox.wake()
+    end.worker.wake()
     assert until(lambda: end.why("k")) == "expired"
 
 
@@ -208,7 +208,7 @@ def test_a_session_whose_blocks_cannot_be_announced_ends_alone(
     assert until(lambda: end.why("bad")) == "peer_lost"
     assert isinstance(clients["good"].hear(), wire.Ready)
     assert clients["good"].sync(["good"]) == []
-    assert end.outbox.counters()["transfer_faults"] == isinstance(error, IndexError)
+    assert end.worker.internal_errors == isinstance(error, IndexError)
     for client in clients.values():
         client.close()
     end.close()

@@ -12,8 +12,8 @@ import pytest
 from pd_serve import auth
 from pd_serve.errors import HandshakeError
 from pd_serve.memory.region import PROBE_BLOCKS
-from pd_serve.prefill import outbox
-from pd_serve.transfer.session import handshake, probe
+from pd_serve.transfer.session import door, handshake, probe
+from pd_serve.transfer.session.handshake import HANDSHAKE_S
 from pd_serve.wire import peer as wire
 from tests.prefill.client import LEASE_S, Client, hold
 from tests.transfer.harness import LARGE, SMALL, Clock, PrefillEnd, until
@@ -200,8 +200,8 @@ def test_only_a_proved_node_takes_over_a_node_id(clock: Clock) -> None:
 def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: Client, clock: Clock) -> None:
     idle = Client(end, "X")
     idle.challenge()
-    clock.now_s += outbox.HANDSHAKE_S
-    end.outbox.wake()
+    clock.now_s += HANDSHAKE_S
+    end.worker.wake()
     until(lambda: end.outbox.counters()["handshakes_unfinished"] == 1)
     assert idle.socket.ended()
     idle.close()
@@ -212,8 +212,8 @@ def test_a_handshake_that_is_not_finished_is_forgotten(end: PrefillEnd, client: 
     until(lambda: end.outbox.counters()["handshakes_unfinished"] == 2)
     silent = Client(end, "X")
     client.sync()  # its connection was accepted
-    clock.now_s += outbox.HANDSHAKE_S
-    end.outbox.wake()
+    clock.now_s += HANDSHAKE_S
+    end.worker.wake()
     assert silent.socket.ended()
     silent.close()
 
@@ -229,7 +229,7 @@ def test_a_stream_of_something_else_is_ended(end: PrefillEnd, client: Client) ->
 
 
 def test_handshakes_at_once_are_bounded(end: PrefillEnd, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(door, "MAX_STRANGERS", 3)
     many: list[Client] = []
     for number in range(6):
         many.append(one := Client(end, f"X{number}"))
@@ -295,7 +295,7 @@ def test_a_stranger_that_talks_without_end_is_cut_off(end: PrefillEnd, client: C
     with contextlib.suppress(ConnectionError):
         stranger.socket.raw.sendall(bytes(4) * 100_000)  # empty frames
     assert stranger.socket.ended()
-    assert end.outbox.counters()["garbage_frames"] == outbox.MAX_STRANGER_FRAMES
+    assert end.outbox.counters()["garbage_frames"] == door.MAX_STRANGER_FRAMES
     assert client.sync() == []
     stranger.close()
 

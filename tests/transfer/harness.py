@@ -22,6 +22,7 @@ from pd_serve.transfer.choice import lanes_for
 from pd_serve.transfer.lanes import Lanes
 from pd_serve.transfer.session.handshake import Identity
 from pd_serve.transfer.session.tls import Tls
+from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks
 from tests.transfer.processes import Killable, start
@@ -105,21 +106,16 @@ class PrefillEnd:
     ) -> None:
         self.pool = Pool(layout, num_blocks, seed)
         self.identity = identity("P", layout, **(me or {}))
-        self.outbox = Outbox(
-            self.identity,
-            lanes(self.pool.memory()),
-            host="127.0.0.1",
-            lease_s=lease_s,
-            clock=clock,
-            tls=tls,
-        )
-        self.outbox.begin()
-        self.outbox.wait_ready()
+        self.worker = TransferWorker(lanes(self.pool.memory()), clock)
+        self.outbox = Outbox(self.identity, self.worker, host="127.0.0.1", lease_s=lease_s, tls=tls)
+        self.worker.start()
+        self.worker.wait_ready()
+        self.address = self.outbox.listen().result(10)
         self.ended: list[LeaseEnded] = []
 
     @property
     def source(self) -> Source:
-        return Source(self.identity.node_id, self.identity.epoch, (self.outbox.address,))
+        return Source(self.identity.node_id, self.identity.epoch, (self.address,))
 
     def publish(
         self, key: str, num_tokens: int, tables: list[list[int]], first: int = 0, token: int | None = None
@@ -139,8 +135,11 @@ class PrefillEnd:
         self.ended += self.outbox.events()
         return next((e.why for e in self.ended if e.key == key), None)
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Whether the pool may be used for something else."""
+        closed = self.worker.close()
         self.outbox.close()
+        return closed
 
 
 class DecodeEnd:
@@ -157,11 +156,10 @@ class DecodeEnd:
     ) -> None:
         self.pool = Pool(layout, num_blocks)
         self.identity = identity("D", layout, **(me or {}))
-        self.inbox = Inbox(
-            self.identity, lanes(self.pool.memory()), pull_timeout_s=pull_timeout_s, clock=clock, tls=tls
-        )
-        self.inbox.begin()
-        self.inbox.wait_ready()
+        self.worker = TransferWorker(lanes(self.pool.memory()), clock)
+        self.inbox = Inbox(self.identity, self.worker, pull_timeout_s=pull_timeout_s, tls=tls)
+        self.worker.start()
+        self.worker.wait_ready()
         self.seen: list[Event] = []
 
     def accept(self, key: str, tables: list[list[int]], first: list[int] | None = None) -> None:
@@ -181,8 +179,11 @@ class DecodeEnd:
         """The kinds of events that ended a key, in order."""
         return [type(e) for e in self.take() if e.key == key and not isinstance(e, Offered)]
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Whether the pool may be used for something else."""
+        closed = self.worker.close()
         self.inbox.close()
+        return closed
 
 
 # --- an outbox in its own process, to be killed and stopped

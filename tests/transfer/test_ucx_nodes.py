@@ -34,7 +34,7 @@ def test_prompts_between_two_nodes() -> None:
         assert d.wait(key, Arrived).first_token == prompt
         assert until(lambda key=key: p.why(key)) == "released"
         assert np.array_equal(d.pool.groups[0][places[part]], p.pool.groups[0][order[part]])
-    assert d.inbox.counters()["transfer_faults"] == p.outbox.counters()["transfer_faults"] == 0
+    assert d.worker.internal_errors == p.worker.internal_errors == 0
     p.close()
     d.close()
 

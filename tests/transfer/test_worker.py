@@ -27,7 +27,7 @@ class Service:
         self.stopped = False
         self.told: Mailbox[None] = Mailbox()
 
-    def start(self, worker: TransferWorker) -> None:
+    def start(self) -> None:
         pass
 
     def run_due(self, now_s: float) -> float:
@@ -36,8 +36,9 @@ class Service:
             raise RuntimeError("a mistake of ours")
         return 0.01
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.stopped = True
+        return True
 
     def gave_up(self) -> None:
         assert self.stopped
@@ -53,7 +54,8 @@ def service() -> Service:
 def worker(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[TransferWorker]:
     monkeypatch.setattr(module, "FAULT_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "GIVE_UP_S", 0.3)
-    made = TransferWorker(service, copy_lanes(MEMORY))
+    made = TransferWorker(copy_lanes(MEMORY))
+    made.add(service)
     made.start()
     made.wait_ready()
     yield made

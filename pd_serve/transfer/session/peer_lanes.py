@@ -1,7 +1,7 @@
 """The lanes between this decode node and one prefill node, for one session: connected, tested, all but one closed
 again.
 
-Owned by :class:`pd_serve.transfer.session.source_peer.PrefillPeer`, used on the transfer thread.
+Owned by :class:`pd_serve.transfer.session.source_peer.SourcePeer`, used on the transfer thread.
 """
 
 from __future__ import annotations

@@ -46,13 +46,11 @@ MIN_SILENCE_S = 2.0  # a busy machine may keep a healthy peer from answering for
 class Listener(Protocol):
     """The inbox."""
 
-    def peer_ready(self, peer: PrefillPeer) -> None: ...
+    def peer_ready(self, peer: SourcePeer) -> None: ...
 
-    def peer_lost(self, peer: PrefillPeer, kind: FailureKind, message: str) -> None: ...
+    def peer_lost(self, peer: SourcePeer, kind: FailureKind, message: str) -> None: ...
 
-    def peer_says(self, peer: PrefillPeer, message: wire.ToDecode) -> None: ...
-
-    def misfits_changed(self) -> None: ...
+    def peer_says(self, peer: SourcePeer, message: wire.ToDecode) -> None: ...
 
 
 class State(Enum):
@@ -62,7 +60,7 @@ class State(Enum):
     READY = "ready"
 
 
-class PrefillPeer:
+class SourcePeer:
     """``anywhere``: whether addresses other than loopback are dialled."""
 
     def __init__(
@@ -74,6 +72,7 @@ class PrefillPeer:
         prober: Prober,
         listener: Listener,
         counters: dict[str, float],
+        misfits_changed: Callable[[], None],  # ``misfit`` of this one has
         *,
         anywhere: bool = True,
         handshake_s: float = HANDSHAKE_S,
@@ -98,6 +97,7 @@ class PrefillPeer:
         self._prober = prober
         self._listener = listener
         self._counters = counters
+        self._misfits_changed = misfits_changed
         self._wire: Connection | None = None
         self._attempts = 0
         self._greeting: Greeting | None = None
@@ -218,7 +218,7 @@ class PrefillPeer:
     def _sets_misfit(self, why: str) -> None:
         if why != self.misfit:
             self.misfit = why
-            self._listener.misfits_changed()
+            self._misfits_changed()
 
     def _fits(self) -> None:
         self._failures = 0

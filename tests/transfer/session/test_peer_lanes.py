@@ -59,7 +59,7 @@ class Ends:
         until(lambda: not any(s.open_readers for s in self.scripts.values()))
         self.p.close()
         assert not any(s.open_peers for s in self.scripts.values())
-        assert self.p.outbox.counters()["transfer_faults"] == self.counter("transfer_faults") == 0
+        assert self.p.worker.internal_errors == self.d.worker.internal_errors == 0
 
 
 @pytest.fixture
@@ -181,8 +181,8 @@ def test_a_lane_in_use_that_makes_no_sense_ends_the_session(make: Make) -> None:
     ends.arrive()
     ends.offered("k2")
     script.rejects_messages = True
-    [session] = ends.p.outbox._sessions.values()
-    ends.p.outbox._worker.call(session._readers["a"].send, b"nonsense")  # type: ignore[attr-defined]
+    [session] = ends.p.outbox._door.sessions.values()
+    ends.p.worker.call(session._readers["a"].send, b"nonsense")  # type: ignore[attr-defined]
     failed = ends.d.wait("k2", Failed)
     assert failed.kind is FailureKind.TRANSFER and "it makes no sense" in failed.message
     assert until(lambda: ends.p.why("k2")) == "peer_lost"

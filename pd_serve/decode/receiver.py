@@ -1,4 +1,5 @@
-"""What a decode engine does beyond computing: it takes over prompts that a prefill node computed.
+"""An engine's ability to receive: it takes over prompts that another node computed. See
+:class:`pd_serve.engine.role.Receiver`.
 
 Runs on the engine's main thread; the pull itself is the inbox's, on the transfer thread. Blocks are
 taken when the first of the prefill node's are ready, so that a queue there holds no memory here, and
@@ -18,10 +19,10 @@ from pd_serve.decode.inbox import Arrived, Drained, Failed, Inbox, Offered
 from pd_serve.engine.scheduler import Scheduler, by_age
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
-from pd_serve.wire.link import Failure, Output, Peers
+from pd_serve.wire.link import Failure, Output, Peers, Source
 
 
-class DecodeRole:
+class InboxReceiver:
     def __init__(self, kv: KVManager, scheduler: Scheduler, inbox: Inbox, local_prefill_tokens: int) -> None:
         self._kv = kv
         self._scheduler = scheduler
@@ -31,37 +32,22 @@ class DecodeRole:
         self._offered: list[Sequence] = []  # their KV is ready; no blocks here yet. The oldest first
         self._placed = 0  # sequences with blocks whose KV is under way
 
-    def wait_ready(self, timeout_s: float) -> str:
-        self._inbox.wait_ready(timeout_s)
-        return ""  # nobody dials a decode node
-
     def fileno(self) -> int:
         return self._inbox.fileno()
 
-    def submitted(self, seq: Sequence) -> Output | None:
-        if seq.source is None:
-            return None
+    def submitted(self, seq: Sequence, source: Source) -> Output:
         missing = seq.num_tokens - self._kv.match(seq.tokens, seq.num_tokens - 1).num_tokens
         if missing <= self._local_prefill_tokens and seq.sampling.prompt_logprobs < 0:
             return Output(id=seq.id, index=seq.output_index, tokens=[], event="local")
         seq.state = State.PULLING
         self._expected[seq.id] = seq
-        self._inbox.expect(seq.id, seq.source)
+        self._inbox.expect(seq.id, source)
         return Output(id=seq.id, index=seq.output_index, tokens=[], event="accepted")
 
-    def computed(self, seq: Sequence, token: int | None) -> None:
-        """Nothing leaves a decode node but tokens."""
-
-    def ended(self, seq: Sequence, reason: str) -> None:
+    def ended(self, seq: Sequence) -> None:
         if seq.state is State.PULLING:
             self._left(seq)
             self._inbox.cancel(seq.id)
-
-    def abandoned(self, key: str) -> None:
-        """A decode node holds nothing for a sequence that has ended."""
-
-    def dropped(self, origin: int) -> None:
-        """Nor for a router that is gone, beyond its sequences."""
 
     def events(self) -> Iterator[tuple[Sequence, Output]]:
         for event in self._inbox.events():
@@ -146,16 +132,8 @@ class DecodeRole:
             self._inbox.connect(source)
 
     @property
-    def transport(self) -> str:
-        return ",".join(self._inbox.lanes)
-
-    @property
     def queued(self) -> int:
         return len(self._expected) - self._placed
-
-    @property
-    def leases(self) -> int:
-        return 0
 
     @property
     def pulling(self) -> int:
@@ -167,6 +145,6 @@ class DecodeRole:
     def misfits(self) -> dict[str, str]:
         return self._inbox.misfits()
 
-    def close(self) -> bool:
+    def close(self) -> None:
         self._scheduler.outside_s = math.inf
-        return self._inbox.close()
+        self._inbox.close()

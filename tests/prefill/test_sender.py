@@ -8,7 +8,7 @@ from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
-from pd_serve.prefill.role import PrefillRole
+from pd_serve.prefill.sender import OutboxSender
 from pd_serve.wire.link import SamplingParams
 
 
@@ -30,7 +30,7 @@ def test_a_router_that_is_gone_leaves_no_lease() -> None:
     kv = KVManager(KVLayout(4, "float32", (kv_group((0,), 1, 8),)), (9,), 256)
     scheduler = Scheduler(kv, Limits(8, 64, 1000, 100, 10.0, 255))
     outbox = NotedOutbox()
-    role = PrefillRole(kv, scheduler, outbox)  # type: ignore[arg-type]
+    role = OutboxSender(kv, scheduler, outbox)  # type: ignore[arg-type]
     for name, origin in (("mine", 1), ("another's", 2)):
         tokens = np.arange(8, dtype=np.int32) + 100 * origin
         seq = Sequence(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from pd_serve.decode.inbox import Drained, Event, Offered
-from pd_serve.decode.role import DecodeRole
+from pd_serve.decode.receiver import InboxReceiver
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence
 from pd_serve.kv.layout import KVLayout, kv_group
@@ -46,7 +46,7 @@ class Decode:
         self.kv = KVManager(KVLayout(BLOCK, "float32", (kv_group((0,), 1, 8),)), (blocks,), 256)
         self.scheduler = Scheduler(self.kv, Limits(8, 64, 1000, 100, 10.0, 255))
         self.inbox = ScriptedInbox()
-        self.role = DecodeRole(self.kv, self.scheduler, self.inbox, 0)  # type: ignore[arg-type]
+        self.role = InboxReceiver(self.kv, self.scheduler, self.inbox, 0)  # type: ignore[arg-type]
         self.seqs: dict[str, Sequence] = {}
 
     def submit(self, name: str, tokens: int, arrival_s: float, source: Source | None = SOURCE) -> str | None:
@@ -54,10 +54,10 @@ class Decode:
         params = SamplingParams(max_tokens=8, seed=0)
         seq = Sequence(name, 1, array, tokens, params, capacity=256, source=source, arrival_s=arrival_s)
         self.seqs[name] = seq
-        answer = self.role.submitted(seq)
         if source is None:
             self.scheduler.add(seq)
-        return answer.event if answer is not None else None
+            return None
+        return self.role.submitted(seq, source).event
 
     def offer(self, *names: str) -> list[str]:
         """The KV of these is ready; who has been given blocks so far."""
@@ -81,12 +81,12 @@ def test_blocks_go_to_the_oldest_request_whoever_is_ready_first() -> None:
     assert d.offer("first") == ["first"]
     assert d.offer("young", "large", "old") == ["first"]  # one block is left for "first" to grow
     assert d.scheduler.outside_s == 2.0
-    d.role.ended(d.seqs["first"], "aborted")
+    d.role.ended(d.seqs["first"])
     assert d.offer() == ["first", "old"]
     assert d.scheduler.outside_s == 5.0
-    d.role.ended(d.seqs["old"], "aborted")
+    d.role.ended(d.seqs["old"])
     assert d.offer() == ["first", "old", "large"]  # and "young", which would fit, did not overtake it
-    d.role.ended(d.seqs["young"], "aborted")
+    d.role.ended(d.seqs["young"])
     d.offer()
     assert d.scheduler.outside_s == math.inf and d.role.queued == 0
 
@@ -99,6 +99,6 @@ def test_sequences_that_are_computed_here_take_turns_with_those_that_are_pulled_
     assert d.offer("older", "younger") == ["older"]
     assert [w.seq.id for w in d.scheduler.plan()] == []  # no room beside "older"
     assert d.offer() == ["older"]  # the younger one waits for "local"
-    d.role.ended(d.seqs["older"], "aborted")
+    d.role.ended(d.seqs["older"])
     d.offer()
     assert [w.seq.id for w in d.scheduler.plan()] == ["local"]

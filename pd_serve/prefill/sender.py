@@ -1,4 +1,5 @@
-"""What a prefill engine does beyond computing: it announces blocks chunk by chunk and leases them.
+"""An engine's ability to send: it announces the blocks of prompts that others will decode, chunk by chunk, and leases
+them. See :class:`pd_serve.engine.role.Sender`.
 
 Runs on the engine's main thread. The lease itself (clock, heartbeats, release) is the outbox's, on the
 transfer thread; this side only holds the blocks until it hears that the lease has ended.
@@ -10,13 +11,14 @@ from collections.abc import Iterator
 
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.manager import KVManager, SequenceBlocks
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
-from pd_serve.wire.link import Failure, Output, Peers
+from pd_serve.wire.link import Failure, Output
 from pd_serve.wire.peer import Blocks
 
 
-class PrefillRole:
+class OutboxSender:
     def __init__(self, kv: KVManager, scheduler: Scheduler, outbox: Outbox) -> None:
         self._kv = kv
         self._scheduler = scheduler
@@ -24,25 +26,23 @@ class PrefillRole:
         self._open: dict[str, tuple[Sequence, list[int]]] = {}  # being computed; blocks announced so far, a group
         self._leased: dict[str, tuple[int, SequenceBlocks]] = {}  # router and blocks
 
-    def wait_ready(self, timeout_s: float) -> str:
-        self._outbox.wait_ready(timeout_s)
-        return self._outbox.address
+    def listen(self, timeout_s: float) -> str:
+        try:
+            return self._outbox.listen().result(timeout_s)
+        except TimeoutError:
+            raise TransferError(FailureKind.TRANSFER, f"readers could not be let in within {timeout_s:g} s") from None
 
     def fileno(self) -> int:
         return self._outbox.fileno()
 
-    def submitted(self, seq: Sequence) -> Output | None:
-        if seq.handoff:
-            layout = self._kv.layout
-            # the decode node needs only what later tokens can see
-            first = [layout.first_live_block(group, seq.num_tokens) for group in range(len(layout.groups))]
-            self._open[seq.id] = (seq, first)
-            self._outbox.open(seq.id)
-        return None
+    def submitted(self, seq: Sequence) -> None:
+        layout = self._kv.layout
+        # the decode node needs only what later tokens can see
+        first = [layout.first_live_block(group, seq.num_tokens) for group in range(len(layout.groups))]
+        self._open[seq.id] = (seq, first)
+        self._outbox.open(seq.id)
 
     def computed(self, seq: Sequence, token: int | None) -> None:
-        if not seq.handoff:
-            return
         self._publish(seq, token)
         if token is not None:
             assert seq.blocks is not None
@@ -86,9 +86,6 @@ class PrefillRole:
             failure = Failure("transfer", f"the decode node gave the request up ({event.why})")
             yield seq, Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure)
 
-    def peers(self, peers: Peers) -> None:
-        """Prefill nodes are dialled, they dial nobody."""
-
     def abandoned(self, key: str) -> None:
         leased = self._leased.pop(key, None)
         if leased is not None:
@@ -101,26 +98,11 @@ class PrefillRole:
             self.abandoned(key)
 
     @property
-    def transport(self) -> str:
-        return ",".join(self._outbox.lanes)
-
-    @property
-    def queued(self) -> int:
-        return 0
-
-    @property
     def leases(self) -> int:
         return len(self._leased)
-
-    @property
-    def pulling(self) -> int:
-        return 0
 
     def counters(self) -> dict[str, float]:
         return self._outbox.counters()
 
-    def misfits(self) -> dict[str, str]:
-        return {}
-
-    def close(self) -> bool:
-        return self._outbox.close()
+    def close(self) -> None:
+        self._outbox.close()
