@@ -11,7 +11,6 @@ import pytest
 
 from pd_serve import auth
 from pd_serve.errors import HandshakeError
-from pd_serve.memory.region import PROBE_BLOCKS
 from pd_serve.transfer.session import door, handshake, probe
 from pd_serve.transfer.session.handshake import HANDSHAKE_S
 from pd_serve.wire import peer as wire
@@ -29,7 +28,8 @@ def test_welcome_says_all_that_a_reader_needs(end: PrefillEnd) -> None:
     assert (welcome.lanes, welcome.why_not) == ({"copy": b"copy"}, {})
     assert (welcome.lease_s, welcome.checksums) == (LEASE_S, True)
     assert pair.source == end.pool.memory().regions and pair.reader == client.pool.memory().regions
-    assert np.array_equal(end.pool.probe.view("<u4"), probe.pattern(end.identity.epoch, 0, PROBE_BLOCKS))
+    pattern = probe.pattern(end.identity.epoch)
+    assert np.array_equal(end.pool.probe.view("<u4")[: len(pattern)], pattern)
     client.close()
 
 

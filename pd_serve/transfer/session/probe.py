@@ -1,11 +1,12 @@
 """The self-test of a new pair: every lane that both ends have reads the source's probe region; the fastest is used.
 
-Run by a decode node's inbox on the transfer thread, in turns that never wait. A lane passes when exactly the bytes
+Run by the reader's end on the transfer thread, in turns that never wait. A lane passes when exactly the bytes
 came that the source wrote: a pattern made of its epoch, at every position another word. What a lane delivers is then
 known, what it costs is measured, and a slow one is said to be slow before the first request finds out.
 
-One pair is tested at a time, so that pairs do not slow each other down. The reader's probe region is divided into
-*slots*: a lane that hangs keeps its slot for as long as it may still write there, and others are tested in the rest.
+One pair is tested at a time, so that pairs do not slow each other down. A node may be source and reader: the pattern
+lies in the first part of its probe region, the rest is divided into *slots* that its own tests read into. A lane that
+hangs keeps its slot for as long as it may still write there, and others are tested in the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pd_serve.transfer.base import BlockMap, Pair, Peer, Pull, PullState, Transp
 from pd_serve.transfer.movers.base import U64, Mover, Sums
 
 SELF_TEST_S = 0.1  # for a pair, once a lane has passed; until then it may take as long as a handshake may
-SLOTS = 4
-SLOT_BLOCKS = PROBE_BLOCKS // SLOTS
+SLOTS = 3
+SLOT_BLOCKS = PROBE_BLOCKS // (1 + SLOTS)  # as many as the pattern has
 WORDS = PROBE_BLOCK_BYTES // 4
 
 # A timed pull reads its slot so often: 4 MiB; where that took no time to speak of, 32 MiB; and then 256 MiB.
@@ -48,26 +49,26 @@ def floor_bytes_per_s(lane: str) -> float:
     return FLOORS_BYTES_PER_S.get(lane, FLOOR_BYTES_PER_S)
 
 
-def pattern(epoch: str, first: int, count: int) -> U32:
-    """What a source of this epoch has in blocks ``first ...`` of its probe region: ``[count, WORDS]``."""
+def pattern(epoch: str) -> U32:
+    """What a source of this epoch has in the first blocks of its probe region: ``[SLOT_BLOCKS, WORDS]``."""
     key = hashlib.sha256(epoch.encode()).digest()
     start, step = np.frombuffer(key[:8], dtype=np.uint32)
-    position = np.arange(first * WORDS, (first + count) * WORDS, dtype=np.uint32)
+    position = np.arange(SLOT_BLOCKS * WORDS, dtype=np.uint32)
     # an odd factor: no two positions hold the same word
-    words: U32 = (position * np.uint32(step | 1) + start).reshape(count, WORDS)
+    words: U32 = (position * np.uint32(step | 1) + start).reshape(SLOT_BLOCKS, WORDS)
     return words
 
 
 def fill(memory: PoolMemory, mover: Mover, epoch: str) -> None:
     """Source, at the start: writes the pattern into the probe region."""
-    mover.write(memory.regions[-1].address, pattern(epoch, 0, PROBE_BLOCKS).tobytes())
+    mover.write(memory.regions[-1].address, pattern(epoch).tobytes())
 
 
-def expected_sums(epoch: str, first: int, count: int) -> U64:
-    """What :meth:`Mover.checksums` must answer for these blocks."""
+def expected_sums(epoch: str) -> U64:
+    """What :meth:`Mover.checksums` must answer for its blocks."""
     index = np.arange(WORDS, dtype=np.uint64)
     weights = ((index * np.uint64(0x9E3779B1)) & np.uint64(0xFFFFFFFF)) | np.uint64(1)
-    sums: U64 = (pattern(epoch, first, count).astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+    sums: U64 = (pattern(epoch).astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
     return sums
 
 
@@ -111,18 +112,17 @@ class _LaneTest:
         self._pair = pair
         self._region = memory.regions[-1]
         self._mover = mover
-        self._local = np.arange(slot * SLOT_BLOCKS, (slot + 1) * SLOT_BLOCKS, dtype=np.int64)
-        # other blocks than here, so that a lane that mixes the two ends up does not pass
-        first = (slot + 1) % SLOTS * SLOT_BLOCKS
-        self._remote = self._local - slot * SLOT_BLOCKS + first
-        self._expected = expected_sums(epoch, first, SLOT_BLOCKS)
+        # other blocks than there, so that a lane that mixes the two ends up does not pass
+        self._remote = np.arange(SLOT_BLOCKS, dtype=np.int64)
+        self._local = (slot + 1) * SLOT_BLOCKS + self._remote
+        self._expected = expected_sums(epoch)
         self._repeats = 0  # of the pull under way; 0: the first one, which is not timed
         self._pulled_s = 0.0
         self._sums: Sums | None = None
 
     def start(self, now_s: float) -> None:
         self.began_s = now_s
-        address = self._region.address + self.slot * SLOT_BLOCKS * PROBE_BLOCK_BYTES
+        address = self._region.address + (self.slot + 1) * SLOT_BLOCKS * PROBE_BLOCK_BYTES
         self._mover.write(address, bytes(SLOT_BLOCKS * PROBE_BLOCK_BYTES))
         self._guarded(self._pull)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from pd_serve.memory.region import PROBE_BLOCKS
 from pd_serve.transfer.base import Pair, Peer, Transport
 from pd_serve.transfer.movers.base import Rows
 from pd_serve.transfer.movers.host import HostMover
@@ -61,19 +60,27 @@ def ends() -> Iterator[Ends]:
 
 
 def test_patterns_have_no_word_twice_and_differ_by_epoch() -> None:
-    whole = probe.pattern("a", 0, PROBE_BLOCKS)
+    whole = probe.pattern("a")
     assert len(np.unique(whole)) == whole.size
-    assert not np.any(whole == probe.pattern("b", 0, PROBE_BLOCKS))
-    assert np.array_equal(whole[5:7], probe.pattern("a", 5, 2))
+    assert not np.any(whole == probe.pattern("b"))
+
+
+def test_a_reader_that_is_a_source_too_keeps_its_own_pattern(ends: Ends) -> None:
+    probe.fill(ends.reader.memory(), ends.mover, "its own")
+    for _ in range(SLOTS):
+        assert ends.test(a=Script(), b=Script()).why_not == {}
+    assert np.array_equal(ends.reader.probe.view("<u4")[: probe.SLOT_BLOCKS], probe.pattern("its own"))
 
 
 def test_expected_sums_are_the_movers(ends: Ends) -> None:
     region = ends.source.memory().regions[-1]
-    rows = Rows(region.address, np.arange(3, 9) * region.block_bytes, np.zeros(1, np.int64), region.block_bytes)
+    rows = Rows(
+        region.address, np.arange(probe.SLOT_BLOCKS) * region.block_bytes, np.zeros(1, np.int64), region.block_bytes
+    )
     sums = ends.mover.checksums(rows)
     while not sums.done():
         pass
-    assert np.array_equal(sums.result(), probe.expected_sums(EPOCH, 3, 6))
+    assert np.array_equal(sums.result(), probe.expected_sums(EPOCH))
 
 
 def test_one_lane_is_measured_too(ends: Ends) -> None:
