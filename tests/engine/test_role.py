@@ -55,10 +55,10 @@ class Engine:
 
     def turn(self) -> None:
         self.said += [(seq.id, output) for seq, output in self.role.events()]
-        for work in self.scheduler.plan():
+        for work in self.scheduler.plan() or ():
             samples = work.samples
             self.computed[work.seq.id] = self.bytes_of(work.seq)
-            self.scheduler.advance(work)
+            self.scheduler.collected(work)
             self.role.computed(work.seq, 7 if samples else None)
 
     def bytes_of(self, seq: Sequence) -> bytes:
