@@ -114,7 +114,7 @@ class Nodes:
         for end in (*self.d, *self.p):
             end.close()
         for reader in self.d:
-            assert reader.inbox.counters()["transfer_faults"] == 0
+            assert reader.worker.internal_errors == 0
 
 
 @pytest.fixture
