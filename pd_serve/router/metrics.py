@@ -61,7 +61,7 @@ class ModelMetrics:
 
 _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "From the request's arrival to its first token"),
-    "itl": ("inter_token_latency_seconds", "Between two steps of a sequence that brought tokens"),
+    "itl": ("inter_token_latency_seconds", "Between two steps of a stream that brought tokens"),
     "e2e": ("request_seconds", "From a request's arrival to its end"),
     "prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request"),
     "generation_tokens": ("request_generation_tokens", "Output tokens of a request, all its choices"),
@@ -69,10 +69,10 @@ _HISTOGRAMS = {
 _COUNTERS = {
     "requests": (("endpoint", "status"), "Requests by HTTP status (499: the client left)"),
     "errors": (("kind",), "Requests that ended with an error, by its code"),
-    "attempts": (("placement",), "Attempts at sequences: on a pair, or on one node alone"),
+    "attempts": (("placement",), "Attempts at streams: on a pair, or on one node alone"),
     "retries": (("reason",), "Attempts that were followed by another one, and why"),
     "trips": (("what",), "Nodes and pairs of nodes that failed too often and get single trials only"),
-    "aborts": (("reason",), "Sequences that the router ended on their nodes, and why"),
+    "aborts": (("reason",), "Streams that the router ended on their nodes, and why"),
 }
 _LOAD = {
     "waiting": "Requests admitted that hold no KV blocks yet",

@@ -1,4 +1,4 @@
-"""Which nodes serve a sequence: pure functions of plain data, so that a simulator can run the same code."""
+"""Which nodes serve a stream: pure functions of plain data, so that a simulator can run the same code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NodeView(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """At least one is set. Without a decode node the prefill node finishes the sequence; without a
+    """At least one is set. Without a decode node the prefill node finishes the stream; without a
     prefill node the decode node computes the prompt. ``ask``: the decode node is likely to refuse, so its
     answer comes before the prompt is computed."""
 
@@ -47,9 +47,9 @@ class Nowhere(Enum):
 
 @dataclass(frozen=True)
 class Terms:
-    """What one sequence asks of its nodes, and what it has met with.
+    """What one stream asks of its nodes, and what it has met with.
 
-    ``total_tokens``: prompt and all output. ``avoid``: how often a node failed under this sequence; such nodes are
+    ``total_tokens``: prompt and all output. ``avoid``: how often a node failed under this stream; such nodes are
     taken only when there is no better one. ``unfit``: pairs that cannot exchange KV now. ``begun``: its client has
     tokens, so that nodes take it beyond their bound. ``turn`` rotates the choice among equally loaded nodes.
     """
@@ -88,7 +88,7 @@ def place(
     """The least loaded pair of equal layout.
 
     ``prompt_tokens``: to be computed, output of earlier attempts included. ``last_token``: one more token ends the
-    sequence, so there is nothing to decode. ``local``: no transfer, please.
+    stream, so there is nothing to decode. ``local``: no transfer, please.
     """
     prefill, decode = terms.usable(prefill), terms.usable(decode)
     if last_token and prefill and not local:
