@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from pd_serve.wire.engine import EngineReady
 from pd_serve.wire.link import Status
-from pd_serve.wire.memory import FRAGMENTATION_METRIC, USAGE_METRICS
+from pd_serve.wire.memory import memory_metrics
 
 PREFIX = "pd_serve_node_"
 _LOAD = {
@@ -61,15 +61,7 @@ class _Collector:
                 blocks.add_metric([str(number), state], getattr(group, state))
         yield blocks
         if (memory := self._status.memory) is not None:
-            for field, (name, text) in USAGE_METRICS.items():
-                gauge = GaugeMetricFamily(PREFIX + name, text, labels=["device", "tag"])
-                for tag, usage in memory.tags.items():
-                    gauge.add_metric([memory.device, tag], getattr(usage, field))
-                yield gauge
-            name, text = FRAGMENTATION_METRIC
-            fragmentation = GaugeMetricFamily(PREFIX + name, text, labels=["device"])
-            fragmentation.add_metric([memory.device], memory.fragmentation)
-            yield fragmentation
+            yield from memory_metrics([], [([], memory)])
         for name, value in sorted(self._status.counters.items()):
             yield CounterMetricFamily(PREFIX + name, "Counted by the engine since it started", value=value)
 

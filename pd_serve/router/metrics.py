@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pd_serve.router.groups import Registry
-from pd_serve.router.nodes import Node
 from pd_serve.router.status import state as state_of
-from pd_serve.wire.memory import FRAGMENTATION_METRIC, USAGE_METRICS
+from pd_serve.wire.memory import memory_metrics
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -103,24 +102,6 @@ class Metrics:
         return generate_latest(collector)
 
 
-def _memory(nodes: list[Node]) -> Iterator[Metric]:
-    from prometheus_client.metrics_core import GaugeMetricFamily
-
-    for field, (name, text) in USAGE_METRICS.items():
-        gauge = GaugeMetricFamily(f"pd_serve_node_{name}", text, labels=["node", "role", "device", "tag"])
-        for node in nodes:
-            if node.memory is not None:
-                for tag, usage in node.memory.tags.items():
-                    gauge.add_metric([node.id, node.role, node.memory.device, tag], getattr(usage, field))
-        yield gauge
-    name, text = FRAGMENTATION_METRIC
-    gauge = GaugeMetricFamily(f"pd_serve_node_{name}", text, labels=["node", "role", "device"])
-    for node in nodes:
-        if node.memory is not None:
-            gauge.add_metric([node.id, node.role, node.memory.device], node.memory.fragmentation)
-    yield gauge
-
-
 class _Collector:
     def __init__(self, metrics: Metrics, registry: Registry) -> None:
         self._metrics = metrics
@@ -200,7 +181,8 @@ class _Collector:
                     blocks.add_metric([node.id, node.role, str(place), state], getattr(group, state))
         yield gauge
         yield blocks
-        yield from _memory(nodes)
+        reports = [([node.id, node.role], node.memory) for node in nodes if node.memory is not None]
+        yield from memory_metrics(["node", "role"], reports)
         for name in sorted({name for node in nodes for name in node.counters}):
             counter = CounterMetricFamily(
                 f"pd_serve_node_{name}",
