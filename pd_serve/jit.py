@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,8 @@ from numba.extending import intrinsic
 
 from pd_serve.paths import cache_directory
 
-# A kernel's own file alone decides whether numba takes it from its cache, but these end up inside of kernels:
-# hence a folder for each version of them.
-_INLINED = ("jit.py", "compute/cpu/attention/tiles.py")
-_PACKAGE = Path(__file__).parent
-_VERSION = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _INLINED)).hexdigest()[:12]
-# Not by way of $NUMBA_CACHE_DIR, which a user may set: numba reads it when the first module imports numba, and without
-# a folder of its own it keeps kernels beside their source, where no version tells them apart.
-if not config.CACHE_DIR:
-    config.CACHE_DIR = str(cache_directory() / "numba" / _VERSION)
+# A user's folder, from $NUMBA_CACHE_DIR, is the user's.
+_OURS = not config.CACHE_DIR
 
 # sums may be reordered, as vectors need it; infinities and NaN keep their meaning
 FASTMATH = {"reassoc", "nsz", "contract"}
@@ -57,8 +51,20 @@ def set_kernel_threads(threads: int) -> None:
     set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
 
 
-def kernel(function: Callable[..., None] | None = None, *, parallel: bool = False) -> Any:
-    """Compiled on its first call, or taken from the cache. ``parallel``: ``prange`` uses numba's threads."""
+def kernel(
+    function: Callable[..., None] | None = None, *, parallel: bool = False, inlines: tuple[ModuleType, ...] = ()
+) -> Any:
+    """Compiled on its first call, or taken from the cache. ``parallel``: ``prange`` uses numba's threads.
+
+    ``inlines``: modules whose code ends up in it. A kernel's own file alone decides whether numba takes it from its
+    cache, so there is a folder for each version of these and of this module. It is set for each kernel, and not by
+    $NUMBA_CACHE_DIR: numba reads that when the first module imports numba, and without a folder it keeps kernels
+    beside their source, where no version tells them apart.
+    """
+    if _OURS:
+        files = [__file__, *(str(module.__file__) for module in inlines)]
+        version = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+        config.CACHE_DIR = str(cache_directory() / "numba" / version)
     options = njit(cache=True, fastmath=FASTMATH, parallel=parallel, error_model="numpy", nogil=True)
     return options(function) if function is not None else options
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pd_serve.transfer.poller import SPIN_S, Poller, look_s
+from pd_serve.transfer.poller import SPIN_S, Poller, Timer, look_s
 
 
 @pytest.fixture(params=[False, True], ids=["asleep", "awake"])
@@ -55,3 +55,24 @@ def test_a_descriptor_ends_a_long_wait(poller: Poller) -> None:
 def test_beside_a_gpu_looking_again_is_not_slept() -> None:
     assert look_s(0) <= SPIN_S
     assert look_s(None) > look_s(0)
+
+
+@pytest.mark.parametrize("delay_s", [1e-9, 50e-6, 0.02])
+def test_it_becomes_readable_when_its_time_has_come(delay_s: float) -> None:
+    timer = Timer()
+    start_s = time.monotonic()
+    timer.arm(delay_s)
+    assert select.select([timer], [], [], 5)[0] == [timer]
+    assert time.monotonic() - start_s >= delay_s
+    timer.clear()
+    assert select.select([timer], [], [], 0)[0] == []
+    timer.clear()  # nothing is there to be read
+    timer.close()
+
+
+def test_arming_again_replaces_the_time() -> None:
+    timer = Timer()
+    timer.arm(0.001)
+    timer.arm(60)
+    assert select.select([timer], [], [], 0.05)[0] == []
+    timer.close()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from pd_serve.compute.cpu.attention import tiles
 from pd_serve.compute.cpu.attention.tiles import TOKENS, is_tileable, score_tile, value_tile, write_tile
 from pd_serve.jit import exp, kernel, larger, load, load_int, prefetch, store
 
@@ -118,7 +119,7 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
         return _plain_decode_kernel(dim, group, block_size, itemsize, parallel=parallel)
     line = CACHE_LINE_BYTES // itemsize
 
-    @kernel(parallel=parallel)
+    @kernel(parallel=parallel, inlines=(tiles,))
     def decode(
         element: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int, tables: int,
         table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float, out: int,
