@@ -15,6 +15,9 @@ RUN_DEV := $(VENV)/.installed-dev
 # Of pip's output what says how far it is.
 SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
 
+# What is not compiled once is compiled by each of the hundred processes that tests start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help up test test-fast lint format docs golden clean
 
 help:  ## this list

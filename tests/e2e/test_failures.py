@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster, Server, cluster, wait_for
+from tests.e2e.cluster import HTTP, Cluster, Server, cluster, wait_for
 from tests.e2e.prompts import raw_prompts
 from tests.e2e.tiny_model import SMALL
 
@@ -42,7 +42,7 @@ class Stream:
 
     def _run(self) -> None:
         try:
-            with httpx.stream("POST", self._url, json=self.body, timeout=120) as answer:
+            with HTTP.stream("POST", self._url, json=self.body, timeout=120) as answer:
                 self.status = answer.status_code
                 if answer.status_code != 200:
                     answer.read()
@@ -180,11 +180,11 @@ def test_without_another_node_there_is_one_clear_error(pair: Cluster) -> None:
         stream.wait(30)
         assert stream.error is not None and stream.error["message"]
         assert "Traceback" not in stream.error["message"]
-        refused = httpx.post(
+        refused = HTTP.post(
             single.url + "/v1/completions", json={"model": stream.body["model"], "prompt": "x"}, timeout=30
         )
         assert refused.status_code == 503
-        assert httpx.get(single.url + "/ready", timeout=5).status_code == 503
+        assert HTTP.get(single.url + "/ready", timeout=5).status_code == 503
         single.decodes[0] = pair.decodes[0] = pair.start_node("decode", port=victim.port)
         single.wait_ready()
         assert single.complete("The capital of France is", 5)["choices"][0]["text"]
@@ -241,7 +241,7 @@ def test_an_abort_during_prefill_frees_both_nodes(pair: Cluster) -> None:
     for turn in range(3):
         body = {"model": pair.model, "prompt": f"{turn}\n" + LONG, "max_tokens": 200}
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(pair.url + "/v1/completions", json=body, timeout=0.4)
+            HTTP.post(pair.url + "/v1/completions", json=body, timeout=0.4)
     pair.assert_idle(10)
 
 
@@ -268,7 +268,7 @@ def test_a_full_pool_and_queue_answer_429(tmp_path: Path, small_model: Path) -> 
 
         def one() -> None:
             body = {"model": model, "prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-            answer = httpx.post(small.url + "/v1/completions", json=body, timeout=120)
+            answer = HTTP.post(small.url + "/v1/completions", json=body, timeout=120)
             answers.append(answer)
             statuses.append(answer.status_code)
 

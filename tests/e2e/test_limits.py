@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.cluster import Cluster
+from tests.e2e.cluster import HTTP, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -43,7 +43,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 def post(smol: Cluster, content: bytes | str, path: str = "/v1/completions") -> httpx.Response:
-    return httpx.post(smol.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
+    return HTTP.post(smol.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -100,15 +100,15 @@ def test_chat_garbage(smol: Cluster) -> None:
 
 
 def test_unknown_paths_and_methods(smol: Cluster) -> None:
-    assert httpx.get(smol.url + "/v1/nothing", timeout=5).json()["error"]["message"]
-    answer = httpx.get(smol.url + "/v1/completions", timeout=5)
+    assert HTTP.get(smol.url + "/v1/nothing", timeout=5).json()["error"]["message"]
+    answer = HTTP.get(smol.url + "/v1/completions", timeout=5)
     assert answer.status_code == 405 and answer.json()["error"]["message"]
 
 
 def test_it_still_serves_and_holds_nothing(smol: Cluster) -> None:
     assert smol.complete("The capital of France is", 8)["choices"][0]["text"]
-    assert httpx.get(smol.url + "/health", timeout=5).status_code == 200
-    metrics = httpx.get(smol.url + "/metrics", timeout=5).text
+    assert HTTP.get(smol.url + "/health", timeout=5).status_code == 200
+    metrics = HTTP.get(smol.url + "/metrics", timeout=5).text
     assert "pd_serve" in metrics
     smol.assert_idle()
 

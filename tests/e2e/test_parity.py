@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.e2e import reference
-from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.cluster import HTTP, Cluster, cluster
 from tests.e2e.prompts import chats, raw_prompts
 
 OUTPUT_TOKENS = 48
@@ -29,7 +28,7 @@ def serve(cluster: Cluster, path: str, bodies: list[dict[str, object]]) -> list[
 
     def one(body: dict[str, object]) -> dict[str, object]:
         body = {"model": cluster.model, "temperature": 0, "ignore_eos": True, "return_token_ids": True, **body}
-        answer = httpx.post(cluster.url + path, json=body, timeout=300)
+        answer = HTTP.post(cluster.url + path, json=body, timeout=300)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 

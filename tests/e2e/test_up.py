@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.cluster import children, free_port, wait_for
+from tests.e2e.cluster import HTTP, children, free_port, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -30,7 +30,7 @@ def start(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], int]:
 
 def ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=2).status_code == 200
+        return HTTP.get(f"http://127.0.0.1:{port}/ready", timeout=2).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -67,7 +67,7 @@ def test_up_prints_what_to_type(up: Up) -> None:
 
 
 def test_a_child_that_dies_is_started_again(up: Up) -> None:
-    nodes = httpx.get(f"http://127.0.0.1:{up.port}/v1/status", timeout=5).json()["nodes"]
+    nodes = HTTP.get(f"http://127.0.0.1:{up.port}/v1/status", timeout=5).json()["nodes"]
     decode = next(n for n in nodes if n["role"] == "decode")
     port = int(decode["url"].rsplit(":", 1)[1])
     owner = next(p for p in children(up.process.pid) if f":{port} " in listening(p))

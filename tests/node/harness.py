@@ -19,6 +19,9 @@ from pd_serve.auth import Seal
 from pd_serve.wire import link
 from pd_serve.wire.handshake import RouterHalf
 
+# Making a client costs more CPU than twenty requests. A connection for each request, as of strangers.
+HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -72,10 +75,10 @@ class NodeUnderTest:
         return status
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=5)
+        return HTTP.get(self.url + path, timeout=5)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **options)
+        return HTTP.post(self.url + path, timeout=30, **options)
 
     def status(self) -> dict[str, object]:
         return dict(self.get("/v1/status").json())

@@ -38,7 +38,7 @@ class Running:
         self.url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}"
         if (admin := settings.admin_address()) is not None:
             listeners.append(socket.create_server(("127.0.0.1", admin[1])))
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False)
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=20, trust_env=False, verify=False)
         config = uvicorn.Config(
             self.app, http=bounded(settings), ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
         )

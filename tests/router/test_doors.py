@@ -355,7 +355,7 @@ async def test_operators_paths_are_on_the_admin_listener(
         await start_node("decode", secret=SECRET),
         host="0.0.0.0", admin_host=admin_host, admin_port=port, api_key=keys, secret=SECRET,
     )  # fmt: skip
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as admin:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False) as admin:
         for path in ("/metrics", "/v1/status"):
             public = await running.http.get(path, headers=key)
             assert public.status_code == 404 and "admin listener" in public.text
