@@ -236,6 +236,7 @@ def until_gone(pid: int) -> None:
 def test_the_engine_does_not_outlive_a_killed_node(start_node: StartNode, tmp_path: Path) -> None:
     node = start_node("echoes", variables={"TMPDIR": str(tmp_path)})
     pid = engine_pid(node)
+    node.until(lambda: not list(tmp_path.iterdir()), "both sockets connected: their paths are gone")
     node.process.kill()
     node.wait()
     until_gone(pid)
