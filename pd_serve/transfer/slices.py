@@ -108,9 +108,9 @@ def needed(sources: Sequence[KVLayout], reader: KVLayout) -> list[tuple[bool, ..
 
     All have been found to fit the reader (:func:`slicings`). Raises HandshakeError where heads are on none of them.
     """
+    if len(sources) == 1 or reader.foreign:  # the first has all, as the handshake saw
+        return [(number == 0,) * len(reader.groups) for number in range(len(sources))]
     found = [[False] * len(reader.groups) for _ in sources]
-    if reader.foreign:
-        found[0] = [True] * len(reader.groups)
     for number, group in enumerate(reader.groups):
         missing = {(i, head) for i, p in enumerate(group.planes) for head in range(p.first_head, p.end_head)}
         for source, reads in zip(sources, found, strict=True):

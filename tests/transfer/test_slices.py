@@ -12,7 +12,7 @@ from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, LayerGroup, Plane, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer.movers.base import Rows
-from pd_serve.transfer.slices import Slicing, slicings
+from pd_serve.transfer.slices import Slicing, counterparts, needed, slicings
 
 HEADS, DIM = 4, 2
 LAYERS = ((0, 1, 4), (2, 3), (5,))
@@ -140,6 +140,28 @@ def test_layouts_that_do_not_fit_are_refused_with_both_values(other: KVLayout, w
         with pytest.raises(HandshakeError) as caught:
             slicings(a, b)
         assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(("ours", "others"), [(1, 1), (1, 4), (4, 1), (2, 4), (4, 2), (3, 2), (8, 4)])
+def test_counterparts_hold_what_a_rank_has_and_nobody_else_does(ours: int, others: int) -> None:
+    def heads(rank: int, ranks: int) -> set[int]:
+        return set(range(rank * 24 // ranks, (rank + 1) * 24 // ranks))
+
+    for rank in range(ours):
+        mine = heads(rank, ours)
+        sharing = [other for other in range(others) if heads(other, others) & mine]
+        assert list(counterparts(rank, ours, others)) == sharing
+        assert all(rank in counterparts(other, others, ours) for other in sharing)  # both ends agree
+
+
+def test_heads_are_read_from_the_first_rank_that_has_them() -> None:
+    whole, groups = layout(16), len(LAYERS)
+    assert needed([layout(16, 2, 0), layout(16, 2, 1)], whole) == [(True,) * groups] * 2
+    assert needed([whole, whole], whole) == [(True,) * groups, (False,) * groups]  # as many replicas as ranks
+    assert needed([layout(16, 2, 1), layout(16, 4, 2), layout(16, 2, 0)], whole)[1] == (False,) * groups
+    assert needed([foreign(), foreign()], foreign()) == [(True,), (False,)]
+    with pytest.raises(HandshakeError, match="KV heads 0, 1 of layer group 0 are on none"):
+        needed([layout(16, 2, 1), layout(16, 4, 3)], whole)
 
 
 # --- planes that are not K and V of one shape

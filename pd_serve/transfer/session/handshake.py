@@ -104,7 +104,7 @@ class Greeting:
     def accept(self, welcome: wire.Welcome) -> Pair:
         """How the two pools fit together. Raises HandshakeError."""
         me = self._me
-        shares = len(counterparts(me.rank, me.ranks, welcome.ranks))
+        shares = shares_of((welcome.rank, welcome.ranks), (me.rank, me.ranks))
         return pair_of((welcome.layout, tuple(welcome.regions)), (me.layout, self._regions), shares)
 
 
@@ -145,7 +145,7 @@ class Reception:
                 f"{them.model} (fingerprints of configuration, weights and dtype); start both with the same --model, "
                 f"--dtype and --load-format"
             )
-        shares = len(counterparts(them.rank, them.ranks, me.ranks))
+        shares = shares_of((me.rank, me.ranks), (them.rank, them.ranks))
         return pair_of((me.layout, regions), (them.layout, tuple(them.regions)), shares)
 
     def welcome(
@@ -184,6 +184,17 @@ def check_protocol(me: Identity, them: wire.Version | wire.Hello) -> None:
             f"peer protocol versions do not overlap: the prefill node speaks {me.protocol_min}..{me.protocol_max}, "
             f"the decode node {them.protocol_min}..{them.protocol_max}; upgrade the older one"
         )
+
+
+def shares_of(source: tuple[int, int], reader: tuple[int, int]) -> int:
+    """From how many ranks of the source's node this reader reads; each is rank and ranks. Raises HandshakeError."""
+    ranks = counterparts(*reader, source[1])
+    if source[0] >= source[1] or reader[0] >= reader[1] or source[0] not in ranks:
+        raise HandshakeError(
+            f"rank {reader[0]} of {reader[1]} of the decode node reads nothing from rank {source[0]} of {source[1]} "
+            "of the prefill node; connect ranks that hold the same heads"
+        )
+    return len(ranks)
 
 
 End = tuple[KVLayout, tuple[Region, ...]]

@@ -126,6 +126,13 @@ def test_a_protocol_that_was_not_asked_for() -> None:
 @pytest.mark.parametrize(
     ("p", "d", "why"),
     [
+        (
+            {"rank": 1, "ranks": 2},
+            {"rank": 0, "ranks": 2},
+            "rank 0 of 2 of the decode node reads nothing from rank 1 of 2",
+        ),
+        ({"rank": 2, "ranks": 2}, {}, "reads nothing from rank 2 of 2"),
+        ({"ranks": 2}, {"rank": 2, "ranks": 2}, "rank 2 of 2 of the decode node reads nothing"),
         ({"model": "m1"}, {}, "models differ: prefill node P serves m1, decode node D serves m"),
         ({}, {"layout": dataclasses.replace(SMALL, dtype="bfloat16")}, "KV data types differ"),
         ({}, {"layout": dataclasses.replace(SMALL, block_size=6)}, "block sizes do not fit: 4 tokens .* 6"),
