@@ -30,20 +30,6 @@ class Owner(Protocol):
 class Attempt:
     """``id``: the lease's key. ``prefill``, ``decode``: its nodes, while they have a part in it."""
 
-    __slots__ = (
-        "_early",
-        "_held",
-        "_owner",
-        "accepted",
-        "arrived",
-        "base",
-        "decode",
-        "id",
-        "local",
-        "postponed",
-        "prefill",
-    )
-
     def __init__(self, id: str, owner: Owner, base: int, prefill: Node | None, decode: Node | None) -> None:
         self.id = id
         self.base = base  # output index of the first token that this attempt makes

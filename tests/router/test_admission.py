@@ -115,7 +115,8 @@ async def test_nodes_learn_how_old_a_request_is(start_node: StartNode, start_rou
     await next(node for node in nodes[2:] if node.running).stop()
     assert (await stream.wait()).tokens == expected(PROMPT, 100)
     ages = sorted((submit.num_output, submit.age_s) for node in nodes for submit in node.submits)
-    assert ages[0][1] < 0.1 < ages[-1][1] and ages[-1][0] > 20
+    (_, first_s), (resumed_at, resumed_s) = ages[0], ages[-1]
+    assert first_s < 5 and resumed_s - first_s > 0.1 and resumed_at > 20  # tokens take 5 ms
     assert all([s.number for s in node.submits] == list(range(1, 1 + len(node.submits))) for node in nodes)
 
 
