@@ -70,7 +70,6 @@ class Engine:
         self._reported_idle = True
         self._status_due_s = 0.0
         self._reported_misfits: dict[str, str] = {}
-        self._poller = zmq.Poller()
         self._counters: defaultdict[str, float] = defaultdict(float)
 
     @property
@@ -81,27 +80,33 @@ class Engine:
 
     def run(self) -> None:
         """Serves until the node says ``Shutdown``."""
-        self._poller.register(self._channel.socket, zmq.POLLIN)
-        self._poller.register(watched := self._role.fileno(), zmq.POLLIN)
+        poller = zmq.Poller()
+        poller.register(self._channel.socket, zmq.POLLIN)
+        poller.register(watched := self._role.fileno(), zmq.POLLIN)
         worked = False
         while not self._stopping:
             # after an empty plan only a message or a transfer event can change anything
             wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
             self._pulse.rest()
-            self._poller.poll(math.ceil(wait_s * 1000))
+            poller.poll(math.ceil(wait_s * 1000))
             self._pulse.turn()
-            self._receive()
-            self._take_arrived()
-            # before a step that may take long: clients wait for the answers, and routers place by the report
-            self._flush()
-            self._report()
-            worked = self._step()
-            self._flush()
-            if not self._seqs and not self._pipeline.launched:
-                self._answer(self._lifecycle.turn_in(self.load, self._check_idle))
+            worked = self.turn()
             if self._role.fileno() != watched:
-                self._poller.unregister(watched)
-                self._poller.register(watched := self._role.fileno(), zmq.POLLIN)
+                poller.unregister(watched)
+                poller.register(watched := self._role.fileno(), zmq.POLLIN)
+
+    def turn(self) -> bool:
+        """Handles what has come, and computes a step. False: there was none, so only what comes can change that."""
+        self._receive()
+        self._take_arrived()
+        # before a step that may take long: clients wait for the answers, and routers place by the report
+        self._flush()
+        self._report()
+        worked = self._step()
+        self._flush()
+        if not self._seqs and not self._pipeline.launched:
+            self._answer(self._lifecycle.turn_in(self.load, self._check_idle))
+        return worked
 
     def _take_arrived(self) -> None:
         for seq, output in self._role.events():
