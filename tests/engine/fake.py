@@ -81,7 +81,6 @@ class FakeExecutor:
         self.launched: list[InFlight] = []
         self._layout = layout
         self._samples: list[int] = []  # of the step computed last
-        self._failed_before = False  # whether that one did
         self._histories: dict[int, list[int]] = {}
         self._biases: dict[int, dict[int, float]] = {}
 
@@ -98,7 +97,8 @@ class FakeExecutor:
             self._spoil(step)
             raise Refusal("launch")
         flight = InFlight(step, written | self._read(step))
-        flight.failure = "collect" if self._fails("collect", step) else ""
+        if self._fails("collect", step) or any(other.failure for other in self.launched):
+            flight.failure = "collect"  # a step after one that fails reads anything
         self.launched.append(flight)
         if not self.late or not self.depth:
             self._compute_all()
@@ -126,9 +126,6 @@ class FakeExecutor:
                 self._compute(flight)
 
     def _compute(self, flight: InFlight) -> None:
-        if self._failed_before and (flight.step.from_samples >= 0).any():
-            flight.failure = "after one that failed"
-        self._failed_before = bool(flight.failure)
         if flight.failure:
             self._spoil(flight.step)
             flight.result = Sampled([], [], [])

@@ -290,7 +290,7 @@ def check_stream(world: World, stream: Stream) -> None:
 )
 @given(
     depth=st.sampled_from([0, 1]),
-    blocks=st.integers(14, 30),
+    blocks=st.integers(13, 20),
     budget=st.integers(3, 40),
     windowed=st.booleans(),
     events=st.lists(st.tuples(EVENTS, st.integers(0, 2)), min_size=4, max_size=50),
