@@ -14,7 +14,7 @@ import numpy as np
 
 from pd_serve.compute.executor import TAGS
 from pd_serve.compute.step import NO_LINE, Sampled, SamplingRow, Step
-from pd_serve.engine.role import NoRole
+from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.layout import KVLayout
@@ -262,8 +262,10 @@ class FakeExecutor:
         """It owns nothing."""
 
 
-class FakeRole(NoRole):
+class FakeRole(Role):
     """Sends and receives. What it receives comes when it is told so: first it takes blocks, then the KV is there."""
+
+    queued = leases = pulling = 0  # type: ignore[assignment]
 
     def __init__(self, kv: KVManager, scheduler: Scheduler, executor: FakeExecutor) -> None:
         super().__init__()
