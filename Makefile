@@ -27,11 +27,11 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 	@$(BIN)/python -m compileall -q pd_serve
 	@exec $(BIN)/pd-serve up $(ARGS)
 
-test: lint  ## lint, types, generated docs, and all tests, two files at a time (ARGS="-k router ...")
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 2)
+test: lint  ## lint, types, generated docs, and all tests, three files at a time (ARGS="-k router ...")
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 3)
 
-test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, two files at a time
-	@$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
+test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
+	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
 lint: $(RUN_DEV)  ## ruff, mypy, and whether docs/configuration.md is up to date
 	@$(BIN)/python -m compileall -q pd_serve

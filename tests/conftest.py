@@ -1,6 +1,7 @@
 """What all tests share: the real models, converted once into the cache that users have too; and who runs which file.
 
-A file of tests is one worker's (``pytest -n 2``): its fixtures are made once.
+A file of tests is one worker's (``pytest -n 3``): its fixtures are made once. Three workers fill two cores: much of a
+test is waiting.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FIRST = (
     ("transfer/test_ucx_processes",),
 )
 
-# Two workers whose torch computes with all cores would wait for each other, turning. Engines have their own setting.
+# Workers whose torch computes with all cores would wait for each other, turning. Engines have their own setting.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

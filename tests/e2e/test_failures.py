@@ -130,16 +130,16 @@ threading.Thread(target=wait, daemon=True).start()
 def test_a_decode_node_whose_transfer_thread_only_fails(pair: Cluster, tmp_path: Path) -> None:
     """A mistake of ours in every turn: the node ends, as if it had died, and no request is lost."""
     (tmp_path / "sitecustomize.py").write_text(FAULT)
-    text = expected(pair, PROMPT, 400)
+    text = expected(pair, PROMPT, 200)
     pair.decodes[0].kill()
     faulty = pair.decodes[0] = pair.start_node("decode", environ={"PYTHONPATH": str(tmp_path)})
     pair.revive()
-    streams = [Stream(pair, max_tokens=400) for _ in range(4)]
+    streams = [Stream(pair, max_tokens=200) for _ in range(4)]
     wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
     assert busy(pair, [faulty])
     (tmp_path / "now").touch()
     time.sleep(0.2)
-    for stream in [*streams, *(Stream(pair, max_tokens=400) for _ in range(4))]:  # the new ones wake the thread
+    for stream in [*streams, *(Stream(pair, max_tokens=200) for _ in range(4))]:  # the new ones wake the thread
         stream.wait()
         assert stream.error is None
         assert stream.text == text
@@ -205,7 +205,7 @@ def test_router_restarted(pair: Cluster) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_paused_node_is_left_and_comes_back(pair: Cluster, role: str) -> None:
     prompt = f"Paused {role}.\n" + PROMPT
-    streams = [Stream(pair, prompt, 500) for _ in range(2)]
+    streams = [Stream(pair, prompt, 300) for _ in range(2)]
     nodes = pair.prefills if role == "prefill" else pair.decodes
     if role == "decode":
         wait_for(lambda: all(len(s.tokens) > 10 for s in streams), 60, "tokens")
@@ -214,13 +214,13 @@ def test_a_paused_node_is_left_and_comes_back(pair: Cluster, role: str) -> None:
     try:
         for stream in streams:
             assert stream.wait().error is None
-            assert len(stream.tokens) == 500
+            assert len(stream.tokens) == 300
     finally:
         victim.signal_all(signal.SIGCONT)
     wait_for(
         lambda: sum(n["state"] == "ready" for n in pair.router.get("/v1/status")["nodes"]) == 4, 30, "all four back"
     )
-    text = expected(pair, prompt, 500)
+    text = expected(pair, prompt, 300)
     assert [stream.text for stream in streams] == [text, text]
     pair.assert_idle(20)
 

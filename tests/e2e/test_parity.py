@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory, gemma3: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("gemma"), model=gemma3, max_model_len=2048, kv_cache_memory="1GiB") as running:
+    flags: dict[str, object] = {"max_model_len": 2048, "kv_cache_memory": "1GiB", "max_queue_wait_s": 300}
+    with cluster(tmp_path_factory.mktemp("gemma"), model=gemma3, **flags) as running:
         yield running
 
 

@@ -87,11 +87,11 @@ def test_short_prompts_on_the_decode_node(uncached: Cluster, baseline: Texts) ->
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
-    """A pair whose steps take a block and a half, and whose pools one long prompt and little more."""
-    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300}
-    memory = 84 * SMALL.block_bytes
+    """A pair whose steps take a block and a half, and whose decode node has room for a long prompt and little more."""
+    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300, "max_queue_wait_s": 300}
+    decode: dict[str, object] = {"kv_cache_memory": 84 * SMALL.block_bytes}
     directory = tmp_path_factory.mktemp("narrow")
-    with cluster(directory, model=small_model, kv_cache_memory=memory, **flags) as running:
+    with cluster(directory, model=small_model, only={"decode": decode}, **flags) as running:
         yield running
 
 
@@ -101,10 +101,10 @@ def test_chunked_prefill(narrow: Cluster, baseline: Texts) -> None:
 
 
 def test_preempted_and_resumed(narrow: Cluster, baseline: Texts) -> None:
-    order = [0, 1, 2, 3] * 2
+    order = [3, 2, 1, 0] * 2  # the long one grows while the others do
 
     def run(i: int) -> str:
-        return str(narrow.complete(PROMPTS[i], 160, ignore_eos=True)["choices"][0]["text"])
+        return str(narrow.complete(PROMPTS[i], 190, ignore_eos=True)["choices"][0]["text"])
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(run, order))
