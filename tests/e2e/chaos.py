@@ -301,7 +301,7 @@ class Chaos:
 
     # --- all of it ------------------------------------------------------------------------------------
 
-    async def _run(self, requests: int, clients: int) -> Report:
+    async def _run(self, requests: int) -> Report:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
             bodies = cases()
@@ -315,16 +315,16 @@ class Chaos:
             started_s = time.monotonic()
             done = asyncio.Event()
             torment = asyncio.create_task(self._torment(done, http))
-            await asyncio.gather(*(self._client(http, load, expected) for _ in range(clients)))
+            await asyncio.gather(*(self._client(http, load, expected) for _ in range(CLIENTS)))
             self.report.seconds = time.monotonic() - started_s
             done.set()
             await torment
         return self.report
 
-    def run(self, requests: int, clients: int = CLIENTS) -> Report:
+    def run(self, requests: int) -> Report:
         """Raises AssertionError when a node does not come back, or a block, lease or pull is left."""
         self.system.wait_ready()
-        report = asyncio.run(self._run(requests, clients))
+        report = asyncio.run(self._run(requests))
         self.system.assert_idle(30)
         for node in self.system.nodes:
             report.leaks += node.get("/v1/status")["counters"]["leaks"]

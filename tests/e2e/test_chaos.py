@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_two_thousand_requests_under_faults(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, tiny_model.write(tmp_path / "model"), seed=1)
     try:
-        report = chaos.run(2000, clients=32)  # while some wait for a node that is paused, others do not
+        report = chaos.run(2000)
     except BaseException:
         for log in sorted(tmp_path.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text()[-2000:]}")
