@@ -95,13 +95,13 @@ def requests(draw: st.DrawFn) -> Request:
     if draw(st.integers(0, 9)) == 9:
         prompt.append(draw(st.sampled_from([FAILS_IN_LAUNCH, FAILS_IN_COLLECT])))
     sampling = link.SamplingParams(
-        max_tokens=draw(st.integers(4, 30)),
+        max_tokens=draw(st.sampled_from([4, 9, 20, 30])),
         seed=draw(st.integers(0, 2**64 - 1)),
         min_tokens=draw(st.sampled_from([0, 0, 3])),
         presence_penalty=draw(st.sampled_from([0.0, 0.5])),
         logit_bias=draw(st.sampled_from([{}, {4: 1.0}])),
-        stop_token_ids=draw(st.sampled_from([(), (3,)])),
-        ignore_eos=draw(st.booleans()),
+        stop_token_ids=draw(st.sampled_from([(), (), (), (3,)])),
+        ignore_eos=draw(st.sampled_from([True, True, False])),
         prompt_logprobs=draw(st.sampled_from([-1, -1, -1, 0])),
     )
     kind = draw(st.sampled_from(["local", "local", "local", "handoff", "pull"]))
@@ -290,7 +290,7 @@ def check_stream(world: World, stream: Stream) -> None:
 )
 @given(
     depth=st.sampled_from([0, 1]),
-    blocks=st.integers(13, 20),
+    blocks=st.integers(12, 17),
     budget=st.integers(3, 40),
     windowed=st.booleans(),
     events=st.lists(st.tuples(EVENTS, st.integers(0, 2)), min_size=4, max_size=50),
