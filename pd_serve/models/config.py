@@ -45,13 +45,11 @@ _GEMMA3_DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "rope_theta": 1_000_000.0,
     "tie_word_embeddings": True,
-    "bos_token_id": 2,
     "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
-    "mistral": {"bos_token_id": 1, "eos_token_id": 2, "sliding_window": 4096, "max_position_embeddings": 131_072},
+    "llama": {"eos_token_id": 2, "max_position_embeddings": 2048},
+    "mistral": {"eos_token_id": 2, "sliding_window": 4096, "max_position_embeddings": 131_072},
     "qwen2": {"max_position_embeddings": 32_768},
     "qwen3": {"head_dim": 128, "max_position_embeddings": 32_768},
     "gemma3": _GEMMA3_DEFAULTS,
@@ -66,7 +64,7 @@ _MODEL_TYPES = {
     "gemma3": "Gemma3ForConditionalGeneration",
 }
 # null is a value of these, and not the same as a field left out
-_NULLABLE = {"sliding_window", "head_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
+_NULLABLE = {"sliding_window", "head_dim", "eos_token_id"}
 # keys that say how a file was written, not what the model computes
 _NOT_IDENTITY = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
 _SAMPLED_RANGES, _SAMPLE_BYTES = 8, 4096
@@ -104,8 +102,6 @@ class ModelConfig:
     scale_embeddings: bool = False  # Gemma: by sqrt(hidden size), rounded to the dtype
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -185,8 +181,6 @@ class ModelConfig:
             scale_embeddings=gemma,
             logit_softcap=number(c, "final_logit_softcapping", 0.0) or None,
             tie_word_embeddings=flag(c, "tie_word_embeddings"),
-            bos_token_id=next(iter(token_ids(c, "bos_token_id")), None),
-            pad_token_id=next(iter(token_ids(c, "pad_token_id")), None),
             eos_token_ids=_end_ids([*(eos or token_ids(c, "eos_token_id")), *end_ids], vocab_size),
         )
 
@@ -255,7 +249,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 
 def _top_level_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    keys = ("eos_token_id", "tie_word_embeddings")
     return {k: raw[k] for k in keys if raw.get(k) is not None}
 
 
