@@ -122,6 +122,7 @@ def wait():
     if "pd_serve.engine" in sys.orig_argv:
         sys.modules["pd_serve.transfer.worker"].GIVE_UP_S = 0.5
         sys.modules["pd_serve.transfer.lanes"].Lanes.progress = lambda lanes: 1 // 0
+        pathlib.Path(__file__).with_name("set").touch()
 
 threading.Thread(target=wait, daemon=True).start()
 """
@@ -138,12 +139,20 @@ def test_a_decode_node_whose_transfer_thread_only_fails(pair: Cluster, tmp_path:
     wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
     assert busy(pair, [faulty])
     (tmp_path / "now").touch()
-    time.sleep(0.2)
-    for stream in [*streams, *(Stream(pair, max_tokens=200) for _ in range(4))]:  # the new ones wake the thread
-        stream.wait()
-        assert stream.error is None
+    wait_for((tmp_path / "set").exists, 10, "the fault")
+    deadline_s = time.monotonic() + 60
+    fresh: list[list[Stream]] = []
+    while faulty.process.poll() is None:  # prompts in nobody's cache wake the thread
+        assert time.monotonic() < deadline_s, "the faulty node goes on"
+        asked = [Stream(pair, f"{len(fresh)}\n" + PROMPT, 20) for _ in range(4)]
+        fresh.append([stream.wait() for stream in asked])
+    assert faulty.process.wait() == 1
+    for stream in streams:
+        assert stream.wait().error is None
         assert stream.text == text
-    assert faulty.process.wait(20) == 1
+    for same in fresh:
+        text = expected(pair, str(same[0].body["prompt"]), 20)
+        assert [(stream.error, stream.text) for stream in same] == [(None, text)] * 4
     log = faulty.log.read_text()
     assert "CRITICAL" in log and "has failed for 0.5 s in every turn" in log and "the engine died" in log
     assert log.count("Traceback") <= 3, "the log is not to be filled"
