@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from pd_serve.wire.memory import MemoryReport
 
-LINK_VERSION = 2
+LINK_VERSION = 3
 
 MAX_FRAME_BYTES = 64 << 20  # a prompt of 16 million tokens
 
