@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 # multiplied with: 1024 of them, unless told otherwise. A step uses about five, and a new one costs a millisecond.
 KERNELS_KEPT = 128
 
+SWITCH_INTERVAL_S = 0.2e-3
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -128,6 +130,8 @@ def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     logs.configure(config.log_level, "engine")
+    # the transfer thread gets its turn sooner while the loop is busy in Python (docs/benchmarks.md, What the GIL costs)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
     if config.cpus:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,9 @@ class Chaos:
             raise ValueError("the stream ended without [DONE]")
         return tokens
 
-    async def _client(self, http: httpx.AsyncClient, bodies: list[dict[str, Any]], expected: list[Any]) -> None:
+    async def _client(
+        self, http: httpx.AsyncClient, leaving: httpx.AsyncClient, bodies: list[dict[str, Any]], expected: list[Any]
+    ) -> None:
         while bodies:
             body = bodies.pop()
             number = body.pop("case")
@@ -233,7 +236,7 @@ class Chaos:
                 self.report.longest_s = max(self.report.longest_s, time.monotonic() - started_s)
                 break
             if self._chance.random() < 0.05:
-                await self._leave_early(http, dict(body))
+                await self._leave_early(leaving, dict(body))
 
     async def _leave_early(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
         try:
@@ -303,7 +306,9 @@ class Chaos:
 
     async def _run(self, requests: int) -> Report:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False) as http:
+        make = partial(httpx.AsyncClient, timeout=TIMEOUT_S, limits=limits, trust_env=False)
+        # those who leave share no connections with the others: what these see is then the router's doing
+        async with make() as http, make() as leaving:
             bodies = cases()
             expected = [await self.answer(http, body) for body in bodies]
             self.misfit = self.system.start_node("decode", **self._misfit)
@@ -315,7 +320,7 @@ class Chaos:
             started_s = time.monotonic()
             done = asyncio.Event()
             torment = asyncio.create_task(self._torment(done, http))
-            await asyncio.gather(*(self._client(http, load, expected) for _ in range(CLIENTS)))
+            await asyncio.gather(*(self._client(http, leaving, load, expected) for _ in range(CLIENTS)))
             self.report.seconds = time.monotonic() - started_s
             done.set()
             await torment
