@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 # multiplied with: 1024 of them, unless told otherwise. A step uses about five, and a new one costs a millisecond.
 KERNELS_KEPT = 128
 
-SWITCH_INTERVAL_S = 0.2e-3
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -62,7 +60,7 @@ class Parts:
     memory: PoolMemory
 
     def lanes(self) -> Lanes:
-        """What the role's transfer thread will start. Any engine may come to be read from."""
+        """What the role's transfer thread will start."""
         from pd_serve.transfer.choice import lanes_for
 
         config = self.config
@@ -70,7 +68,7 @@ class Parts:
             config.transport,
             f"{self.identity.node_id}-{self.identity.epoch}",
             self.memory,
-            reads_only=False,
+            reads_only=config.role == "decode",
             nixl_backend=config.nixl_backend,
             nixl_options=config.nixl_backend_options(),
             nvlink_socket_dir=config.nvlink_socket_dir,
@@ -88,25 +86,20 @@ class Roles:
         self._make = make
         self._parts = parts
         self._info = info
-        self._sends = parts.config.role != "decode"
 
     def open(self) -> Role:
         self._parts = replace(self._parts, identity=replace(self._parts.identity, epoch=uuid.uuid4().hex))
         return self._make(self._parts)
 
-    def let_in(self, role: Role) -> tuple[str, ...]:
-        self._sends = True
-        return role.listen(self._parts.config.transport_timeout_s)
-
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
-        parts = self._parts
-        role.wait_ready(parts.config.transport_timeout_s)
+        parts, timeout_s = self._parts, self._parts.config.transport_timeout_s
+        role.wait_ready(timeout_s)
         return EngineReady(
             model=self._info,
             layout=parts.layout.kin(),
             layout_text=parts.layout.describe(),
             epoch=parts.identity.epoch,
-            peer_addresses=self.let_in(role) if self._sends else (),
+            peer_addresses=role.listen(timeout_s) if parts.config.role != "decode" else (),
             transport=role.transport,
             load=load,
             start_s=start_s,
@@ -130,8 +123,6 @@ def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     logs.configure(config.log_level, "engine")
-    # the transfer thread gets its turn sooner while the loop is busy in Python (docs/benchmarks.md, What the GIL costs)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
     if config.cpus:

@@ -34,9 +34,6 @@ class Roles(Protocol):
     def open(self) -> Role:
         """Starts its transfer thread; ``Role.wait_ready`` waits for it."""
 
-    def let_in(self, role: Role) -> tuple[str, ...]:
-        """Lets readers in, now and whenever a role is introduced; their addresses. Raises TransferError."""
-
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
         """Waits until the role opened last can be reached, and describes it. Raises TransferError."""
 

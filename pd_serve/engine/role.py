@@ -2,8 +2,7 @@
 
 An engine has both from its start, on one transfer thread over one set of lanes, and none while it sleeps. Which
 sequence goes which way the router says: one with ``handoff`` is the sender's, one with a ``source`` the receiver's, all
-others are computed here. So the role that a node has at the moment is the routers' business; only the door, through
-which readers come in, opens when the role first includes prefill.
+others are computed here. The door, through which readers come in, stays closed where a node's role is decode.
 """
 
 from __future__ import annotations

@@ -143,9 +143,6 @@ class Node:
         self.role = ScriptedRole(self._opened, self.said, self.lets_go)
         return self.role
 
-    def let_in(self, role: object) -> tuple[str, ...]:
-        return (f"tcp://epoch-{self._opened}",)
-
     def introduce(self, role: object, load: link.Load, start_s: dict[str, float]) -> wire.EngineReady:
         epoch = f"epoch-{self._opened}"
         return wire.EngineReady(MODEL, "l", "layout", epoch, (f"tcp://{epoch}",), "nixl", load, start_s)
