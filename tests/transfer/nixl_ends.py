@@ -19,7 +19,7 @@ from pd_serve.transfer.movers.base import Mover
 from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import Limits, NixlTransport
 from pd_serve.transfer.nixl.limits import HOST
-from pd_serve.transfer.nixl.pull import NixlPull
+from pd_serve.transfer.nixl.peer import NixlPull
 from pd_serve.transfer.slices import Slicing, slicings
 from tests.transfer.harness import agent_name, until
 from tests.transfer.processes import Killable, start

@@ -12,7 +12,7 @@ from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.transfer.base import BlockMap, PullState
 from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nixl import messages
-from pd_serve.transfer.nixl.pull import NixlPull
+from pd_serve.transfer.nixl.peer import NixlPull
 from tests.transfer.harness import Clock, until
 from tests.transfer.nixl_ends import PACKED, Node, Session, blocks, check
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pd_serve.transfer.movers.host import HostMover
-from pd_serve.transfer.nvlink import credentials
+from pd_serve.transfer.nvlink import directory as sockets
 from pd_serve.transfer.nvlink.messages import Offer, to_reader
 from tests.transfer.namespaces import PID, USER_AND_PID, namespace, unshare
 from tests.transfer.nvlink_ends import (
@@ -33,8 +33,8 @@ Seen = list[tuple[int, int]]  # pid and uid of those at the other ends of socket
 
 
 def recording(seen: Seen) -> Callable[[socket.socket], int]:
-    """``credentials.peer_uid``, which is told here what else the kernel says."""
-    real = credentials.peer_uid
+    """``sockets.peer_uid``, which is told here what else the kernel says."""
+    real = sockets.peer_uid
 
     def peer_uid(connection: socket.socket) -> int:
         pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -49,7 +49,7 @@ _seen_by_source: Seen = []
 
 def record() -> None:
     """In the source's process."""
-    credentials.peer_uid = recording(_seen_by_source)
+    sockets.peer_uid = recording(_seen_by_source)
 
 
 def recorded() -> Seen:
@@ -81,7 +81,7 @@ def test_descriptors_travel_between_pid_namespaces(
     assert source.call(os.getpid) == 1
     source.call(record)
     seen: Seen = []
-    monkeypatch.setattr(credentials, "peer_uid", recording(seen))
+    monkeypatch.setattr(sockets, "peer_uid", recording(seen))
     before = open_fds()
     end = End(directory, layout(), 30, HostMover())
     peer = source.connect(end.transport, layout(), end.pool.regions)

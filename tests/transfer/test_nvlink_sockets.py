@@ -16,7 +16,7 @@ import pytest
 
 from pd_serve.errors import TransferError
 from pd_serve.transfer.base import PullState
-from pd_serve.transfer.nvlink import NvlinkTransport, credentials, directory, fd_server, socket_directory
+from pd_serve.transfer.nvlink import NvlinkTransport, directory, fd_server, socket_directory
 from pd_serve.transfer.nvlink.fd_client import close_all, fetch
 from pd_serve.transfer.nvlink.fd_server import FdServer
 from pd_serve.transfer.nvlink.messages import Offer, Range, encode, to_reader
@@ -101,7 +101,7 @@ def test_another_user_gets_nothing(
         def peer_uid(_: socket.socket) -> int:
             return stranger if (threading.current_thread() is server_thread) == by_server else os.geteuid()
 
-        monkeypatch.setattr(credentials, "peer_uid", peer_uid)
+        monkeypatch.setattr(directory, "peer_uid", peer_uid)
 
     seen(by_server=True)
     with pytest.raises(TransferError, match="user 54321 is neither"):

@@ -6,7 +6,7 @@
 - ``packer`` (source), ``unpacker`` (reader): pieces too small to be read one by one travel *packed*, many in one read;
   ``chunks`` are what travels together, ``staging`` is where, and ``local_ring`` shares the reader's among its sources.
 - ``messages``: what the two ends say to each other.
-- ``pull``, ``peer``, ``transport``: the interface of :mod:`pd_serve.transfer.base`.
+- ``peer``, ``transport``: the interface of :mod:`pd_serve.transfer.base`.
 
 Nothing here waits: every call returns at once, and what is under way is asked for. (With two exceptions: where UCX
 copies host memory itself, inside of one machine, it does so while a read is posted; and a source on a GPU gives a chunk

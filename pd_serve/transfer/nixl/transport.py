@@ -19,8 +19,7 @@ from pd_serve.transfer.nixl.direct import LocalLists
 from pd_serve.transfer.nixl.limits import Limits, limits_of
 from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.packer import NixlReader, Packer
-from pd_serve.transfer.nixl.peer import NixlPeer
-from pd_serve.transfer.nixl.pull import NixlPull
+from pd_serve.transfer.nixl.peer import NixlPeer, NixlPull
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.poller import SPIN_S
 from pd_serve.transfer.slices import Side

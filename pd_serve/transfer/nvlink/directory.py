@@ -1,4 +1,4 @@
-"""The directory of the sockets over which descriptors of device memory are handed out, and the sockets' names.
+"""The sockets over which descriptors of device memory are handed out: their directory, names, and who may use them.
 
 Called by whoever builds the transport (:func:`socket_directory`) and by the server and its client. The default
 directory is private to the user; one named by a setting belongs to whoever made it: two containers can share it.
@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import stat
+import struct
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from pd_serve.errors import FailureKind, TransferError
 NAME = re.compile(r"pd-serve-[0-9a-f]{16}\.sock")
 MAX_PATH_BYTES = 107  # sockaddr_un
 STALE_S = 10.0  # younger sockets may be between bind and listen
+_UCRED = struct.Struct("3i")  # pid, uid, gid
 
 
 def socket_directory(setting: str) -> Path:
@@ -65,6 +67,19 @@ def remove_stale(directory: Path) -> int:
         except OSError:
             pass  # somebody else's, or removed meanwhile
     return removed
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end, in our user namespace's numbers (65534 for one that it does not know).
+
+    Users only: process ids mean nothing across PID namespaces.
+    """
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(raw)[1])
+
+
+def is_trusted(uid: int) -> bool:
+    return uid in (0, os.geteuid())
 
 
 def _is_dead(path: Path) -> bool:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.nvlink import credentials, directory
+from pd_serve.transfer.nvlink import directory
 from pd_serve.transfer.nvlink.fd_server import FDS_PER_PACKET, GIVE, REFUSE
 from pd_serve.transfer.nvlink.messages import Range
 
@@ -34,8 +34,8 @@ def fetch(
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.setblocking(False)
             _connect(connection, _find(path, own_dir), patience)
-            uid = credentials.peer_uid(connection)
-            if not credentials.is_trusted(uid):
+            uid = directory.peer_uid(connection)
+            if not directory.is_trusted(uid):
                 raise _failed(f"user {uid} listens on {path}, neither user {os.geteuid()} nor root")
             _send(connection, token)
             while len(fds) < count:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.nvlink import credentials, directory
+from pd_serve.transfer.nvlink import directory
 from pd_serve.transfer.nvlink.messages import TOKEN_BYTES
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class FdServer:
             time.sleep(ACCEPT_PAUSE_S)  # out of descriptors: the socket stays readable
             return
         client.setblocking(False)
-        uid = credentials.peer_uid(client)
-        if not credentials.is_trusted(uid):
+        uid = directory.peer_uid(client)
+        if not directory.is_trusted(uid):
             log.warning("refused user %d at %s", uid, self.path)
             _refuse(client, f"user {uid} is neither user {os.geteuid()} nor root; run both nodes as the same user")
         elif len(self._clients) >= MAX_CLIENTS:

@@ -1,17 +1,19 @@
 """The sources that this reader has mapped: one mapping a source, shared by its sessions, kept while a copy reads it.
 
-Owned by the transport, on the transfer thread; only mapping and unmapping run beside it. A source that nobody refers to
-any more is *leaving*: it is unmapped as soon as its mapping is complete and its last copy has ended.
+Owned by the transport, on the transfer thread; only mapping and unmapping run beside it: they would hold its pulls
+up, and a silent source all other sources. A source that nobody refers to any more is *leaving*: it is unmapped as soon
+as its mapping is complete and its last copy has ended.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.nvlink.background import in_background
 from pd_serve.transfer.nvlink.mapping import Mapped, Opener
 from pd_serve.transfer.nvlink.messages import Offer
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from pd_serve.transfer.nvlink.pulls import Batch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_SOURCES = 128  # mapped at once: each costs addresses, and its memory while it is dead and still mapped
 
@@ -50,7 +54,7 @@ class Source:
             return False
         if self.failed:
             return True
-        self._unmapping = in_background(self.mapping.result().unmap, "pd-nvlink-unmap")
+        self._unmapping = _in_background(self.mapping.result().unmap, "pd-nvlink-unmap")
         return False
 
 
@@ -77,7 +81,7 @@ class Sources:
                 raise TransferError(
                     FailureKind.CONNECT, f"{MAX_SOURCES} sources are mapped already; try again when one has left"
                 )
-            mapping = in_background(lambda: self._opener.map_offer(offer), "pd-nvlink-map")
+            mapping = _in_background(lambda: self._opener.map_offer(offer), "pd-nvlink-map")
             source = self._known[offer.source] = Source(offer, mapping)
         elif (source.offer.kind, source.offer.ranges) != (offer.kind, offer.ranges):
             raise TransferError(FailureKind.CONNECT, "the source offered other memory than before under the same name")
@@ -98,3 +102,17 @@ class Sources:
 
     def progress(self) -> None:
         self._leaving = [source for source in self._leaving if not source.leave()]
+
+
+def _in_background(job: Callable[[], T], name: str) -> Future[T]:
+    """Runs it on a thread of its own, a daemon: a driver that hangs does not keep the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(job())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

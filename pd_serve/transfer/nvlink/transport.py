@@ -27,7 +27,7 @@ from pd_serve.transfer.merge import SORTED_FROM_BYTES, count_runs, neighbours_to
 from pd_serve.transfer.movers.base import Mover, Rows
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
-from pd_serve.transfer.nvlink.ipc import IpcDriver
+from pd_serve.transfer.nvlink.ipc import CudaIpc, IpcDriver
 from pd_serve.transfer.nvlink.mapping import Opener
 from pd_serve.transfer.nvlink.messages import Description, Kind
 from pd_serve.transfer.nvlink.peer import NvlinkPeer, NvlinkReader
@@ -162,8 +162,6 @@ class NvlinkTransport:
 
     def _ipc_driver(self) -> IpcDriver:
         if self._ipc is None:
-            from pd_serve.transfer.nvlink.cuda_ipc import CudaIpc
-
             self._ipc = CudaIpc()
         return self._ipc
 
