@@ -26,7 +26,7 @@ class FailureKind(StrEnum):
     HANDSHAKE = "handshake"  # secret, version, model, layout or transport do not match
     CONNECT = "connect"  # the peer cannot be reached
     PEER_LOST = "peer_lost"  # it stopped answering, or came back with another epoch
-    EXPIRED = "expired"  # the lease had ended when the bytes arrived
+    EXPIRED = "expired"  # the lease had ended when it was claimed, or when the bytes arrived
     CANCELLED = "cancelled"  # the prefill node gave the request up
     TRANSFER = "transfer"  # the transport reported an error
     TIMEOUT = "timeout"  # nothing moved for too long

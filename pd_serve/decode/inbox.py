@@ -288,7 +288,8 @@ class Inbox:
                     self._released(part, message.valid)
                 case wire.Cancel():
                     why = f"the prefill node ended the request: {message.reason}"
-                    self._fail(part.whole, FailureKind.CANCELLED, why)
+                    kind = FailureKind.EXPIRED if message.reason == "expired" else FailureKind.CANCELLED
+                    self._fail(part.whole, kind, why)
 
     def _known(self, key: str, peer: SourcePeer) -> Part | None:
         job = self._keys.get(key)

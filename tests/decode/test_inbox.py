@@ -278,6 +278,18 @@ def test_a_lease_that_ran_out_before_the_bytes_came(p: PrefillEnd, d: DecodeEnd,
     assert d.ends("k") == [Failed, Drained]
 
 
+def test_a_lease_that_ran_out_before_it_was_claimed(p: PrefillEnd, d: DecodeEnd, clock: Clock) -> None:
+    p.outbox.open("k")
+    p.publish("k", 24, THEIRS, token=1)
+    clock.now_s += 30
+    p.worker.wake()
+    assert until(lambda: p.why("k")) == "expired"
+    d.inbox.expect("k", p.source)
+    assert d.wait("k", Failed).kind is FailureKind.EXPIRED
+    d.wait("k", Drained)
+    assert d.ends("k") == [Failed, Drained]
+
+
 def test_heartbeats_keep_a_waiting_request_alive(p: PrefillEnd, d: DecodeEnd, clock: Clock, d_clock: Clock) -> None:
     p.outbox.open("k")
     d.inbox.expect("k", p.source)
