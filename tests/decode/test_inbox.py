@@ -280,7 +280,7 @@ def test_a_lease_that_ran_out_before_the_bytes_came(p: PrefillEnd, d: DecodeEnd,
 
 def test_a_lease_that_ran_out_before_it_was_claimed(p: PrefillEnd, d: DecodeEnd, clock: Clock) -> None:
     p.outbox.open("k")
-    p.publish("k", 24, THEIRS, token=1)
+    until(lambda: p.outbox.num_leases)
     clock.now_s += 30
     p.worker.wake()
     assert until(lambda: p.why("k")) == "expired"
