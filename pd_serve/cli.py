@@ -119,6 +119,8 @@ def _keyword(name: str, annotation: object) -> inspect.Parameter:
 
     pd-serve up --prefill 2 --decode 2 --port 9000
 
+    pd-serve up --both 2
+
     pd-serve up --prefill 0 --decode 1 --model /models/Llama-3.2-1B""",
 )
 def up(settings: config.UpConfig) -> int:
@@ -148,6 +150,21 @@ def prefill(settings: config.NodeConfig) -> int:
     pd-serve decode --local-prefill-tokens 64 --router http://10.0.0.1:8000""",
 )
 def decode(settings: config.NodeConfig) -> int:
+    from pd_serve.node.main import run
+
+    return run(settings)
+
+
+@_command(
+    "node",
+    "Run one node of any role: one of both computes prompts and generates text, and exchanges KV blocks with others.",
+    """    pd-serve node --router http://10.0.0.1:8000 --host 10.0.0.4 --port 8300 --secret-file secret
+
+    pd-serve node --role prefill --router http://10.0.0.1:8000
+
+POST /role switches a running node.""",
+)
+def node(settings: config.NodeConfig) -> int:
     from pd_serve.node.main import run
 
     return run(settings)
@@ -220,7 +237,7 @@ def doctor(settings: config.DoctorConfig) -> int:
 
 @_command(
     "token",
-    "Print what to send as 'Authorization: Bearer TOKEN' to nodes' /sleep and /wake_up, and to routers' /nodes.",
+    "Print what to send as 'Authorization: Bearer TOKEN' to nodes' /sleep, /wake_up and /role, and to routers' /nodes.",
     """    pd-serve token --secret-file secret
 
     curl -X POST -H "Authorization: Bearer $(pd-serve token --secret-file secret)" https://10.0.0.3:8200/sleep

@@ -267,10 +267,9 @@ class EngineSettings(Guarded):
         0,
         integer(0),
         "Scheduling",
-        "Prompts with at most so many uncached tokens are computed on the decode node itself.",
+        "Prompts with at most so many uncached tokens are computed on the node that decodes them.",
         unit="tokens",
         reason="0: never, while there is a prefill node.",
-        only="decode",
     )
     threads: int = setting(
         0,
@@ -384,9 +383,9 @@ class EngineSettings(Guarded):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig(EngineSettings):
-    """Settings of ``pd-serve prefill`` and ``pd-serve decode``."""
+    """Settings of ``pd-serve prefill`` and ``pd-serve decode``, whose names are the role."""
 
-    role: str  # the command: "prefill" | "decode"
+    role: str  # at the start: "prefill" | "decode" | "both"
     port: int = setting(0, integer(0, 65535), "Network", "Port to listen on.", reason="0: any free one.")
     advertise_url: str = setting(
         "", values.URL, "Network", "URL at which routers reach this node.", reason="Empty: made of host and port."
@@ -418,6 +417,19 @@ class EngineConfig(NodeConfig):
     def __repr__(self) -> str:
         """Without the secret: whatever is printed may end up in a log."""
         return f"EngineConfig(role={self.role!r}, node_id={self.node_id!r}, ...)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyNodeConfig(NodeConfig):
+    """Settings of ``pd-serve node``."""
+
+    role: str = setting(
+        "both",
+        choice("prefill", "decode", "both"),
+        "Scheduling",
+        "What routers use the node for, until POST /role says otherwise.",
+        reason="A node of both roles serves alone, too.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -549,10 +561,17 @@ class RouterConfig(RouterSettings):
 class UpConfig(EngineSettings, RouterSettings):
     """Settings of ``pd-serve up``: a router and its nodes on this machine."""
 
-    prefill: int = setting(
-        1, integer(0), "Nodes", "How many prefill nodes to start.", reason="0: decode nodes compute prompts too."
+    prefill: int | None = setting(
+        None,
+        integer(0),
+        "Nodes",
+        "How many prefill nodes to start.",
+        reason="1, or 0 with --both. 0: decode nodes compute prompts too.",
     )
-    decode: int = setting(1, integer(1), "Nodes", "How many decode nodes to start.")
+    decode: int | None = setting(
+        None, integer(0), "Nodes", "How many decode nodes to start.", reason="1, or 0 with --both."
+    )
+    both: int = setting(0, integer(0), "Nodes", "How many nodes to start that do both.")
     access_log: bool = setting(
         False,
         values.FLAG,
@@ -560,6 +579,14 @@ class UpConfig(EngineSettings, RouterSettings):
         "Log a line for every answered request: its id, status, tokens and times.",
         reason="Off here, where the log is a terminal; on in `pd-serve router`.",
     )
+
+    def counts(self) -> dict[str, int]:
+        """How many nodes of each role to start. Raises ConfigError where nothing would decode."""
+        usual = 0 if self.both else 1
+        prefill, decode = (usual if count is None else count for count in (self.prefill, self.decode))
+        if not decode + self.both:
+            raise ConfigError("no node would decode: give --decode or --both at least 1")
+        return {"prefill": prefill, "decode": decode, "both": self.both}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -698,6 +725,7 @@ COMMANDS: dict[str, type[Any]] = {
     "up": UpConfig,
     "prefill": NodeConfig,
     "decode": NodeConfig,
+    "node": AnyNodeConfig,
     "router": RouterConfig,
     "bench serve": BenchConfig,
     "bench transfer": BenchTransferConfig,
@@ -715,8 +743,7 @@ def variable_prefix(command: str) -> str:
 
 def settings(command: str) -> list[Setting]:
     """The settings of a command, group by group."""
-    found = declared(COMMANDS[command], variable_prefix(command))
-    return [setting for setting in found if setting.only in ("", command) or command == "up"]
+    return declared(COMMANDS[command], variable_prefix(command))
 
 
 def load(

@@ -44,7 +44,11 @@ transport: auto
 
 _SECTIONS = (
     ("up", "pd-serve up", "A router and its nodes on this machine; settings of nodes apply to all of them."),
-    ("decode", "pd-serve prefill, pd-serve decode", "One node."),
+    (
+        "node",
+        "pd-serve node, pd-serve prefill, pd-serve decode",
+        "One node. The last two are `pd-serve node` with that role, and have no `--role`.",
+    ),
     ("router", "pd-serve router", "One router."),
     (
         "bench serve",
@@ -78,8 +82,7 @@ def _row(setting: Setting) -> str:
     flag = setting.flag
     flag = f"`{flag}`, `--no-{flag[2:]}`" if setting.kind.is_flag else f"`{flag} {setting.kind.shape}`"
     default = f"`{setting.default_text}`" if setting.default_text else ""
-    only = f"({setting.only.capitalize()} nodes only.)" if setting.only else ""
-    meaning = " ".join(part for part in (setting.help, setting.reason, only) if part)
+    meaning = " ".join(part for part in (setting.help, setting.reason) if part)
     cells = (flag, f"`{setting.variable}`", f"`{setting.name}`", default, setting.unit, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

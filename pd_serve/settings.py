@@ -46,7 +46,6 @@ class Setting:
     help: str
     unit: str
     reason: str
-    only: str
 
     @property
     def flag(self) -> str:
@@ -63,14 +62,12 @@ class Setting:
         return values.render(self.default)
 
 
-def setting(
-    default: object, kind: Kind, group: str, help: str, *, unit: str = "", reason: str = "", only: str = ""
-) -> Any:
+def setting(default: object, kind: Kind, group: str, help: str, *, unit: str = "", reason: str = "") -> Any:
     """A dataclass field with what the command line and the documentation need to know about it.
 
-    ``reason``: why the default is what it is. ``only``: the one node role that has this setting.
+    ``reason``: why the default is what it is.
     """
-    metadata = {"kind": kind, "group": group, "help": help, "unit": unit, "reason": reason, "only": only}
+    metadata = {"kind": kind, "group": group, "help": help, "unit": unit, "reason": reason}
     return dataclasses.field(default=default, metadata=metadata)
 
 

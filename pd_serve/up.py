@@ -46,7 +46,7 @@ def run(config: UpConfig) -> int:
     """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
     logs.configure(config.log_level, "up")
     started_s = time.monotonic()
-    preflight.check(config, nodes=config.prefill + config.decode)
+    preflight.check(config, nodes=sum(config.counts().values()))
     config.api_keys()
     server_tls(config.ssl_certfile, config.ssl_keyfile)
     template = config.chat_template_text()
@@ -70,7 +70,9 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
     if (admin := config.admin_address()) is not None:
         listen(*admin, "--admin-host or --admin-port").close()
     url = _router_url(config)
-    count = config.prefill + config.decode
+    counts = config.counts()
+    roles = [(role, index) for role, number in counts.items() for index in range(number)]
+    count = len(roles)
     cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
     ports = _free_ports(count)
     urls = tuple(f"http://{netloc(_LOCAL, port)}" for port in ports)
@@ -81,16 +83,15 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
         **values_of(config, settings.RouterSettings)
         | secret
         | {"drain_timeout_s": min(config.drain_timeout_s, _ROUTER_DRAIN_S)},
-        prefill=urls[: config.prefill] if listed else (),
-        decode=urls[config.prefill :] if listed else (),
-        min_prefill=min(1, config.prefill),
+        prefill=urls[: counts["prefill"]] if listed else (),
+        decode=urls[counts["prefill"] :] if listed else (),
+        min_prefill=min(1, counts["prefill"] + counts["both"]),
         min_decode=1,
     )
     plan = [("router", "router", url, _write(directory, "router", "router", routers))]
     shared = values_of(config, settings.EngineSettings) | secret
     shared |= {"ssl_certfile": "", "ssl_keyfile": "", "ssl_ca": ""}  # nodes are on this machine alone
-    for number in range(count):
-        role, index = ("prefill", number) if number < config.prefill else ("decode", number - config.prefill)
+    for number, (role, index) in enumerate(roles):
         share = _share(cores, number, count)
         node = NodeConfig(
             **shared
@@ -105,7 +106,8 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
             }
         )
         name = f"{role}-{index}"
-        plan.append((name, role, f"http://{node.host}:{node.port}", _write(directory, name, role, node)))
+        command = "node" if role == "both" else role
+        plan.append((name, command, f"http://{node.host}:{node.port}", _write(directory, name, command, node)))
     return plan
 
 
@@ -229,10 +231,12 @@ class Up:
 
 
 def _count(config: UpConfig) -> str:
-    def nodes(count: int, role: str) -> list[str]:
-        return [f"{count} {role} node{'s' * (count > 1)}"] if count else []
-
-    return " + ".join(["router", *nodes(config.prefill, "prefill"), *nodes(config.decode, "decode")])
+    found = [
+        f"{count} {'' if role == 'both' else f'{role} '}node{'s' * (count > 1)}"
+        for role, count in config.counts().items()
+        if count
+    ]
+    return " + ".join(["router", *found])
 
 
 def _example(config: UpConfig) -> str:

@@ -130,12 +130,23 @@ def test_variables_of_other_commands_are_left_alone() -> None:
 
 def test_commands_have_their_own_settings() -> None:
     names = {command: {setting.name for setting in config.settings(command)} for command in config.COMMANDS}
-    assert "local_prefill_tokens" in names["decode"] & names["up"]
-    assert "local_prefill_tokens" not in names["prefill"]
+    assert "local_prefill_tokens" in names["decode"] & names["prefill"] & names["up"]  # roles may be switched
     assert "model" not in names["router"]
-    assert "role" not in names["decode"]
-    assert isinstance(load("up").prefill, int)
+    assert "role" in names["node"] and "role" not in names["decode"]
+    assert (load("node").role, load("node", role="decode").role, load("prefill").role) == ("both", "decode", "prefill")
+    assert isinstance(load("up", prefill="2").prefill, int)
     assert load("router", prefill="http://a:1,http://b:1").prefill == ("http://a:1", "http://b:1")
+
+
+def test_what_up_starts() -> None:
+    def counts(**flags: str) -> tuple[int, ...]:
+        return tuple(load("up", **flags).counts().values())
+
+    assert (counts(), counts(both="2"), counts(prefill="0")) == ((1, 1, 0), (0, 0, 2), (0, 1, 0))
+    assert counts(prefill="2", decode="3", both="1") == (2, 3, 1)
+    for flags in ({"decode": "0"}, {"prefill": "1", "decode": "0", "both": "0"}):
+        with pytest.raises(ConfigError, match="no node would decode: give --decode or --both"):
+            counts(**flags)
 
 
 @pytest.mark.parametrize("command", config.COMMANDS)

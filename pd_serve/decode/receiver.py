@@ -21,6 +21,8 @@ from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire.link import Failure, Output, Peers, Source
 
+STUCK_S = 2.0  # of a node that has no room but for what others are to read
+
 
 class InboxReceiver:
     def __init__(self, kv: KVManager, scheduler: Scheduler, inbox: Inbox, local_prefill_tokens: int) -> None:
@@ -30,6 +32,7 @@ class InboxReceiver:
         self._local_prefill_tokens = local_prefill_tokens
         self._expected: dict[str, Sequence] = {}  # until the inbox has ended them, aborted ones included
         self._offered: list[Sequence] = []  # their KV is ready; no blocks here yet. The oldest first
+        self._stuck_since_s = math.inf
         self._placed = 0  # sequences with blocks whose KV is under way
 
     def fileno(self) -> int:
@@ -70,6 +73,23 @@ class InboxReceiver:
                     self._forget(seq)
                     self._scheduler.close_blocks(seq)
         self._place()
+
+    def relent(self, leases: int) -> Iterator[tuple[Sequence, Output]]:
+        """Gives up the oldest prompt that waits for room which this node's own ``leases`` take, when that has lasted.
+
+        Two nodes that hold leases for each other could wait so for ever, each for the other to have room.
+        """
+        now_s = time.monotonic()
+        if not (leases and self._offered) or self._placed or self._scheduler.running:
+            self._stuck_since_s = math.inf
+            return
+        self._stuck_since_s = min(self._stuck_since_s, now_s)
+        if now_s >= self._stuck_since_s + STUCK_S:
+            self._stuck_since_s = math.inf
+            seq = self._offered[0]
+            self.ended(seq)
+            failure = Failure("transfer", "prompts that others are to read took all of the room")
+            yield seq, Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure)
 
     def _left(self, seq: Sequence) -> None:
         """It is not wanted here any more, but the inbox has not ended it."""

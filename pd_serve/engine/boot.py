@@ -86,6 +86,8 @@ class Roles:
         self._make = make
         self._parts = parts
         self._info = info
+        self._start_s: dict[str, float] = {}
+        self.lets_in = parts.config.role != "decode"
 
     def open(self) -> Role:
         self._parts = replace(self._parts, identity=replace(self._parts.identity, epoch=uuid.uuid4().hex))
@@ -94,15 +96,16 @@ class Roles:
     def introduce(self, role: Role, load: Load, start_s: dict[str, float]) -> EngineReady:
         parts, timeout_s = self._parts, self._parts.config.transport_timeout_s
         role.wait_ready(timeout_s)
+        self._start_s = start_s or self._start_s
         return EngineReady(
             model=self._info,
             layout=parts.layout.kin(),
             layout_text=parts.layout.describe(),
             epoch=parts.identity.epoch,
-            peer_addresses=role.listen(timeout_s) if parts.config.role != "decode" else (),
+            peer_addresses=role.listen(timeout_s) if self.lets_in else (),
             transport=role.transport,
             load=load,
-            start_s=start_s,
+            start_s=self._start_s,
         )
 
 

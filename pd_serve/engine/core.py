@@ -242,6 +242,8 @@ class Engine:
                         self._end(seq, "the node goes to sleep")
             case wire.Wake():
                 self._answer(self._lifecycle.wake(message, self.load))
+            case wire.Listen():
+                self._answer(self._lifecycle.listen(message, self.load))
             case link.Peers():
                 self._peers(message)
 

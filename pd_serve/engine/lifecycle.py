@@ -19,7 +19,7 @@ from pd_serve.engine.role import Role
 from pd_serve.errors import PDServeError
 from pd_serve.kv.manager import KVManager
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
-from pd_serve.wire.engine import EngineReady, Sleep, SleepState, Wake
+from pd_serve.wire.engine import EngineReady, Listen, Sleep, SleepState, Wake
 from pd_serve.wire.link import Load
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,12 @@ TRANSFERS_END_S = 10.0
 
 
 class Roles(Protocol):
-    """Makes the engine's role, each time under a new epoch over the same pool."""
+    """Makes the engine's role, each time under a new epoch over the same pool.
+
+    ``lets_in``: readers come in where a role is introduced.
+    """
+
+    lets_in: bool
 
     def open(self) -> Role:
         """Starts its transfer thread; ``Role.wait_ready`` waits for it."""
@@ -110,6 +115,16 @@ class Lifecycle:
         except Exception as error:
             log.exception("the engine cannot wake up")
             return self._answer(order.number, _sentence(error))
+        return self._answer(order.number, ready=ready)
+
+    def listen(self, order: Listen, load: Callable[[], Load]) -> Answer:
+        """Lets readers in, from now on and after every sleep."""
+        before, self._roles.lets_in = self._roles.lets_in, True
+        try:
+            ready = None if self.level else self._roles.introduce(self.role, load(), {})
+        except PDServeError as error:
+            self._roles.lets_in = before
+            return self._answer(order.number, str(error))
         return self._answer(order.number, ready=ready)
 
     def _answer(self, number: int, failure: str = "", ready: EngineReady | None = None) -> Answer:

@@ -2,7 +2,8 @@
 
 An engine has both from its start, on one transfer thread over one set of lanes, and none while it sleeps. Which
 sequence goes which way the router says: one with ``handoff`` is the sender's, one with a ``source`` the receiver's, all
-others are computed here. The door, through which readers come in, stays closed where a node's role is decode.
+others are computed here. So the role that a node has at the moment is the routers' business; only the door, through
+which readers come in, opens when the role first includes prefill.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ class Receiver(Protocol):
     def ended(self, seq: Sequence) -> None: ...
 
     def events(self) -> Events: ...
+
+    def relent(self, leases: int) -> Events:
+        """After ``events``: gives up what only this node's own leases keep waiting."""
 
     def peers(self, peers: Peers) -> None: ...
 
@@ -158,6 +162,8 @@ class Role:
         for ability in (self._sender, self._receiver):
             if ability is not None:
                 yield from ability.events()
+        if self._sender is not None and self._receiver is not None:
+            yield from self._receiver.relent(self._sender.leases)
 
     def peers(self, peers: Peers) -> None:
         """The nodes that a router may name as sources."""

@@ -1,4 +1,4 @@
-"""The node's HTTP surface: health, status, metrics and sleep for operators; the link for routers.
+"""The node's HTTP surface: health, status, metrics, sleep and role for operators; the link for routers.
 
 Made by the node's main loop. Starlette rather than FastAPI: a few fixed routes need no schemas, and every
 tenth of a second of a start counts.
@@ -17,11 +17,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from pd_serve.node import role
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
+from pd_serve.node.role import Switch
 from pd_serve.node.sleep import LEVELS, TAGS, Document, Refused, Sleep
 from pd_serve.trust import asks_for_others
-from pd_serve.wire.link import Hello
+from pd_serve.wire.link import ROLES, Hello
 
 
 class NodeState(Protocol):
@@ -30,6 +32,7 @@ class NodeState(Protocol):
     engine: EngineProcess
     links: Links
     sleep: Sleep | None  # None: not enabled
+    switch: Switch
     draining: bool
     order_token: str  # what orders must show; empty: nothing
 
@@ -51,7 +54,8 @@ def build(node: NodeState) -> Starlette:
             try:
                 if not is_question:
                     _check_sender(node.order_token, request)
-                document = await carry_out(_sleep_of(node), request)
+                _check_state(node)
+                document = await carry_out(node, request)
             except Refused as error:
                 headers = {"Retry-After": "1"} if error.status == 503 else None
                 return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
@@ -67,6 +71,7 @@ def build(node: NodeState) -> Starlette:
             Route("/v1/status", pages.status),
             Route("/sleep", order(_fall_asleep), methods=["POST"]),
             Route("/wake_up", order(_wake_up), methods=["POST"]),
+            Route("/role", order(_take_role), methods=["POST"]),
             Route("/is_sleeping", order(_is_sleeping, is_question=True)),
             WebSocketRoute("/link", pages.link),
         ]
@@ -118,7 +123,7 @@ class _Pages:
 
 # --- orders ---------------------------------------------------------------------------------------------
 
-_Order = Callable[[Sleep, Request], Awaitable[Document]]  # what it answers, or raises Refused
+_Order = Callable[[NodeState, Request], Awaitable[msgspec.Struct]]  # what it answers, or raises Refused
 
 
 def _check_sender(token: str, request: Request) -> None:
@@ -131,15 +136,27 @@ def _check_sender(token: str, request: Request) -> None:
         raise Refused(403, "web pages and proxies may give no orders here: ask from this machine itself")
 
 
+def _check_state(node: NodeState) -> None:
+    if node.engine.ready is None or node.draining:
+        raise Refused(503, f"the node is {'shutting down' if node.draining else 'starting'}: try again")
+
+
 def _sleep_of(node: NodeState) -> Sleep:
     if node.sleep is None:
         raise Refused(404, "this node cannot sleep: start it with --enable-sleep-mode")
-    if node.engine.ready is None or node.draining:
-        raise Refused(503, f"the node is {'shutting down' if node.draining else 'starting'}: try again")
     return node.sleep
 
 
-async def _fall_asleep(sleep: Sleep, request: Request) -> Document:
+async def _take_role(node: NodeState, request: Request) -> role.Document:
+    fields = await _fields(request, "role")
+    wanted = fields.get("role")
+    if wanted not in ROLES:
+        raise Refused(400, f"role is one of {', '.join(ROLES)}, not {wanted!r}: change it")
+    return await node.switch.take(str(wanted))
+
+
+async def _fall_asleep(node: NodeState, request: Request) -> Document:
+    sleep = _sleep_of(node)
     fields = await _fields(request, "level")
     level = fields.get("level", 1)
     if str(level) not in map(str, LEVELS):
@@ -149,7 +166,8 @@ async def _fall_asleep(sleep: Sleep, request: Request) -> Document:
     return await sleep.sleep(int(str(level)))
 
 
-async def _wake_up(sleep: Sleep, request: Request) -> Document:
+async def _wake_up(node: NodeState, request: Request) -> Document:
+    sleep = _sleep_of(node)
     fields = await _fields(request, "tags")
     tags = fields.get("tags", list(TAGS))
     if not isinstance(tags, list) or not tags or not all(tag in TAGS for tag in tags):
@@ -157,8 +175,8 @@ async def _wake_up(sleep: Sleep, request: Request) -> Document:
     return await sleep.wake(tags)
 
 
-async def _is_sleeping(sleep: Sleep, _: Request) -> Document:
-    return sleep.describe()
+async def _is_sleeping(node: NodeState, _: Request) -> Document:
+    return _sleep_of(node).describe()
 
 
 async def _fields(request: Request, known: str) -> dict[str, object]:

@@ -150,6 +150,12 @@ class EngineProcess:
         self.tell(wire.Wake(number, list(tags)))
         return await answer
 
+    async def listen(self) -> wire.SleepState:
+        """Asks the engine to let readers in; ``ready`` then names where, unless it sleeps."""
+        number, answer = self._order()
+        self.tell(wire.Listen(number))
+        return await answer
+
     def _order(self) -> tuple[int, asyncio.Future[wire.SleepState]]:
         number = next(self._order_numbers)
         answer = self._orders[number] = asyncio.get_running_loop().create_future()

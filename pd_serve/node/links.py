@@ -231,6 +231,12 @@ class Links:
             status.last_submit = submits.get(link.origin, 0)
             link.offer(wire.encoder.encode(status))
 
+    def tell(self, message: wire.FromNode) -> None:
+        """The same to every router."""
+        frame = wire.encoder.encode(message)
+        for link in self._links.values():
+            link.offer(frame)
+
     def close(self, code: int, reason: str) -> None:
         for link in self._links.values():
             link.end(code, reason)

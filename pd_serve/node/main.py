@@ -70,7 +70,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
     }
     return EngineConfig(
         **(vars(config) | resolved),
-        node_id=f"{config.role}@{urlsplit(url).netloc}",
+        node_id=urlsplit(url).netloc,
         address=engine.address,
         pulse_address=engine.pulse_address,
         template=config.chat_template_text(),

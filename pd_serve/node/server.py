@@ -29,6 +29,7 @@ from pd_serve.node import links as codes
 from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
 from pd_serve.node.links import Links
+from pd_serve.node.role import Switch
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.node.websocket import LinkProtocol
 from pd_serve.tls_listener import Server
@@ -57,6 +58,7 @@ class Node:
         self.engine = engine
         self.links = Links(self._secret, config.connect_timeout_s, lambda: self._bundle)
         self.draining = False
+        self.switch = Switch(engine, self.links, config.role)
         self.sleep = Sleep(engine, self, config.drain_timeout_s) if config.enable_sleep_mode else None
         public = not is_loopback(config.host)
         self.order_token = admin_token(self._secret) if self._secret and public else ""
@@ -86,7 +88,7 @@ class Node:
         return Hello(
             link_version=LINK_VERSION,
             node_id=self._config.node_id,
-            role=self._config.role,
+            role=self.switch.role,
             url=self._url,
             model=msgspec.structs.replace(ready.model, text=self._text),
             layout=ready.layout,
@@ -118,7 +120,7 @@ class Node:
         return {
             "version": __version__,
             "node_id": self._config.node_id,
-            "role": self._config.role,
+            "role": self.switch.role,
             "url": self._url,
             "pid": os.getpid(),
             "state": self._state(),

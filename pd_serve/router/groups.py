@@ -51,7 +51,7 @@ class Group:
         return self.text.info
 
     def nodes(self) -> list[Node]:
-        return [*self.prefill.values(), *self.decode.values()]
+        return list({**self.prefill, **self.decode}.values())
 
     def turn(self) -> int:
         self._turn += 1
@@ -123,7 +123,7 @@ class Group:
 
     def _misfit(self, node: Node, unfit: dict[Pair, str]) -> str | None:
         """Why no node can work with ``node``."""
-        source = node.role == "prefill"
+        source = not node.decodes
         if source and self.rival and not self.decode:
             return (
                 f"decode nodes serve {self.info.name!r} from other files or in another dtype (fingerprint "
@@ -169,8 +169,8 @@ class Group:
     def announce(self) -> None:
         """Tells decode nodes which prefill nodes may be named as a source, so that they connect ahead of use."""
         for node in list(self.decode.values()):
-            sources = [p.source for p in self.prefill.values() if p.hello.layout == node.hello.layout]
-            node.tell(link.Peers(sources))
+            sources = [p for p in self.prefill.values() if p is not node and p.hello.layout == node.hello.layout]
+            node.tell(link.Peers([source.source for source in sources]))
 
 
 def _text_key(info: link.ModelInfo) -> tuple[object, ...]:
@@ -221,8 +221,25 @@ class Registry:
         """Its group and text must be there. The caller has removed an older node of the same id."""
         group = self.groups[(node.hello.model.name, node.hello.model.fingerprint)]
         self._by_id[node.id] = node
-        (group.prefill if node.role == "prefill" else group.decode)[node.id] = node
         self.seen = True
+        self._take_up(group, node)
+
+    def role(self, node: Node, role: link.Role) -> None:
+        """The node does something else from now on; what it works on stays where it is."""
+        group = self.group(node.hello.model)
+        if group is None or self._by_id.get(node.id) is not node:
+            return
+        log.info("%s is %s from now on", node.title, role.role)
+        group.prefill.pop(node.id, None)
+        group.decode.pop(node.id, None)
+        node.hello = msgspec.structs.replace(node.hello, role=role.role, peer_addresses=role.peer_addresses)
+        self._take_up(group, node)
+
+    def _take_up(self, group: Group, node: Node) -> None:
+        if node.prefills:
+            group.prefill[node.id] = node
+        if node.decodes:
+            group.decode[node.id] = node
         self._compare(node.hello.model.name)
         group.refresh()
         group.announce()
@@ -246,7 +263,7 @@ class Registry:
             if attempts and not node.load.draining:
                 group.breakers.failed(node.id, why)
             group.refresh()
-            if node.role == "prefill":
+            if node.prefills:
                 group.announce()
             group.judge()
         for attempt in attempts.values():

@@ -186,7 +186,9 @@ class Links:
             entry.state, entry.reason, entry.refused = "linked", "", False
             self._complaints.pop(entry.url, None)
             self._registry.add(entry.node)
-            log.info("%s node %s linked at %s", greeting.role, greeting.node_id, entry.url)
+            if opening.role is not None:
+                self._registry.role(entry.node, opening.role)
+            log.info("%s linked at %s", entry.node.title, entry.url)
             why = await socket.closed
             return True
         except (OSError, _Unfit, PDServeError, msgspec.DecodeError) as error:
@@ -198,7 +200,7 @@ class Links:
         finally:
             node, entry.node, entry.socket = entry.node, None, None
             if node is not None:
-                log.info("%s node %s unlinked: %s", node.role, node.id, why)
+                log.info("%s unlinked: %s", node.title, why)
                 self._registry.remove(node, why)
             if socket is not None:
                 socket.close(why)
@@ -223,7 +225,7 @@ class Links:
 
     async def _prepare(self, greeting: wire.Hello, opening: _Opening, socket: WebSocket) -> None:
         """The model's text side is there, and no other link of the same node is. Raises _Unfit."""
-        if greeting.role not in ("prefill", "decode"):
+        if greeting.role not in wire.ROLES:
             raise _Unfit(f"its role '{greeting.role}' is unknown to this router: update the router")
         self._check_unique(greeting)
         if not self._registry.knows(greeting.model):
@@ -280,6 +282,10 @@ class Links:
                 node.outputs(message.items, now_s)
             case wire.Status() if node is not None:
                 self._registry.status(node, message)
+            case wire.Role() if node is not None:
+                self._registry.role(node, message)
+            case wire.Role():
+                opening.role = message
             case wire.Hello() if not opening.hello.done():
                 opening.hello.set_result(message)
             case wire.Model() if opening.hello.done() and not opening.model.done():
@@ -321,6 +327,7 @@ class _Opening:
         self.half = RouterHalf(secret)
         self.proved = False  # the node knows the secret: its frames are sealed from here on
         self.failed = False  # nothing that it says is read any more
+        self.role: wire.Role | None = None  # it has changed since its hello
         self.hello: asyncio.Future[wire.Hello] = loop.create_future()
         self.model: asyncio.Future[bytes] = loop.create_future()
 

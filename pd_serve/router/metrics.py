@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pd_serve.router.groups import Registry
 from pd_serve.router.status import state as state_of
+from pd_serve.wire.link import ROLES
 from pd_serve.wire.memory import memory_metrics
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Collector:
         nodes = sorted(self._registry.nodes(), key=lambda node: (node.role, node.id))
         groups = self._registry.groups.values()
         troubles = {id: trouble for group in groups for id, trouble in group.troubles().items()}
-        states: dict[tuple[str, str], int] = {(r, s): 0 for r in ("prefill", "decode") for s in _STATES}
+        states: dict[tuple[str, str], int] = {(r, s): 0 for r in ROLES for s in _STATES}
         for node in nodes:
             states[node.role, state_of(node, troubles)[0]] += 1
         gauge = GaugeMetricFamily("pd_serve_nodes", "Linked nodes", labels=["role", "state"])

@@ -38,7 +38,6 @@ class Node:
     def __init__(self, hello: link.Hello, send: Callable[[link.ToNode], None]) -> None:
         self.hello = hello
         self.id = hello.node_id
-        self.role = hello.role
         self.url = hello.url
         self.load = hello.load
         self.counters: dict[str, float] = {}
@@ -51,6 +50,23 @@ class Node:
         self._numbers = itertools.count(1)
         # Submits that no status includes yet: number and prompt tokens to be computed here, by attempt.
         self._unseen: dict[str, tuple[int, int]] = {}
+
+    @property
+    def role(self) -> str:
+        return self.hello.role
+
+    @property
+    def prefills(self) -> bool:
+        return self.role != "decode"
+
+    @property
+    def decodes(self) -> bool:
+        return self.role != "prefill"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"node {self.id}" if self.prefills and self.decodes else f"{self.role} node {self.id}"
 
     @property
     def source(self) -> link.Source:

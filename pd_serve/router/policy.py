@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _KV_HEADROOM_MIN = 0.02  # a full pool counts as fifty times its queue
 _ANY_LENGTH = 1 << 62
@@ -66,7 +66,7 @@ class Terms:
         fitting = [node for node in nodes if not node.draining and node.max_model_len >= self.total_tokens]
         return [node for node in fitting if not node.unwell] or fitting
 
-    def ranked(self, nodes: Sequence[NodeView], load: Callable[[NodeView], float]) -> list[NodeView]:
+    def ranked(self, nodes: Sequence[NodeView], load: Callable[[NodeView], Any]) -> list[NodeView]:
         """Those that have not refused, best first."""
         count, avoid = len(nodes), self.avoid or {}
         order = [nodes[(place + self.turn) % count] for place in range(count)]
@@ -85,7 +85,7 @@ def place(
     last_token: bool = False,
     local: bool = False,
 ) -> Placement | Nowhere:
-    """The least loaded pair of equal layout.
+    """The least loaded pair of equal layout. A node of both roles is in both lists, and may be both of a pair.
 
     ``prompt_tokens``: to be computed, output of earlier attempts included. ``last_token``: one more token ends the
     stream, so there is nothing to decode. ``local``: no transfer, please.
@@ -100,7 +100,9 @@ def place(
         sources = [p for p in prefill if p.layout == target.layout and (p.id, target.id) not in terms.unfit]
         if local or not sources or prompt_tokens <= target.local_prefill_tokens:
             return Placement(None, target.id)
-        best = terms.ranked(sources, prefill_load)
+        best = terms.ranked(sources, _freest_or(target.id))
+        if best and best[0].id == target.id:
+            return Placement(None, target.id)  # of both roles, and no other is freer: nothing has to be moved
         if best:
             return Placement(best[0].id, target.id, target.queueing or target.full)
     return Nowhere.REFUSED
@@ -108,7 +110,11 @@ def place(
 
 def reader(source: NodeView, decode: Sequence[NodeView], terms: Terms) -> str | None:
     """Another decode node for what the prefill node ``source`` computes already; None where there is none."""
-    targets = [d for d in terms.usable(decode) if d.layout == source.layout and (source.id, d.id) not in terms.unfit]
+    targets = [
+        d
+        for d in terms.usable(decode)
+        if d.layout == source.layout and d.id != source.id and (source.id, d.id) not in terms.unfit
+    ]
     best = terms.ranked(targets, decode_load)
     return best[0].id if best else None
 
@@ -121,6 +127,11 @@ def longest(prefill: Sequence[tuple[str, int]], decode: Sequence[tuple[str, int]
     pairs = [min(p, d) for layout, d in decode for other, p in prefill if other == layout]
     alone = [length for _, length in (decode or prefill)]
     return max(pairs or alone, default=0)
+
+
+def _freest_or(own: str) -> Callable[[NodeView], tuple[float, bool]]:
+    """Prefill nodes by load; of equals, the one that decodes as well."""
+    return lambda node: (prefill_load(node), node.id != own)
 
 
 def prefill_load(node: NodeView) -> float:

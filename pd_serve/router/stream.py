@@ -217,7 +217,7 @@ class Stream:
             # A link that is closing takes everything, and tells us when it ends. This is another matter.
             self._end_attempt()
             self._avoid[node.id] = self._avoid.get(node.id, 0) + 1
-            self._again("unsent", f"{node.role} node {node.id} could not be written to", pause_s=_UNSENT_S)
+            self._again("unsent", f"{node.title} could not be written to", pause_s=_UNSENT_S)
 
     def _wait_for_node(self) -> None:
         if self._waits_for_node:
@@ -383,7 +383,7 @@ class Stream:
 
     def _on_fault(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
         self._end_attempt()
-        log.warning("%s: %s node %s failed (%s): %s", attempt.id, node.role, node.id, failure.kind, failure.message)
+        log.warning("%s: %s failed (%s): %s", attempt.id, node.title, failure.kind, failure.message)
         if failure.kind == "invalid":
             self.fail(APIError(400, failure.message, code="invalid_value"))
             return
@@ -396,7 +396,7 @@ class Stream:
         for other in (prefill, decode) if transfer else (node,):
             if other is not None:
                 self._avoid[other.id] = self._avoid.get(other.id, 0) + 1
-        self._again(failure.kind, f"{node.role} node: {failure.message}")
+        self._again(failure.kind, f"{_part(attempt, node)} node: {failure.message}")
 
     def on_lost(self, attempt: Attempt, node: Node, why: str) -> None:
         """The link to ``node`` has ended, and with it the attempt, unless the node had done its part."""
@@ -406,7 +406,7 @@ class Stream:
             attempt.prefill = None
             return
         self._end_attempt()
-        self._again("lost", f"{node.role} node lost: {why}")
+        self._again("lost", f"{_part(attempt, node)} node lost: {why}")
 
     def _again(self, reason: str, what: str, pause_s: float = 0.0) -> None:
         self._failures += 1
@@ -460,6 +460,10 @@ class Stream:
         self._stop_waiting()
         self._end_attempt()
         self._shared.active.discard(self)
+
+
+def _part(attempt: Attempt, node: Node) -> str:
+    return "prefill" if node is attempt.prefill else "decode"
 
 
 def _int32(tokens: list[int]) -> bytes:

@@ -73,8 +73,16 @@ class Wake(msgspec.Struct, tag="wake"):
     tags: list[str]
 
 
+class Listen(msgspec.Struct, tag="listen"):
+    """Node to engine: let readers in, from now on and after every sleep. Answered as ``Wake`` is; ``EngineReady`` names
+    the addresses they dial, unless the engine sleeps.
+    """
+
+    number: int
+
+
 class SleepState(msgspec.Struct, tag="sleep_state"):
-    """Engine to node: what ``Sleep`` or ``Wake`` led to."""
+    """Engine to node: what ``Sleep``, ``Wake`` or ``Listen`` led to."""
 
     number: int
     level: int  # 0: awake
@@ -97,7 +105,7 @@ class Beat(msgspec.Struct, tag="beat"):
     running: Running | None = None  # what the main thread is busy with; None: it waits, or moves memory
 
 
-ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake
+ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake | Listen
 FromEngine = EngineReady | EngineFailed | Report | Drained | SleepState
 
 encoder = msgspec.msgpack.Encoder()

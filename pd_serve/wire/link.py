@@ -11,7 +11,7 @@ resumed attempt continues the count, so that the router can join and de-duplicat
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,8 @@ from msgspec import Meta
 from pd_serve.wire.memory import MemoryReport
 
 LINK_VERSION = 3
+
+ROLES = ("prefill", "decode", "both")
 
 MAX_FRAME_BYTES = 64 << 20  # a prompt of 16 million tokens
 
@@ -222,7 +224,7 @@ class Hello(msgspec.Struct, tag="hello"):
 
     link_version: int
     node_id: str
-    role: str  # "prefill" | "decode"
+    role: str  # one of ROLES
     url: str
     model: ModelInfo
     layout: str  # layout fingerprint
@@ -231,6 +233,13 @@ class Hello(msgspec.Struct, tag="hello"):
     transport: str
     local_prefill_tokens: Count  # decode: prompts up to so many uncached tokens are computed here
     load: Load
+
+
+class Role(msgspec.Struct, tag="role"):
+    """The node does something else from now on. What it has begun goes on to its end, and leases stay valid."""
+
+    role: Literal["prefill", "decode", "both"]
+    peer_addresses: tuple[str, ...]  # as in Hello
 
 
 class OldHello(msgspec.Struct, tag="hello"):
@@ -245,7 +254,7 @@ class Model(msgspec.Struct, tag="model"):
     bundle: bytes
 
 
-FromNode = Hello | Status | Outputs | Model
+FromNode = Hello | Role | Status | Outputs | Model
 
 encoder = msgspec.msgpack.Encoder()
 decode_opening = msgspec.msgpack.Decoder(Greeting | Proof).decode

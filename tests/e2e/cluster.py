@@ -136,6 +136,7 @@ class Cluster:
         *,
         prefill: int = 1,
         decode: int = 1,
+        both: int = 0,
         router: dict[str, object] | None = None,
         only: dict[str, dict[str, object]] | None = None,
         **flags: object,
@@ -143,26 +144,25 @@ class Cluster:
         self.directory = directory
         self.flags = {"threads": 1, "drain_timeout_s": 5, "dtype": "float32", "kv_cache_memory": "256MiB", **flags}
         self.only = only or {}
-        self.router = self.start_router(free_port(), router or {}, prefill, decode)
+        self.router = self.start_router(free_port(), router or {}, prefill + both, decode + both)
         self.prefills = [self.start_node("prefill") for _ in range(prefill)]
         self.decodes = [self.start_node("decode") for _ in range(decode)]
+        self.boths = [self.start_node("node") for _ in range(both)]
 
     def start_router(self, port: int, flags: dict[str, object], prefill: int, decode: int) -> Server:
         flags = {"port": port, "min_prefill": prefill, "min_decode": decode, **flags}
         return Server("router", flags, self.directory / f"router-{port}.log")
 
     def start_node(self, role: str, *, environ: dict[str, str] | None = None, **flags: object) -> Server:
-        own = {k: v for k, v in self.flags.items() if role == "decode" or k != "local_prefill_tokens"}
-        own |= self.only.get(role, {})
         port = free_port()
-        flags = {"port": port, "router": self.router.url, **own, **flags}
+        flags = {"port": port, "router": self.router.url, **self.flags, **self.only.get(role, {}), **flags}
         return Server(role, flags, self.directory / f"{role}-{port}.log", environ)
 
     @contextlib.contextmanager
     def another_router(self, prefills: list[Server], decodes: list[Server], **flags: object) -> Iterator[Cluster]:
         """The same nodes, or some of them, behind a second router."""
         front = copy.copy(self)
-        front.prefills, front.decodes = list(prefills), list(decodes)
+        front.prefills, front.decodes, front.boths = list(prefills), list(decodes), []
         for role, nodes in (("prefill", prefills), ("decode", decodes)):
             if nodes:
                 flags[role] = ",".join(node.url for node in nodes)
@@ -174,7 +174,7 @@ class Cluster:
 
     def revive(self) -> None:
         """Starts dead nodes again and waits until the router has all of them."""
-        for role, nodes in (("prefill", self.prefills), ("decode", self.decodes)):
+        for role, nodes in (("prefill", self.prefills), ("decode", self.decodes), ("node", self.boths)):
             nodes[:] = [n if n.process.poll() is None else self.start_node(role) for n in nodes]
         want = sorted(node.url for node in self.nodes)
 
@@ -185,7 +185,7 @@ class Cluster:
 
     @property
     def nodes(self) -> list[Server]:
-        return [*self.prefills, *self.decodes]
+        return [*self.prefills, *self.decodes, *self.boths]
 
     @property
     def url(self) -> str:

@@ -104,6 +104,8 @@ class ScriptedExecutor:
 class Node:
     """An engine on a thread, and the node's end of its socket. Makes its roles, too."""
 
+    lets_in = False
+
     def __init__(self, address: str) -> None:
         self.said: list[str] = []
         self.heard: list[wire.FromEngine] = []

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from pd_serve.decode import receiver
 from pd_serve.decode.inbox import Inbox
 from pd_serve.decode.receiver import InboxReceiver
 from pd_serve.engine.role import Role
@@ -35,18 +36,20 @@ class Engine:
         outbox = Outbox(self.me, self.worker, host="127.0.0.1", lease_s=30.0)
         inbox = Inbox(self.me, self.worker, pull_timeout_s=30.0)
         self.worker.start()
-        receiver = InboxReceiver(self.kv, self.scheduler, inbox, 0)
-        self.role = Role(self.worker, OutboxSender(self.kv, self.scheduler, outbox), receiver)
+        sender = OutboxSender(self.kv, self.scheduler, outbox)
+        self.role = Role(self.worker, sender, InboxReceiver(self.kv, self.scheduler, inbox, 0))
         self.role.wait_ready(30)
         self.source = Source(name, self.me.epoch, self.role.listen(10))
         self.said: list[tuple[str, Output]] = []
         self.seqs: dict[str, Sequence] = {}
         self.computed: dict[str, bytes] = {}  # what is in the blocks of what was computed here
 
-    def submit(self, name: str, *, handoff: bool = False, source: Source | None = None) -> Sequence:
-        tokens = np.arange(PROMPT, dtype=np.int32) + sum(name.encode())
+    def submit(
+        self, name: str, *, handoff: bool = False, source: Source | None = None, length: int = PROMPT
+    ) -> Sequence:
+        tokens = np.arange(length, dtype=np.int32) + 1000 * sum(name.encode())
         params = SamplingParams(max_tokens=4, seed=0)
-        seq = Sequence(name, 1, tokens, PROMPT, params, capacity=64, handoff=handoff, source=source)
+        seq = Sequence(name, 1, tokens, length, params, capacity=length + 8, handoff=handoff, source=source)
         self.seqs[name] = seq
         self.role.submitted(seq)
         if seq.state is State.WAITING:
@@ -101,6 +104,32 @@ def test_two_engines_send_to_each_other_at_once(engines: tuple[Engine, Engine]) 
         assert here.bytes_of(here.seqs[key]) == there.computed[key]
     until(lambda: (a.turn(), b.turn(), a.role.leases + b.role.leases == 0)[-1])
     assert a.role.counters()["handshakes"] == 2, "one as a source, one as a reader"
+
+
+def test_nodes_full_of_leases_for_each_other_do_not_wait_for_ever(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "STUCK_S", 0.2)
+    names = [f"{here.me.node_id}{number}" for here in engines for number in range(3)]
+    for here, there in (engines, engines[::-1]):
+        for name in [name for name in names if name.startswith(here.me.node_id)]:
+            here.submit(name, handoff=True, length=160)  # 10 blocks of 31
+            while here.seqs[name].state is not State.FINISHED:
+                here.turn()
+            there.submit(name, source=here.source, length=160)
+        assert here.role.leases == 3
+
+    def ended() -> bool:
+        for engine in engines:
+            engine.turn()
+            for seq in [s for s in engine.scheduler.running if not s.handoff]:
+                engine.scheduler.remove(seq)  # it has been decoded
+        said = {id for engine in engines for id, output in engine.said if output.failure or output.event == "arrived"}
+        return said >= {*names} and not any(engine.role.leases + engine.role.pulling for engine in engines)
+
+    until(ended)
+    failed = [output.failure for engine in engines for _, output in engine.said if output.failure]
+    assert 1 <= len(failed) < len(names) and all("took all of the room" in failure.message for failure in failed)
 
 
 def test_one_descriptor_wakes_for_either_ability(engines: tuple[Engine, Engine]) -> None:

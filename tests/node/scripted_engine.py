@@ -45,15 +45,16 @@ def main() -> int:
     draining = drained = False
     bedtime: engine.Sleep | None = None
     level, asleep, epoch = 0, list[str](), 1
+    lets_in = BEHAVIOUR not in ("shut", "no-door")
 
     def load() -> link.Load:
         groups = [link.GroupUsage(total=10, used=len(running), cached=2, free=8 - len(running))]
         return link.Load(0, len(running), 0, groups, draining=draining or level > 0)
 
     def ready() -> engine.EngineReady:
-        address = f"tcp://127.0.0.1:{epoch}"
+        addresses = (f"tcp://127.0.0.1:{epoch}",) if lets_in else ()
         return engine.EngineReady(
-            model, "1a40", "a layout", f"epoch-{epoch}", (address,), "nixl", load(), {"import": 0.1}
+            model, "1a40", "a layout", f"epoch-{epoch}", addresses, "nixl", load(), {"import": 0.1}
         )
 
     def status() -> engine.Report:
@@ -89,6 +90,13 @@ def main() -> int:
                         level, epoch = 0, epoch + 1
                         say(ready())
                     say(engine.SleepState(number, level, asleep, failure))
+                case engine.Listen(number=number) if BEHAVIOUR == "no-door":
+                    say(engine.SleepState(number, level, asleep, "cannot listen on 192.0.2.1; set --peer-host"))
+                case engine.Listen(number=number):
+                    lets_in = True
+                    if not level:
+                        say(ready())
+                    say(engine.SleepState(number, level, asleep))
                 case engine.Drop(origin=gone):
                     running = [entry for entry in running if entry[0] != gone]
                     heard[f"dropped_{gone}"] += 1

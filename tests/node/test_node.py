@@ -62,7 +62,7 @@ def test_answers(start_node: StartNode) -> None:
     status = node.status()
     assert status["state"] == "serving"
     assert status["role"] == "decode"
-    assert status["node_id"] == f"decode@127.0.0.1:{node.url.rsplit(':', 1)[1]}"
+    assert status["node_id"] == f"127.0.0.1:{node.url.rsplit(':', 1)[1]}"
     node.until(lambda: node.counters(), "a status")
     metrics = node.get("/metrics").text
     assert 'pd_serve_node_kv_blocks{group="0",state="cached"} 2.0' in metrics

@@ -222,3 +222,57 @@ def test_who_only_fails_gets_single_trials_after_growing_pauses() -> None:
     assert "d0" not in breakers.blocked()  # a trial without a verdict is followed by another
     breakers.succeeded("d0")
     assert not breakers
+
+
+# --- roles
+
+
+def told(node: Node) -> list[link.ToNode]:
+    said: list[link.ToNode] = []
+    node._send = said.append
+    return said
+
+
+def test_a_node_of_both_roles_serves_alone_and_counts_as_both() -> None:
+    registry = Registry()
+    node = make("both")
+    said = told(node)
+    group = joined(registry, node)
+    assert group.serving() == (1, 1) and group.nodes() == [node] and group.troubles() == {}
+    assert said == [link.Peers([])], "it does not read from itself"
+    other = make("both", 1)
+    joined(registry, other)
+    assert said[-1] == link.Peers([other.source])
+    assert node.title == "node b0"
+
+
+def test_a_node_of_both_roles_that_cannot_exchange_is_no_misfit() -> None:
+    registry = Registry()
+    node, other = make("both"), make("both", 1)
+    group = joined(registry, node, other)
+    registry.status(node, link.Status(node.load, misfits={other.id: "models differ"}))
+    assert group.unfit() == {(other.id, node.id): "models differ"} and group.troubles() == {}
+    alone = make("both", 2, layout="y")
+    joined(registry, alone)
+    assert group.troubles() == {}
+
+
+def test_a_role_is_taken_at_once_and_attempts_stay() -> None:
+    registry = Registry()
+    prefill, decode = make("prefill"), make("decode")
+    group = joined(registry, prefill, decode)
+    said = told(decode)
+    work = Work("a")
+    decode.submit(work, submit("a", 20))
+    woken: list[str] = []
+    group.waiting[work] = 0.0, lambda: woken.append("a")
+    registry.role(prefill, link.Role("decode", ("tcp://x",)))
+    assert (list(group.prefill), list(group.decode)) == ([], ["d0", "p0"]) and woken == ["a"]
+    assert said[-1] == link.Peers([])
+    registry.role(decode, link.Role("prefill", ("tcp://new",)))
+    assert (list(group.prefill), list(group.decode)) == (["d0"], ["p0"])
+    assert decode.source.addresses == ("tcp://new",)
+    assert list(decode.attempts) == ["a"] and work.losses == 0
+    registry.remove(decode, "gone")
+    registry.role(decode, link.Role("both", ()))
+    assert (list(group.prefill), group.nodes(), work.losses) == ([], [prefill], 1)

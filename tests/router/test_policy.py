@@ -142,3 +142,30 @@ def test_always_a_legal_answer(p: list[Any], d: list[Any], tokens: int, last: bo
     assert chosen and not any(v.draining or v.id in refused for v in chosen)
     assert len({v.layout for v in chosen}) == 1
     assert found.decode is None or by_id[found.decode] in open_decode
+
+
+# --- nodes of both roles
+
+
+B = [view("b0"), view("b1")]
+
+
+def test_a_node_of_both_roles_alone_computes_its_prompts() -> None:
+    assert place(B[:1], B[:1], prompt_tokens=10) == Placement(None, "b0")
+    assert place(B, B, prompt_tokens=10) == Placement(None, "b0")
+    assert place([view("p0"), *B], B, prompt_tokens=10) == Placement(None, "b0"), "nothing has to be moved"
+    assert place(B[:1], B[:1], prompt_tokens=10, last_token=True) == Placement("b0", None)
+
+
+def test_of_nodes_of_both_roles_the_freer_one_computes_the_prompt() -> None:
+    busy, free = view("b0", waiting_tokens=900), view("b1", sequences=3)
+    assert place([busy, free], [busy, free], prompt_tokens=10) == Placement("b1", "b0")
+    assert place([busy, view("p0", sequences=1)], [busy], prompt_tokens=10) == Placement("p0", "b0")
+    assert place([busy, free], [busy, free], prompt_tokens=10, unfit=frozenset({("b1", "b0")})) == (
+        Placement(None, "b0")
+    )
+
+
+def test_what_a_node_computes_for_another_is_not_sent_to_itself() -> None:
+    assert reader(B[0], B, Terms()) == "b1"
+    assert reader(B[0], B[:1], Terms()) is None

@@ -45,6 +45,8 @@ def _example(kind: Any, name: str = "", *, least: bool = False) -> Any:
         meta = next(extra for extra in arguments[1:] if isinstance(extra, msgspec.Meta))
         value = _example(arguments[0], name)
         return value * meta.min_length if isinstance(value, bytes) and meta.min_length else value
+    if origin is typing.Literal:
+        return arguments[0]
     if origin in (typing.Union, types.UnionType):
         return _example(arguments[0], name)
     if origin in (list, tuple):

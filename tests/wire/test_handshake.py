@@ -79,7 +79,7 @@ def test_versions_that_differ_are_told_on_both_sides() -> None:
         node.challenge(link.encoder.encode(link.Greeting(99, b"n" * 32)))
     with pytest.raises(LinkRefused, match="version 99 of the link, this router 3: update the older"):
         router.prove(link.encoder.encode(link.Challenge(99, b"n" * 32, b"")))
-    before = 2  # of builds whose nodes have one address
+    before = 2  # of builds whose nodes have one address and one role for good
     with pytest.raises(LinkRefused, match="version 2 of the link, this node 3"):
         node.challenge(link.encoder.encode(link.Greeting(before, b"n" * 32)))
     with pytest.raises(LinkRefused, match="version 2 of the link, this router 3"):
