@@ -111,13 +111,14 @@ def test_nodes_full_of_leases_for_each_other_do_not_wait_for_ever(
 ) -> None:
     monkeypatch.setattr(receiver, "STUCK_S", 0.2)
     names = [f"{here.me.node_id}{number}" for here in engines for number in range(3)]
-    for here, there in (engines, engines[::-1]):
+    for here in engines:
         for name in [name for name in names if name.startswith(here.me.node_id)]:
             here.submit(name, handoff=True, length=160)  # 10 blocks of 31
-            while here.seqs[name].state is not State.FINISHED:
-                here.turn()
-            there.submit(name, source=here.source, length=160)
+            until(lambda here=here, name=name: (here.turn(), here.seqs[name].state is State.FINISHED)[-1])
         assert here.role.leases == 3
+    for here, there in (engines, engines[::-1]):
+        for name in [name for name in names if name.startswith(here.me.node_id)]:
+            there.submit(name, source=here.source, length=160)
 
     def ended() -> bool:
         for engine in engines:
