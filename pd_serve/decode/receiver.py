@@ -107,7 +107,7 @@ class InboxReceiver:
 
     def _place_first(self, seq: Sequence) -> bool:
         scheduler = self._scheduler
-        if scheduler.waiting and scheduler.waiting[0].arrival_s <= seq.arrival_s:
+        if scheduler.waiting and scheduler.waiting[0].arrival_s < seq.arrival_s:
             return False
         reserve = len(scheduler.running) + self._placed
         if reserve >= scheduler.limits.max_num_seqs:

@@ -47,7 +47,7 @@ class Engine:
     def submit(
         self, name: str, *, handoff: bool = False, source: Source | None = None, length: int = PROMPT
     ) -> Sequence:
-        tokens = np.arange(length, dtype=np.int32) + 1000 * sum(name.encode())
+        tokens = np.random.default_rng([*name.encode()]).integers(0, 1 << 30, length, dtype=np.int32)
         params = SamplingParams(max_tokens=4, seed=0)
         seq = Sequence(name, 1, tokens, length, params, capacity=length + 8, handoff=handoff, source=source)
         self.seqs[name] = seq
