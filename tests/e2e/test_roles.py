@@ -89,7 +89,9 @@ def test_roles_are_switched_under_load(nodes: Cluster) -> None:
     streams_to_the_end(running, text)
     assert [node["state"] for node in nodes.router.get("/v1/status")["nodes"]] == ["ready", "ready"]
     assert retries(nodes) == before, "an attempt was begun anew"
-    assert all(pulls(node) > count for node, count in zip(nodes.boths, pulled, strict=True)), "each has read the other's"
+    assert all(
+        pulls(node) > count for node, count in zip(nodes.boths, pulled, strict=True)
+    )  # each has read what the other computed
     nodes.assert_idle()
 
 
