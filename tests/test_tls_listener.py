@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from pd_serve import tls_listener
 from pd_serve.config import RouterConfig
 from pd_serve.http import bounded
 from pd_serve.tls_listener import Server
@@ -108,3 +109,19 @@ def test_idle_clients_do_not_hold_up_the_end_of_a_server(listening: Listening) -
     listening.idle = listening.keep_alive()  # open until the fixture has seen the server end
     listening.idle.request("GET", "/")
     assert listening.idle.getresponse().read() == b"ok"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_server_sleeps_until_it_is_to_end(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_listener, "_DATE_S", 3600.0)
+    server = Server(uvicorn.Config(app, loop=loop, lifespan="off", log_config=None))  # type: ignore[arg-type]
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    port = listener.getsockname()[1]
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=8)) as client:
+        client.request("GET", "/")
+        assert client.getresponse().getheader("date")
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()

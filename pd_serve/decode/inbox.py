@@ -269,7 +269,7 @@ class Inbox:
         for part in self._at(peer):
             self._fail(part.whole, kind, message)
 
-    def peer_says(self, peer: SourcePeer, message: wire.ToDecode) -> None:
+    def peer_says(self, peer: SourcePeer, message: wire.ToReader) -> None:
         if isinstance(message, wire.HeartbeatAck):
             for key in message.gone:
                 part = self._known(key, peer)

@@ -201,10 +201,10 @@ class Bye(msgspec.Struct, tag="bye"):
     epoch: str
 
 
-ToPrefill = Hello | Proof | Introduction | Refused | LaneMessage | Chosen | Claim | Heartbeat | Release | Bye
-ToDecode = Challenge | Welcome | Refused | LaneMessage | Ready | HeartbeatAck | Released | Cancel | Bye
+ToSource = Hello | Proof | Introduction | Refused | LaneMessage | Chosen | Claim | Heartbeat | Release | Bye
+ToReader = Challenge | Welcome | Refused | LaneMessage | Ready | HeartbeatAck | Released | Cancel | Bye
 
 encoder = msgspec.msgpack.Encoder()
-decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
-decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
+decode_to_prefill = msgspec.msgpack.Decoder(ToSource).decode
+decode_to_decode = msgspec.msgpack.Decoder(ToReader).decode
 decode_version = msgspec.msgpack.Decoder(Version).decode

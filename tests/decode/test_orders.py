@@ -74,8 +74,8 @@ class Rank:
         self.state = State.PAUSED
         self.broken = False
         self.book = LeaseBook(LEASE_S)
-        self.to_source: deque[wire.ToPrefill] = deque()
-        self.to_reader: deque[wire.ToDecode] = deque()
+        self.to_source: deque[wire.ToSource] = deque()
+        self.to_reader: deque[wire.ToReader] = deque()
         self.pulls: list[Pull] = []
         self.opened: dict[str, int] = {}  # keys, and how many of their blocks are announced
         self.over: dict[str, str] = {}  # leases that ended here, and why
@@ -83,7 +83,7 @@ class Rank:
 
     # --- the peer, and its transport
 
-    def send(self, message: wire.ToPrefill) -> None:
+    def send(self, message: wire.ToSource) -> None:
         assert self.state is State.READY
         if isinstance(message, wire.Release) and message.done:
             assert not self.unread[message.key], "released before all was here"

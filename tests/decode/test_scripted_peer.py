@@ -30,11 +30,11 @@ class Scripted:
         self.pool = Pool(SMALL, 64, seed=2)
         self.mover = HostMover()
         self.renew()
-        self.before: dict[type, list[wire.ToDecode | bytes]] = {}  # said before the answer to a message of this kind
+        self.before: dict[type, list[wire.ToReader | bytes]] = {}  # said before the answer to a message of this kind
         self.answers_handshakes = True
         self.answers_heartbeats = True
         self.release_valid = True
-        self.heard: list[wire.ToPrefill] = []
+        self.heard: list[wire.ToSource] = []
         self._stop = False
         self._port = 0
         self.open()
@@ -56,7 +56,7 @@ class Scripted:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def say(self, message: wire.ToDecode | bytes) -> None:
+    def say(self, message: wire.ToReader | bytes) -> None:
         self._outbound.append(message if isinstance(message, bytes) else wire.encoder.encode(message))
 
     def wait_for(self, kind: type) -> None:
@@ -237,7 +237,7 @@ def test_a_new_epoch_at_the_same_address(s: Scripted, d: DecodeEnd, clock: Clock
 
 
 WELCOME = wire.Welcome("S", "e", 0, 1, SMALL, [], {}, {}, 30.0, checksums=False)
-EVERYTHING: list[wire.ToDecode | bytes] = [
+EVERYTHING: list[wire.ToReader | bytes] = [
     b"",
     os.urandom(100),
     WELCOME,
@@ -286,7 +286,7 @@ def test_a_second_handshake_in_a_session_is_not_heard(s: Scripted, d: DecodeEnd)
         (wire.Proof, wire.Refused("no room"), "no room"),
     ],
 )
-def test_a_handshake_that_fails(s: Scripted, d: DecodeEnd, after: type, said: wire.ToDecode, word: str) -> None:
+def test_a_handshake_that_fails(s: Scripted, d: DecodeEnd, after: type, said: wire.ToReader, word: str) -> None:
     s.before[after] = [said]
     d.inbox.expect("k", s.source)
     failed = d.wait("k", Failed)

@@ -27,14 +27,14 @@ class Client:
         self.claims: dict[str, Any] = {}
         self.greeting = Greeting(self.identity, self.pool.memory().regions, lanes)
 
-    def say(self, message: wire.ToPrefill) -> None:
+    def say(self, message: wire.ToSource) -> None:
         self.socket.send(wire.encoder.encode(message))
 
-    def hear(self) -> wire.ToDecode:
+    def hear(self) -> wire.ToReader:
         assert self.socket.poll(5), "no answer"
         return wire.decode_to_decode(self.socket.receive())
 
-    def greet(self) -> wire.ToDecode:
+    def greet(self) -> wire.ToReader:
         """A whole handshake; what ends it."""
         self.socket.send(self.greeting.hello)
         challenge = self.hear()

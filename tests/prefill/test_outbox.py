@@ -161,7 +161,7 @@ def test_a_lost_connection_ends_leases_at_once(end: PrefillEnd) -> None:
 # --- checksums
 
 
-def sums_of(ready: wire.ToDecode) -> list[int]:
+def sums_of(ready: wire.ToReader) -> list[int]:
     assert isinstance(ready, wire.Ready)
     return [int(s) for b in ready.blocks for s in np.frombuffer(b.checksums, "<u8")]
 

@@ -107,7 +107,7 @@ class Door:
             self._turn_away(holder)
         return float("inf")
 
-    def send(self, holder: Holder, message: wire.ToDecode) -> None:
+    def send(self, holder: Holder, message: wire.ToReader) -> None:
         connection = self._connections.get(holder)
         if connection is not None:
             connection.send(wire.encoder.encode(message))
@@ -220,10 +220,10 @@ class Door:
         self._hang_up(holder)
         self._keeper.session_ended(holder, session, why)
 
-    def _decode(self, holder: Holder, frame: bytes) -> wire.ToPrefill | None:
+    def _decode(self, holder: Holder, frame: bytes) -> wire.ToSource | None:
         """A message; None for the ``Hello`` of another protocol, which is answered here."""
         try:
-            message: wire.ToPrefill = wire.decode_to_prefill(frame)
+            message: wire.ToSource = wire.decode_to_prefill(frame)
             return message
         except msgspec.DecodeError:
             if holder in self.sessions:
@@ -314,7 +314,7 @@ class Door:
 
     # --- what a session says
 
-    def _handle(self, holder: Holder, message: wire.ToPrefill) -> None:
+    def _handle(self, holder: Holder, message: wire.ToSource) -> None:
         match message:
             case wire.Claim() | wire.Heartbeat() | wire.Release():
                 self._keeper.session_says(holder, message)

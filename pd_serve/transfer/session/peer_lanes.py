@@ -19,7 +19,7 @@ class PeerLanes:
     """``say``: sends a message to the prefill node."""
 
     def __init__(
-        self, welcome: wire.Welcome, pair: Pair, lanes: Lanes, prober: Prober, say: Callable[[wire.ToPrefill], None]
+        self, welcome: wire.Welcome, pair: Pair, lanes: Lanes, prober: Prober, say: Callable[[wire.ToSource], None]
     ) -> None:
         self.pair = pair
         self.why_not = dict(welcome.why_not)  # lanes that are not used

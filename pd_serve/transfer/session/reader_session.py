@@ -33,7 +33,7 @@ class _Announcement:
 class Session:
     """``say``: sends a message to the decode node. ``sums``: whether announcements carry checksums."""
 
-    def __init__(self, them: wire.Introduction, pair: Pair, lanes: Lanes, say: Callable[[wire.ToDecode], None]) -> None:
+    def __init__(self, them: wire.Introduction, pair: Pair, lanes: Lanes, say: Callable[[wire.ToReader], None]) -> None:
         self.node_id = them.node_id
         self.epoch = them.epoch
         self.rank, self.ranks = them.rank, them.ranks

@@ -50,7 +50,7 @@ class Listener(Protocol):
 
     def peer_lost(self, peer: SourcePeer, kind: FailureKind, message: str) -> None: ...
 
-    def peer_says(self, peer: SourcePeer, message: wire.ToDecode) -> None: ...
+    def peer_says(self, peer: SourcePeer, message: wire.ToReader) -> None: ...
 
 
 class State(Enum):
@@ -161,7 +161,7 @@ class SourcePeer:
             return ""
         return f"{self._why}; it is tried again in {left_s:.0f} s"
 
-    def send(self, message: wire.ToPrefill) -> None:
+    def send(self, message: wire.ToSource) -> None:
         """Sends, or gives the connection up where it does not take messages any more."""
         self._send_frame(wire.encoder.encode(message))
 
@@ -321,7 +321,7 @@ class SourcePeer:
             self._frames += 1
         return self._frames > MAX_UNPROVED_FRAMES
 
-    def _take(self, message: wire.ToDecode) -> None:
+    def _take(self, message: wire.ToReader) -> None:
         match message:
             case wire.Refused():
                 self._counters["handshakes_refused"] += 1
@@ -343,7 +343,7 @@ class SourcePeer:
             case _:
                 self._listener.peer_says(self, message)
 
-    def _greeted(self, message: wire.ToDecode) -> None:
+    def _greeted(self, message: wire.ToReader) -> None:
         greeting = self._greeting
         assert greeting is not None
         try:
