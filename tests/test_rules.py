@@ -23,13 +23,13 @@ _MAX_LINES = 60
 # Which rooms a room may import; all may import the files beside them ("ground"), which import no room.
 _ROOMS = {
     "api": {"wire"},
-    "bench": {"kv", "memory", "transfer"},
+    "bench": {"kv", "memory", "transfer", "transfer.nixl"},
     "compute": {"memory", "wire"},
     "compute.cpu": {"compute", "kv", "memory", "models", "wire"},
     "compute.cuda": {"compute", "kv", "memory", "models", "wire"},
     "decode": {"engine", "kv", "transfer", "wire"},
     "distributed": set(),
-    "doctor": {"bench", "memory", "transfer"},
+    "doctor": {"bench", "memory", "transfer", "transfer.nixl"},
     "engine": {"compute", "kv", "memory", "models", "wire"},
     "ground": set(),
     "kv": {"wire"},
@@ -39,6 +39,9 @@ _ROOMS = {
     "prefill": {"engine", "kv", "transfer", "wire"},
     "router": {"api", "wire"},
     "transfer": {"kv", "memory", "wire"},
+    "transfer.nixl": {"memory", "transfer", "transfer.packing"},
+    "transfer.packing": {"transfer"},
+    "transfer.ucx": {"memory", "transfer", "transfer.packing"},
     "wire": set(),
 }
 # Modules that reach further, and what they may import beyond their room's.
@@ -49,6 +52,7 @@ _FURTHER = {
     "compute.backend": {"compute.cpu", "models"},  # chooses a device
     "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
     "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
+    "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
     "up": {"models.sizes", "models.source", "wire.model"},  # the same, for one machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other
 }

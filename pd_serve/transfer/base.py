@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pd_serve.errors import TransferError
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.movers.base import Work
 from pd_serve.transfer.slices import Slicing
@@ -43,11 +43,38 @@ class Pair:
     source: tuple[Region, ...]  # addresses in the source's process
     reader: tuple[Region, ...]  # addresses in the reader's process
 
+    def check(self, blocks: BlockMap) -> Slicing:
+        """The slicing of their group. Raises TransferError for pieces that the two pools do not have."""
+        group = blocks.group
+        if not 0 <= group < len(self.slicings) or len(blocks.remote) != len(blocks.local):
+            raise TransferError(FailureKind.TRANSFER, f"a list of blocks that makes no sense, of group {group}")
+        slicing = self.slicings[group]
+        slicing.source.check(blocks.remote, self.source[group], "the prefill node")
+        slicing.reader.check(blocks.local, self.reader[group], "this node")
+        return slicing
+
 
 class PullState(Enum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+
+
+class Outcome:
+    """Where something is that ends once, and what went wrong. A lane's pull, or a part of one."""
+
+    state = PullState.RUNNING
+    _error: TransferError | None = None
+
+    def fail(self, error: TransferError) -> None:
+        """Unless it has ended."""
+        if self.state is PullState.RUNNING:
+            self.state = PullState.FAILED
+            self._error = error
+
+    def error(self) -> TransferError:
+        assert self._error is not None, "only after FAILED"
+        return self._error
 
 
 class Pull(Protocol):

@@ -9,37 +9,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from pd_serve.errors import TransferError
-from pd_serve.memory.region import Region
-from pd_serve.transfer.base import PullState
+from pd_serve.transfer.base import BlockMap, Outcome, Pair, PullState
 from pd_serve.transfer.movers.base import I64, Rows, Work
 from pd_serve.transfer.nixl.reads import Read
-from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, lay_out
-from pd_serve.transfer.slices import Slicing
-
-NOBODYS = -1  # a place that is not waited for any more
+from pd_serve.transfer.packing.copies import PART_ALIGNMENT, Copy, lay_out, unpack
 
 
-class Item(NamedTuple):
-    """Pieces of a group, and where they go."""
-
-    group: int
-    remote: I64
-    local: I64
-
-
-class PackedPull:
+class PackedPull(Outcome):
     """The packed part of a pull, ``size_bytes`` of payload."""
 
-    def __init__(self, items: list[Item], size_bytes: int) -> None:
+    def __init__(self, items: list[BlockMap], size_bytes: int) -> None:
         self.left_bytes = size_bytes  # in no chunk yet
         self._items = deque(items)
-        self.state = PullState.RUNNING
-        self.failure: TransferError | None = None
         self.unconfirmed = 0  # chunks whose source has not confirmed them
         self.chunks: set[Chunk] = set()  # that hold a local slot for it
 
@@ -53,9 +38,9 @@ class PackedPull:
         """Of its next piece. Only if it ``wants``."""
         return self._items[0].group
 
-    def cut(self, room_bytes: int, piece_bytes: Sequence[int]) -> tuple[list[Item], int]:
+    def cut(self, room_bytes: int, piece_bytes: Sequence[int]) -> tuple[list[BlockMap], int]:
         """The next pieces that fit into so much room, and the room that is left."""
-        taken: list[Item] = []
+        taken: list[BlockMap] = []
         while self._items:
             item = self._items[0]
             size = piece_bytes[item.group]
@@ -64,9 +49,9 @@ class PackedPull:
                 break
             room_bytes -= count * size + PART_ALIGNMENT
             self.left_bytes -= count * size
-            taken.append(Item(item.group, item.remote[:count], item.local[:count]))
+            taken.append(BlockMap(item.group, item.remote[:count], item.local[:count]))
             if count < len(item.remote):
-                self._items[0] = Item(item.group, item.remote[count:], item.local[count:])
+                self._items[0] = BlockMap(item.group, item.remote[count:], item.local[count:])
                 break
             self._items.popleft()
         return taken, room_bytes
@@ -75,15 +60,10 @@ class PackedPull:
         if self.state is PullState.RUNNING and not self._items and not self.chunks and not self.unconfirmed:
             self.state = PullState.DONE
 
-    def fail(self, error: TransferError) -> None:
-        if self.state is PullState.RUNNING:
-            self.state = PullState.FAILED
-            self.failure = error
 
-
-def take(pulls: deque[PackedPull], room_bytes: int, piece_bytes: Sequence[int]) -> list[tuple[PackedPull, Item]]:
+def take(pulls: deque[PackedPull], room_bytes: int, piece_bytes: Sequence[int]) -> list[tuple[PackedPull, BlockMap]]:
     """Pieces of the first pulls, at least one, as far as there is room. Pulls with none left are dropped."""
-    taken: list[tuple[PackedPull, Item]] = []
+    taken: list[tuple[PackedPull, BlockMap]] = []
     while pulls:
         pull = pulls[0]
         if pull.wants:
@@ -109,34 +89,29 @@ def can_fill(pulls: Iterable[PackedPull], size_bytes: int) -> bool:
 class Chunk:
     """A slot's worth, on its way. ``parts``: ``(group, pieces of the source)`` as they lie in the slot, one a group."""
 
-    def __init__(
-        self, ticket: int, slot: int, taken: list[tuple[PackedPull, Item]], slicings: Sequence[Slicing]
-    ) -> None:
+    def __init__(self, ticket: int, slot: int, taken: list[tuple[PackedPull, BlockMap]], pair: Pair) -> None:
         self.ticket = ticket
         self.slot = slot  # here
         self.pulls = tuple(dict.fromkeys(pull for pull, _ in taken))
         groups = dict.fromkeys(item.group for _, item in taken)
-        self.parts = [(group, _together([i.remote for _, i in taken if i.group == group])) for group in groups]
-        self._local = [_together([i.local for _, i in taken if i.group == group]) for group in groups]
+        self.parts = [(group, together([i.remote for _, i in taken if i.group == group])) for group in groups]
+        self._local = [(group, together([i.local for _, i in taken if i.group == group])) for group in groups]
+        self._wanted = [np.ones(len(local), dtype=bool) for _, local in self._local]
         self._owners = [[(pull, len(i.local)) for pull, i in taken if i.group == group] for group in groups]
-        self._slicings = slicings
-        self._offsets, self.size_bytes = lay_out(slicings, self.parts)
+        self._pair = pair
+        _, self.size_bytes = lay_out(pair.slicings, self.parts)
         self.waiting = set(self.pulls)  # who wants it still
         self.read: Read | None = None
-        self.copies: list[tuple[Rows, Rows]] = []  # how it is unpacked; once it is being read
+        self.copies: list[Copy] = []  # how it is unpacked; once it is being read
         self.freed = False  # the source's slot was given back
         self.work: Work | None = None
 
-    def prepare(self, address: int, regions: Sequence[Region]) -> None:
+    def prepare(self, address: int) -> None:
         """Makes ``copies`` from the slot, which is at ``address``, to who waits."""
-        self.copies = []
-        for (group, _), local, offset in zip(self.parts, self._local, self._offsets, strict=True):
-            slicing = self._slicings[group]
-            staged = slicing.staged_rows(address + offset, len(local))
-            wanted = local != NOBODYS
-            if not wanted.all():
-                staged, local = replace(staged, starts=staged.starts[wanted]), local[wanted]
-            self.copies.append((staged, slicing.reader_rows(regions[group], local)))
+        self.copies = [
+            copy if wanted.all() else (_only(copy[0], wanted), _only(copy[1], wanted))
+            for copy, wanted in zip(unpack(self._pair, self._local, address), self._wanted, strict=True)
+        ]
 
     def withdraw(self, pull: PackedPull) -> None:
         """It does not wait for this chunk any more; ``prepare`` it anew if it was prepared."""
@@ -145,10 +120,13 @@ class Chunk:
             at = 0
             for owner, count in owners:
                 if owner is pull:
-                    local = self._local[part] = self._local[part].copy()  # it may be the caller's
-                    local[at : at + count] = NOBODYS
+                    self._wanted[part][at : at + count] = False
                 at += count
 
 
-def _together(arrays: list[I64]) -> I64:
+def _only(rows: Rows, wanted: npt.NDArray[np.bool_]) -> Rows:
+    return replace(rows, starts=rows.starts[wanted])
+
+
+def together(arrays: list[I64]) -> I64:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -7,14 +7,11 @@ slot was its own all the time. Several messages that are due together travel as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
-import numpy as np
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.movers.base import I64
 
 Address = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Ticket = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
@@ -42,11 +39,11 @@ class Open(msgspec.Struct, tag="open"):
 
 class Part(msgspec.Struct, array_like=True):
     group: Small
-    pieces: bytes  # int32 little-endian
+    pieces: bytes  # see :mod:`pd_serve.transfer.packing.pieces`
 
 
 class Pack(msgspec.Struct, tag="pack"):
-    """Bring these pieces into a slot, laid out as :func:`pd_serve.transfer.nixl.staging.lay_out` says."""
+    """Bring these pieces into a slot, laid out as :func:`pd_serve.transfer.packing.copies.lay_out` says."""
 
     ticket: Ticket
     parts: list[Part]
@@ -120,17 +117,3 @@ def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes) -> T:
         raise TransferError(
             FailureKind.TRANSFER, f"a message of the peer's NIXL lane cannot be read: {error}"
         ) from error
-
-
-def parts_as_data(parts: Sequence[tuple[int, I64]]) -> list[Part]:
-    return [Part(group, pieces.astype("<i4").tobytes()) for group, pieces in parts]
-
-
-def parts_from_data(parts: list[Part], num_groups: int) -> list[tuple[int, I64]]:
-    """Group and pieces of each. Raises TransferError for what cannot be; the pieces' range is left to check."""
-    found = []
-    for part in parts:
-        if part.group >= num_groups or len(part.pieces) % 4 or not part.pieces:
-            raise TransferError(FailureKind.TRANSFER, f"a peer asks for pieces of group {part.group} that cannot be")
-        found.append((part.group, np.frombuffer(part.pieces, dtype="<i4").astype(np.int64)))
-    return found

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, Send
-from pd_serve.transfer.movers.base import I64, Mover, Work
+from pd_serve.transfer.movers.base import Mover, Work
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.limits import Limits
-from pd_serve.transfer.nixl.staging import Ring, lay_out
+from pd_serve.transfer.nixl.staging import Ring
+from pd_serve.transfer.packing.copies import Part, lay_out, pack
+from pd_serve.transfer.packing.pieces import decode
 from pd_serve.transfer.poller import look_s
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 class Job:
     session: NixlReader
     ticket: int
-    parts: list[tuple[int, I64]]
+    parts: list[Part]
     slot: int = -1
     work: Work | None = None
     packed_at_s: float = 0.0
@@ -127,11 +129,8 @@ class Packer:
                 FailureKind.TRANSFER,
                 f"a peer asks for packed pieces under ticket {message.ticket}, which is taken or one too many",
             )
-        slicings = session.pair.slicings
-        parts = m.parts_from_data(message.parts, len(slicings))
-        for group, pieces in parts:
-            slicings[group].source.check(pieces, session.pair.source[group], "the prefill node")
-        _, size = lay_out(slicings, parts)
+        parts = [(part.group, decode(part.pieces, part.group, session.pair)) for part in message.parts]
+        _, size = lay_out(session.pair.slicings, parts)
         if not 0 < size <= self.ring.slot_bytes:
             raise TransferError(
                 FailureKind.TRANSFER, f"a peer asks for {size} bytes in a slot of {self.ring.slot_bytes}"
@@ -185,15 +184,8 @@ class Packer:
         slot = self.ring.take()
         assert slot is not None
         job.slot = slot
-        slicings, regions = job.session.pair.slicings, job.session.pair.source
-        offsets, _ = lay_out(slicings, job.parts)
-        at = self.ring.at(slot)
-        items = [
-            (slicings[group].source_rows(regions[group], pieces), slicings[group].staged_rows(at + offset, len(pieces)))
-            for (group, pieces), offset in zip(job.parts, offsets, strict=True)
-        ]
         try:
-            job.work = self._mover.copy(items)
+            job.work = self._mover.copy(pack(job.session.pair, job.parts, self.ring.at(slot)))
         except TransferError as error:
             self._failed(job, error)
             return

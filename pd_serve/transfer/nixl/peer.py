@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
+from pd_serve.transfer.base import BlockMap, Outcome, Pair, PullState, Send
 from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.nixl.bindings import I32, Agent
-from pd_serve.transfer.nixl.chunks import Item, PackedPull
+from pd_serve.transfer.nixl.chunks import PackedPull, together
 from pd_serve.transfer.nixl.direct import Index, LocalLists, in_order, listed
 from pd_serve.transfer.nixl.limits import Limits
 from pd_serve.transfer.nixl.local_ring import LocalRing
@@ -18,7 +18,7 @@ from pd_serve.transfer.nixl.reads import Read, Remote
 from pd_serve.transfer.nixl.unpacker import Unpacker
 
 
-class NixlPull:
+class NixlPull(Outcome):
     """What is read directly and what travels packed, as one. See :class:`pd_serve.transfer.base.Pull`.
 
     Either part may be missing. It has failed as soon as one of them has.
@@ -39,28 +39,19 @@ class NixlPull:
         self._read = read
         self._packed = packed
         self._unpacker = unpacker
-        self._state = PullState.RUNNING
-        self._error: TransferError | None = None
 
     def poll(self) -> PullState:
-        if self._state is PullState.RUNNING:
-            self._state = self._look()
-        return self._state
-
-    def _look(self) -> PullState:
-        read, packed = self._read, self._packed  # what is packed moves on with its transport
-        if read is not None and read.poll() is PullState.FAILED:
-            self._error = read.error()
-            return PullState.FAILED
-        if packed is not None and packed.state is PullState.FAILED:
-            self._error = packed.failure
-            return PullState.FAILED
-        done = (read is None or read.poll() is PullState.DONE) and (packed is None or packed.state is PullState.DONE)
-        return PullState.DONE if done else PullState.RUNNING
-
-    def error(self) -> TransferError:
-        assert self._error is not None, "only after FAILED"
-        return self._error
+        if self.state is PullState.RUNNING:
+            if self._read is not None:
+                self._read.poll()  # what is packed moves on with its transport
+            parts = [part for part in (self._read, self._packed) if part is not None]
+            for part in parts:
+                if part.state is PullState.FAILED:
+                    self.fail(part.error())
+                    return self.state
+            if all(part.state is PullState.DONE for part in parts):
+                self.state = PullState.DONE
+        return self.state
 
     def close(self) -> bool:
         packed_ended = True
@@ -114,24 +105,22 @@ class NixlPeer:
             raise TransferError(FailureKind.PEER_LOST, "the prefill node's endpoint has failed")
         remote_ids: list[I64] = []
         local_ids: list[I64] = []
-        items: list[Item] = []
+        items: list[BlockMap] = []
         size_bytes = packed_bytes = descriptors = 0
         for blockmap in blocks:
             if not len(blockmap.remote):
                 continue
-            group, slicing = blockmap.group, self._pair.slicings[blockmap.group]
-            slicing.source.check(blockmap.remote, self._pair.source[group], "the prefill node")
-            slicing.reader.check(blockmap.local, self._pair.reader[group], "this node")
+            slicing = self._pair.check(blockmap)
             size = slicing.piece_bytes * len(blockmap.remote)
             size_bytes += size
             if listed(slicing, self._limits):
                 remote, local, count = in_order(slicing, blockmap.remote, blockmap.local)
                 if count <= self._limits.direct_descriptors or size >= count * self._limits.direct_bytes:
-                    remote_ids.append(self._at_source.entries(group, remote))
-                    local_ids.append(self._here.entries(group, local))
+                    remote_ids.append(self._at_source.entries(blockmap.group, remote))
+                    local_ids.append(self._here.entries(blockmap.group, local))
                     descriptors += count
                     continue
-            items.append(Item(group, blockmap.remote, blockmap.local))
+            items.append(blockmap)
             packed_bytes += size
         read = packed = None
         if items:
@@ -140,7 +129,7 @@ class NixlPeer:
             self.unpacker.start(packed)
         if remote_ids:
             try:
-                read = self.remote.read(self._local, _together(local_ids), self._prepared, _together(remote_ids))
+                read = self.remote.read(self._local, _indices(local_ids), self._prepared, _indices(remote_ids))
             except TransferError:
                 if packed is not None:
                     self.unpacker.end(packed)
@@ -165,5 +154,5 @@ class NixlPeer:
         return True
 
 
-def _together(ids: list[I64]) -> I32:
-    return (ids[0] if len(ids) == 1 else np.concatenate(ids)).astype(np.int32)
+def _indices(ids: list[I64]) -> I32:
+    return together(ids).astype(np.int32)

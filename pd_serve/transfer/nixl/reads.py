@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.base import PullState
+from pd_serve.transfer.base import Outcome, PullState
 from pd_serve.transfer.nixl.bindings import I32, Agent
 
 log = logging.getLogger(__name__)
@@ -20,14 +20,12 @@ log = logging.getLogger(__name__)
 QUARANTINE_S = 0.1
 
 
-class Read:
-    """One request of NIXL. Its local memory is its own until ``close`` returned True."""
+class Read(Outcome):
+    """One request of NIXL, ``state`` as of the last ``poll``. Its local memory is its own until ``close`` is True."""
 
     def __init__(self, agent: Agent, handle: int) -> None:
         self._agent = agent
         self._handle: int | None = handle
-        self.state = PullState.RUNNING  # as of the last ``poll``
-        self._error: TransferError | None = None
         self._failed_at_s = 0.0
         self._ask(agent.post)
 
@@ -52,13 +50,8 @@ class Read:
                 self._fail(FailureKind.TRANSFER, f"NIXL could not read: status {status}")
 
     def _fail(self, kind: FailureKind, message: str) -> None:
-        self.state = PullState.FAILED
-        self._error = TransferError(kind, message)
+        self.fail(TransferError(kind, message))
         self._failed_at_s = time.monotonic()
-
-    def error(self) -> TransferError:
-        assert self._error is not None, "only after FAILED"
-        return self._error
 
     def close(self) -> bool:
         if self._handle is None:

@@ -21,6 +21,7 @@ from pd_serve.transfer.nixl.limits import GROWTH, UNIT_BYTES
 from pd_serve.transfer.nixl.local_ring import LocalRing
 from pd_serve.transfer.nixl.reads import Remote
 from pd_serve.transfer.nixl.staging import unit_ids, units
+from pd_serve.transfer.packing.pieces import encode
 from pd_serve.transfer.poller import look_s
 
 MAX_UNITS = 1 << 17  # of a source's ring: 16 GiB
@@ -93,14 +94,14 @@ class Unpacker:
         size_bytes = self._next_bytes(self._opened)
         taken = take(self._pulls, size_bytes, self._piece_bytes)
         self._grown_bytes = size_bytes * GROWTH
-        chunk = Chunk(next(self._tickets), slot, taken, self._pair.slicings)
+        chunk = Chunk(next(self._tickets), slot, taken, self._pair)
         for pull in chunk.pulls:
             pull.chunks.add(chunk)
             pull.unconfirmed += 1
         self._tickets_out += 1
         self._asked[chunk.ticket] = chunk
         self._asked_s = self._clock()
-        self._outgoing.append(m.Pack(chunk.ticket, m.parts_as_data(chunk.parts)))
+        self._outgoing.append(m.Pack(chunk.ticket, [m.Part(group, encode(pieces)) for group, pieces in chunk.parts]))
         if self._pulls and self._pulls[0] in chunk.pulls:
             self._pulls.rotate(-1)  # the oldest pull first, but no pull waits for all of a long one
 
@@ -149,7 +150,7 @@ class Unpacker:
         return True
 
     def _prepare(self, chunk: Chunk) -> None:
-        chunk.prepare(self._local.ring.at(chunk.slot), self._pair.reader)
+        chunk.prepare(self._local.ring.at(chunk.slot))
 
     def _free(self, chunk: Chunk) -> None:
         """Gives the source its slot back."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.base import PullState
+from pd_serve.transfer.base import Outcome, PullState
 from pd_serve.transfer.movers.base import Rows, Work
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Part:
     target: Rows
 
 
-class NvlinkPull:
+class NvlinkPull(Outcome):
     """One transfer. See :class:`pd_serve.transfer.base.Pull`. ``flush``: starts what waits, this pull included."""
 
     def __init__(self, peer: NvlinkPeer, parts: list[Part], num_descriptors: int, flush: Callable[[], None]) -> None:
@@ -51,8 +51,8 @@ class NvlinkPull:
         self._parts = parts
         self._flush = flush
         self._batch: Batch | None = None
-        self._state = PullState.RUNNING if parts else PullState.DONE
-        self._error: TransferError | None = None
+        if not parts:
+            self.state = PullState.DONE
 
     @property
     def work(self) -> Work | None:
@@ -60,7 +60,7 @@ class NvlinkPull:
 
     @property
     def waiting(self) -> bool:
-        return self._batch is None and self._state is PullState.RUNNING
+        return self._batch is None and self.state is PullState.RUNNING
 
     def items(self, bases: list[int]) -> list[tuple[Rows, Rows]]:
         """For the mover; ``bases``: where the source's regions are mapped here."""
@@ -74,23 +74,18 @@ class NvlinkPull:
         self._parts = []
 
     def fail(self, error: TransferError) -> None:
-        self._state = PullState.FAILED
-        self._error = error
+        super().fail(error)
         self._parts = []
 
     def poll(self) -> PullState:
         if self.waiting:
             self._flush()
-        if self._state is PullState.RUNNING and self._batch is not None and self._batch.ended():
+        if self.state is PullState.RUNNING and self._batch is not None and self._batch.ended():
             if self._batch.error is None:
-                self._state = PullState.DONE
+                self.state = PullState.DONE
             else:
                 self.fail(self._batch.error)
-        return self._state
-
-    def error(self) -> TransferError:
-        assert self._error is not None, "only after FAILED"
-        return self._error
+        return self.state
 
     def close(self) -> bool:
         if self.waiting:

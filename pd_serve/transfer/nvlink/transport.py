@@ -171,11 +171,7 @@ _keep_until_exit: list[NvlinkTransport] = []
 
 def _part(pair: Pair, item: BlockMap) -> tuple[Part, int]:
     """The rows of one group and how many copies they are at least. Raises TransferError."""
-    if not 0 <= item.group < len(pair.slicings) or len(item.remote) != len(item.local):
-        raise TransferError(FailureKind.TRANSFER, f"a list of blocks that makes no sense, of group {item.group}")
-    slicing, source, reader = pair.slicings[item.group], pair.source[item.group], pair.reader[item.group]
-    slicing.source.check(item.remote, source, "the source")
-    slicing.reader.check(item.local, reader, "this node")
+    slicing, source, reader = pair.check(item), pair.source[item.group], pair.reader[item.group]
     remote, local = item.remote, item.local
     if slicing.whole and SORTED_FROM_BYTES <= slicing.row_bytes < LONG_BYTES:
         remote, local = neighbours_together(remote, local)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
 
@@ -42,7 +40,7 @@ class Want(msgspec.Struct, array_like=True):
 
     number: Number
     group: Annotated[int, msgspec.Meta(ge=0)]
-    pieces: bytes  # int32 little-endian
+    pieces: bytes  # see :mod:`pd_serve.transfer.packing.pieces`
 
 
 class Wants(msgspec.Struct, tag="wants"):
@@ -90,10 +88,3 @@ def description(message: bytes) -> Description:
     if found.crc != zlib.crc32(found.address):
         raise HandshakeError("the peer's UCX address is damaged")
     return found
-
-
-def pieces_of(want: Want) -> npt.NDArray[np.int64]:
-    """Raises TransferError."""
-    if not want.pieces or len(want.pieces) % 4:
-        raise TransferError(FailureKind.TRANSFER, f"a list of pieces of {len(want.pieces)} bytes makes no sense")
-    return np.frombuffer(want.pieces, dtype="<i4").astype(np.int64)

@@ -6,33 +6,24 @@ pieces that follow each other on both sides travel as they lie, from pool to poo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from pd_serve.memory.region import Region
+from pd_serve.transfer.base import BlockMap
 from pd_serve.transfer.merge import neighbours_together
 from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.slices import Side, Slicing
 
 
-@dataclass(frozen=True)
-class Message:
-    """Pieces of one group in the order in which their bytes follow each other."""
+def messages(blocks: BlockMap, slicing: Slicing, message_bytes: int, direct_bytes: int) -> list[BlockMap]:
+    """Runs of ``direct_bytes`` or more by themselves, the rest together; each up to ``message_bytes``, or one piece.
 
-    group: int
-    remote: I64
-    local: I64
-    size_bytes: int
-
-
-def messages(
-    group: int, slicing: Slicing, remote: I64, local: I64, message_bytes: int, direct_bytes: int
-) -> list[Message]:
-    """Runs of ``direct_bytes`` or more by themselves, the rest together; each up to ``message_bytes``, or one piece."""
-    if len(remote) == 0:
+    Pieces of a message are in the order in which their bytes follow each other.
+    """
+    if len(blocks.remote) == 0:
         return []
-    remote, local = neighbours_together(remote, local)
+    group = blocks.group
+    remote, local = neighbours_together(blocks.remote, blocks.local)
     piece_bytes = slicing.piece_bytes
     ends = [
         side.starts(pieces)
@@ -41,7 +32,7 @@ def messages(
     ]
     per_message = max(1, message_bytes // piece_bytes)
     if not ends:
-        return _split(group, remote, local, piece_bytes, per_message)
+        return _split(group, remote, local, per_message)
     broken = np.zeros(len(remote) - 1, dtype=bool)
     for starts in ends:
         broken |= np.diff(starts) != piece_bytes
@@ -51,17 +42,13 @@ def messages(
     found = []
     for start, count in zip(first[long].tolist(), length[long].tolist(), strict=True):
         run = slice(start, start + count)
-        found += _split(group, remote[run], local[run], piece_bytes, per_message)
+        found += _split(group, remote[run], local[run], per_message)
     short = ~np.repeat(long, length)
-    return found + _split(group, remote[short], local[short], piece_bytes, per_message)
+    return found + _split(group, remote[short], local[short], per_message)
 
 
-def _split(group: int, remote: I64, local: I64, piece_bytes: int, per_message: int) -> list[Message]:
-    found = []
-    for start in range(0, len(remote), per_message):
-        part = remote[start : start + per_message]
-        found.append(Message(group, part, local[start : start + per_message], len(part) * piece_bytes))
-    return found
+def _split(group: int, remote: I64, local: I64, count: int) -> list[BlockMap]:
+    return [BlockMap(group, remote[at : at + count], local[at : at + count]) for at in range(0, len(remote), count)]
 
 
 def span(side: Side, slicing: Slicing, region: Region, pieces: I64) -> int | None:

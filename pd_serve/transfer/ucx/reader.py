@@ -13,18 +13,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.base import BlockMap, Pair, PullState, Send
+from pd_serve.transfer.base import BlockMap, Outcome, Pair, PullState, Send
 from pd_serve.transfer.movers.base import Work
+from pd_serve.transfer.packing.copies import unpack
+from pd_serve.transfer.packing.pieces import encode
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
-from pd_serve.transfer.ucx.plan import Message, messages, span
+from pd_serve.transfer.ucx.plan import messages, span
 from pd_serve.transfer.ucx.shared import Shared
 
 
 class Arrival:
     """A message that was asked for. ``holds``: local blocks of its pull may be written to."""
 
-    def __init__(self, pull: UcxPull, message: Message, slot: int | None, operation: Operation) -> None:
+    def __init__(self, pull: UcxPull, message: BlockMap, slot: int | None, operation: Operation) -> None:
         self.pull = pull
         self.message = message
         self.slot = slot
@@ -40,19 +42,17 @@ class Arrival:
         return self.operation is not None or self.work is not None
 
 
-class UcxPull:
+class UcxPull(Outcome):
     """One transfer. See :class:`pd_serve.transfer.base.Pull`."""
 
     work = None
 
-    def __init__(self, peer: UcxPeer, waiting: list[Message]) -> None:
-        self.size_bytes = sum(message.size_bytes for message in waiting)
+    def __init__(self, peer: UcxPeer, waiting: list[BlockMap], size_bytes: int) -> None:
+        self.size_bytes = size_bytes
         self.num_descriptors = len(waiting)
         self.waiting = deque(waiting)
         self.held = 0  # arrivals that may write to local blocks
-        self.state = PullState.RUNNING
         self._peer = peer
-        self._error: TransferError | None = None
 
     def poll(self) -> PullState:
         if self.state is PullState.RUNNING:
@@ -60,14 +60,8 @@ class UcxPull:
         return self.state
 
     def fail(self, error: TransferError) -> None:
-        if self.state is PullState.RUNNING:
-            self.state = PullState.FAILED
-            self._error = error
-            self.waiting.clear()
-
-    def error(self) -> TransferError:
-        assert self._error is not None, "only after FAILED"
-        return self._error
+        super().fail(error)
+        self.waiting.clear()
 
     def close(self) -> bool:
         if self.state is PullState.RUNNING:
@@ -122,16 +116,13 @@ class UcxPeer:
     def pull(self, blocks: Sequence[BlockMap]) -> UcxPull:
         if self.broken is not None:
             raise self.broken
-        waiting: list[Message] = []
+        waiting: list[BlockMap] = []
+        size_bytes = 0
         for item in blocks:
-            if not 0 <= item.group < len(self._pair.slicings):
-                raise TransferError(FailureKind.TRANSFER, f"there is no group {item.group}")
-            slicing = self._pair.slicings[item.group]
-            slicing.source.check(item.remote, self._pair.source[item.group], "the prefill node")
-            slicing.reader.check(item.local, self._shared.memory.regions[item.group], "this node")
-            direct_bytes = self._shared.limits.direct_bytes
-            waiting += messages(item.group, slicing, item.remote, item.local, self._message_bytes, direct_bytes)
-        pull = UcxPull(self, waiting)
+            slicing = self._pair.check(item)
+            waiting += messages(item, slicing, self._message_bytes, self._shared.limits.direct_bytes)
+            size_bytes += slicing.piece_bytes * len(item.remote)
+        pull = UcxPull(self, waiting, size_bytes)
         if waiting:
             self._pulls.append(pull)
             self._ask()
@@ -181,17 +172,17 @@ class UcxPeer:
                 if number is None:
                     break
                 message = pull.waiting.popleft()
-                wants.append(wire.Want(number, message.group, message.remote.astype("<i4").tobytes()))
+                wants.append(wire.Want(number, message.group, encode(message.remote)))
             if not pull.waiting:
                 self._pulls.popleft()
         if wants and self.broken is None:
             self._send(wire.encode(wire.Wants(wants)))
 
-    def _post(self, pull: UcxPull, message: Message) -> int | None:
+    def _post(self, pull: UcxPull, message: BlockMap) -> int | None:
         shared, slicing = self._shared, self._pair.slicings[message.group]
         address = slot = None
         if not self._only_staged:
-            address = span(slicing.reader, slicing, shared.memory.regions[message.group], message.local)
+            address = span(slicing.reader, slicing, self._pair.reader[message.group], message.local)
         if address is None:
             slot = shared.staging.take() if self._slots < shared.limits.slots else None
             if slot is None:
@@ -200,9 +191,8 @@ class UcxPeer:
             address = slot
         number = self._number % (2**32 - 1) + 1
         try:
-            operation = shared.worker.receive(
-                address, message.size_bytes, self._tag(number), on_device=shared.on_device
-            )
+            size_bytes = slicing.piece_bytes * len(message.local)
+            operation = shared.worker.receive(address, size_bytes, self._tag(number), on_device=shared.on_device)
         except TransferError as error:
             self._give(slot)
             self.fail(error)
@@ -222,7 +212,8 @@ class UcxPeer:
                         self.fail(self._what_ended_it(error))
                     return
                 if arrival.slot is not None and arrival.wanted:
-                    arrival.work = self._unpack(arrival.message, arrival.slot)
+                    part = arrival.message.group, arrival.message.local
+                    arrival.work = self._shared.mover.copy(unpack(self._pair, [part], arrival.slot))
             if arrival.work is not None and arrival.work.done():
                 arrival.work = None
         except TransferError as failed:  # of the mover
@@ -232,11 +223,6 @@ class UcxPeer:
             return
         if not arrival.moving:
             self._ended(number, arrival, arrived=True)
-
-    def _unpack(self, message: Message, slot: int) -> Work:
-        slicing, region = self._pair.slicings[message.group], self._shared.memory.regions[message.group]
-        rows = slicing.staged_rows(slot, len(message.local))
-        return self._shared.mover.copy([(rows, slicing.reader_rows(region, message.local))])
 
     def _what_ended_it(self, error: str) -> TransferError:
         if self._endpoint is not None and not self._endpoint.alive:

@@ -14,6 +14,8 @@ import numpy as np
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, Send
 from pd_serve.transfer.movers.base import I64, Work
+from pd_serve.transfer.packing.copies import pack
+from pd_serve.transfer.packing.pieces import decode
 from pd_serve.transfer.ucx import messages as wire
 from pd_serve.transfer.ucx.binding import Endpoint, Operation
 from pd_serve.transfer.ucx.plan import span
@@ -89,11 +91,8 @@ class UcxReader:
         return self._session << 32 | number
 
     def _checked(self, want: wire.Want) -> Sending:
-        if want.group >= len(self._pair.slicings):
-            raise TransferError(FailureKind.TRANSFER, f"the reader asks for group {want.group}, which does not exist")
-        slicing, pieces = self._pair.slicings[want.group], wire.pieces_of(want)
-        slicing.source.check(pieces, self._shared.memory.regions[want.group], "this node")
-        size_bytes = len(pieces) * slicing.piece_bytes
+        pieces = decode(want.pieces, want.group, self._pair)
+        size_bytes = len(pieces) * self._pair.slicings[want.group].piece_bytes
         if len(pieces) > 1 and size_bytes > self._shared.limits.message_bytes:
             raise TransferError(FailureKind.TRANSFER, f"the reader asks for a message of {size_bytes} bytes")
         return Sending(want.number, want.group, pieces, size_bytes)
@@ -117,7 +116,7 @@ class UcxReader:
         shared = self._shared
         while self._queue:
             sending = self._queue[0]
-            slicing, region = self._pair.slicings[sending.group], shared.memory.regions[sending.group]
+            slicing, region = self._pair.slicings[sending.group], self._pair.source[sending.group]
             address = None if self._only_staged else span(slicing.source, slicing, region, sending.pieces)
             if address is not None:
                 sending.operation = self._post(sending, address)
@@ -129,8 +128,7 @@ class UcxReader:
                 self._slots += 1
                 sending.slot = slot
                 self._sending.append(self._queue.popleft())
-                rows = slicing.source_rows(region, sending.pieces)
-                sending.work = shared.mover.copy([(rows, slicing.staged_rows(slot, len(sending.pieces)))])
+                sending.work = shared.mover.copy(pack(self._pair, [(sending.group, sending.pieces)], slot))
 
     def _post(self, sending: Sending, address: int) -> Operation:
         assert self._endpoint is not None, "opened before anything is asked for"
