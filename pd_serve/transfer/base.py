@@ -47,7 +47,8 @@ class Pair:
         """The slicing of their group. Raises TransferError for pieces that the two pools do not have."""
         group = blocks.group
         if not 0 <= group < len(self.slicings) or len(blocks.remote) != len(blocks.local):
-            raise TransferError(FailureKind.TRANSFER, f"a list of blocks that makes no sense, of group {group}")
+            why = f"there is no group {group}, or its two sides differ in length"
+            raise TransferError(FailureKind.TRANSFER, f"a list of blocks that makes no sense: {why}")
         slicing = self.slicings[group]
         slicing.source.check(blocks.remote, self.source[group], "the prefill node")
         slicing.reader.check(blocks.local, self.reader[group], "this node")
