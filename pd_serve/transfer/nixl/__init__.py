@@ -5,7 +5,7 @@
 - ``direct``: descriptor lists, prepared once a peer; a pull names pieces in them by index.
 - ``packer`` (source), ``unpacker`` (reader): pieces too small to be read one by one travel *packed*, many in one read;
   ``chunks`` are what travels together, ``staging`` is where, and ``local_ring`` shares the reader's among its sources;
-  how pieces are named and lie there is :mod:`pd_serve.transfer.packing`'s, which the ucx lane uses too.
+  how pieces are asked for, and copied there, is :mod:`pd_serve.transfer.packing`'s, which the ucx lane uses too.
 - ``messages``: what the two ends say to each other.
 - ``peer``, ``transport``: the interface of :mod:`pd_serve.transfer.base`.
 

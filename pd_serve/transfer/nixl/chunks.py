@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from pd_serve.transfer.base import BlockMap, Outcome, Pair, PullState
 from pd_serve.transfer.movers.base import I64, Rows, Work
 from pd_serve.transfer.nixl.reads import Read
-from pd_serve.transfer.packing.copies import PART_ALIGNMENT, Copy, lay_out, unpack
+from pd_serve.transfer.nixl.staging import PART_ALIGNMENT, lay_out
+from pd_serve.transfer.packing.copies import unpack
 
 
 class PackedPull(Outcome):
@@ -95,23 +95,27 @@ class Chunk:
         self.pulls = tuple(dict.fromkeys(pull for pull, _ in taken))
         groups = dict.fromkeys(item.group for _, item in taken)
         self.parts = [(group, together([i.remote for _, i in taken if i.group == group])) for group in groups]
-        self._local = [(group, together([i.local for _, i in taken if i.group == group])) for group in groups]
-        self._wanted = [np.ones(len(local), dtype=bool) for _, local in self._local]
+        self._local = [together([i.local for _, i in taken if i.group == group]) for group in groups]
+        self._wanted = [np.ones(len(local), dtype=bool) for local in self._local]
         self._owners = [[(pull, len(i.local)) for pull, i in taken if i.group == group] for group in groups]
         self._pair = pair
-        _, self.size_bytes = lay_out(pair.slicings, self.parts)
+        self._offsets, self.size_bytes = lay_out(pair.slicings, self.parts)
         self.waiting = set(self.pulls)  # who wants it still
         self.read: Read | None = None
-        self.copies: list[Copy] = []  # how it is unpacked; once it is being read
+        self.copies: list[tuple[Rows, Rows]] = []  # how it is unpacked; once it is being read
         self.freed = False  # the source's slot was given back
         self.work: Work | None = None
 
     def prepare(self, address: int) -> None:
         """Makes ``copies`` from the slot, which is at ``address``, to who waits."""
-        self.copies = [
-            copy if wanted.all() else (_only(copy[0], wanted), _only(copy[1], wanted))
-            for copy, wanted in zip(unpack(self._pair, self._local, address), self._wanted, strict=True)
-        ]
+        self.copies = []
+        parts = zip(self.parts, self._local, self._offsets, self._wanted, strict=True)
+        for (group, _), local, offset, wanted in parts:
+            staged, target = unpack(self._pair, group, local, address + offset)
+            if not wanted.all():
+                staged = replace(staged, starts=staged.starts[wanted])
+                target = replace(target, starts=target.starts[wanted])
+            self.copies.append((staged, target))
 
     def withdraw(self, pull: PackedPull) -> None:
         """It does not wait for this chunk any more; ``prepare`` it anew if it was prepared."""
@@ -122,10 +126,6 @@ class Chunk:
                 if owner is pull:
                     self._wanted[part][at : at + count] = False
                 at += count
-
-
-def _only(rows: Rows, wanted: npt.NDArray[np.bool_]) -> Rows:
-    return replace(rows, starts=rows.starts[wanted])
 
 
 def together(arrays: list[I64]) -> I64:

@@ -43,7 +43,7 @@ class Part(msgspec.Struct, array_like=True):
 
 
 class Pack(msgspec.Struct, tag="pack"):
-    """Bring these pieces into a slot, laid out as :func:`pd_serve.transfer.packing.copies.lay_out` says."""
+    """Bring these pieces into a slot, laid out as :func:`pd_serve.transfer.nixl.staging.lay_out` says."""
 
     ticket: Ticket
     parts: list[Part]

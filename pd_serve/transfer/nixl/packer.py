@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Pair, Send
-from pd_serve.transfer.movers.base import Mover, Work
+from pd_serve.transfer.movers.base import I64, Mover, Work
 from pd_serve.transfer.nixl import messages as m
 from pd_serve.transfer.nixl.bindings import Agent
 from pd_serve.transfer.nixl.limits import Limits
-from pd_serve.transfer.nixl.staging import Ring
-from pd_serve.transfer.packing.copies import Part, lay_out, pack
+from pd_serve.transfer.nixl.staging import Ring, lay_out
+from pd_serve.transfer.packing.copies import pack
 from pd_serve.transfer.packing.pieces import decode
 from pd_serve.transfer.poller import look_s
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Job:
     session: NixlReader
     ticket: int
-    parts: list[Part]
+    parts: list[tuple[int, I64]]
     slot: int = -1
     work: Work | None = None
     packed_at_s: float = 0.0
@@ -184,8 +184,12 @@ class Packer:
         slot = self.ring.take()
         assert slot is not None
         job.slot = slot
+        pair, at = job.session.pair, self.ring.at(slot)
+        offsets, _ = lay_out(pair.slicings, job.parts)
+        places = zip(job.parts, offsets, strict=True)
+        items = [pack(pair, group, pieces, at + offset) for (group, pieces), offset in places]
         try:
-            job.work = self._mover.copy(pack(job.session.pair, job.parts, self.ring.at(slot)))
+            job.work = self._mover.copy(items)
         except TransferError as error:
             self._failed(job, error)
             return

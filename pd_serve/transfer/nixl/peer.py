@@ -39,17 +39,16 @@ class NixlPull(Outcome):
         self._read = read
         self._packed = packed
         self._unpacker = unpacker
+        self._parts: list[Outcome] = [part for part in (read, packed) if part is not None]
 
     def poll(self) -> PullState:
         if self.state is PullState.RUNNING:
             if self._read is not None:
                 self._read.poll()  # what is packed moves on with its transport
-            parts = [part for part in (self._read, self._packed) if part is not None]
-            for part in parts:
-                if part.state is PullState.FAILED:
-                    self.fail(part.error())
-                    return self.state
-            if all(part.state is PullState.DONE for part in parts):
+            states = [part.state for part in self._parts]
+            if PullState.FAILED in states:
+                self.fail(self._parts[states.index(PullState.FAILED)].error())
+            elif PullState.RUNNING not in states:
                 self.state = PullState.DONE
         return self.state
 

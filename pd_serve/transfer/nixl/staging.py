@@ -1,14 +1,18 @@
-"""A ring of staging slots in registered memory, as units that a read names. Both ends have one, for their own side."""
+"""A ring of staging slots in registered memory, and how pieces lie in one. Both ends have one, for their own side."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from pd_serve.errors import FailureKind, TransferError
-from pd_serve.transfer.movers.base import Mover
+from pd_serve.transfer.movers.base import I64, Mover
 from pd_serve.transfer.nixl.bindings import I32, U64, Agent
 from pd_serve.transfer.nixl.limits import UNIT_BYTES, Limits
-from pd_serve.transfer.packing.copies import round_up
+from pd_serve.transfer.slices import Slicing
+
+PART_ALIGNMENT = 256  # bytes: copies on a GPU use wide words
 
 
 class Ring:
@@ -44,6 +48,10 @@ class Ring:
         return self.address + slot * self.slot_bytes
 
 
+def round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
 def units(address: int, size_bytes: int) -> U64:
     """Descriptors of a ring, ``[n, 3]``: one a unit, so that a read takes about as much as was packed."""
     count = size_bytes // UNIT_BYTES
@@ -57,3 +65,12 @@ def unit_ids(slot: int, slot_bytes: int, size_bytes: int) -> I32:
     """Which units hold the first ``size_bytes`` of a slot."""
     first = slot * (slot_bytes // UNIT_BYTES)
     return np.arange(first, first + -(-size_bytes // UNIT_BYTES), dtype=np.int32)
+
+
+def lay_out(slicings: Sequence[Slicing], parts: Sequence[tuple[int, I64]]) -> tuple[list[int], int]:
+    """Where each part begins in a slot, and where the last one ends. The same on both ends."""
+    offsets, at = [], 0
+    for group, pieces in parts:
+        offsets.append(at)
+        at = round_up(at + slicings[group].piece_bytes * len(pieces), PART_ALIGNMENT)
+    return offsets, at

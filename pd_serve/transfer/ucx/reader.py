@@ -212,8 +212,8 @@ class UcxPeer:
                         self.fail(self._what_ended_it(error))
                     return
                 if arrival.slot is not None and arrival.wanted:
-                    part = arrival.message.group, arrival.message.local
-                    arrival.work = self._shared.mover.copy(unpack(self._pair, [part], arrival.slot))
+                    copy = unpack(self._pair, arrival.message.group, arrival.message.local, arrival.slot)
+                    arrival.work = self._shared.mover.copy([copy])
             if arrival.work is not None and arrival.work.done():
                 arrival.work = None
         except TransferError as failed:  # of the mover

@@ -128,7 +128,7 @@ class UcxReader:
                 self._slots += 1
                 sending.slot = slot
                 self._sending.append(self._queue.popleft())
-                sending.work = shared.mover.copy(pack(self._pair, [(sending.group, sending.pieces)], slot))
+                sending.work = shared.mover.copy([pack(self._pair, sending.group, sending.pieces, slot)])
 
     def _post(self, sending: Sending, address: int) -> Operation:
         assert self._endpoint is not None, "opened before anything is asked for"

@@ -11,10 +11,10 @@ from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.memory.region import Region
 from pd_serve.transfer.base import Pair
 from pd_serve.transfer.movers.host import HostMover
-from pd_serve.transfer.packing.copies import PART_ALIGNMENT, Part, lay_out, pack, unpack
+from pd_serve.transfer.packing.copies import pack, unpack
 from pd_serve.transfer.slices import slicings
 from tests.transfer.harness import until
-from tests.transfer.nixl_ends import blocks, check, contents, everything
+from tests.transfer.nixl_ends import check, contents, everything
 
 
 def layout(block_size: int, tp: int = 1, rank: int = 0) -> KVLayout:
@@ -49,29 +49,14 @@ class Ends:
 )
 def test_through_a_slot_at_each_end(source: KVLayout, reader: KVLayout) -> None:
     ends = Ends(source, reader)
-    maps = everything(ends.pair, 1)
-    theirs: list[Part] = [(item.group, item.remote) for item in maps]
-    ours: list[Part] = [(item.group, item.local) for item in maps]
-    _, size = lay_out(ends.pair.slicings, theirs)
-    assert lay_out(ends.pair.slicings, ours)[1] == size
     before = [group.copy() for group in ends.reader]
+    maps = everything(ends.pair, 1)
     mover = HostMover()
-    slot = mover.allocate(size)
-    until(mover.copy(pack(ends.pair, theirs, slot)).done)
-    moved = np.frombuffer((ctypes.c_ubyte * size).from_address(slot), dtype=np.uint8).copy()
-    until(mover.copy(unpack(ends.pair, ours, moved.ctypes.data)).done)
+    for item in maps:
+        size = ends.pair.slicings[item.group].piece_bytes * len(item.remote)
+        slot = mover.allocate(size)
+        until(mover.copy([pack(ends.pair, item.group, item.remote, slot)]).done)
+        moved = np.frombuffer((ctypes.c_ubyte * size).from_address(slot), dtype=np.uint8).copy()
+        until(mover.copy([unpack(ends.pair, item.group, item.local, moved.ctypes.data)]).done)
     check(ends.pair, ends.source, before, ends.reader, maps)
     mover.close()
-
-
-def test_parts_begin_at_wide_words_and_do_not_overlap() -> None:
-    pair = Ends(layout(16, 4), layout(16, 4)).pair
-    sizes = [slicing.piece_bytes for slicing in pair.slicings]
-    assert sizes[1] % PART_ALIGNMENT, "else this tests nothing"
-    parts = [(1, blocks(1, [3, 4, 9], []).remote), (0, blocks(0, [1], []).remote), (1, blocks(1, [2], []).remote)]
-    offsets, end = lay_out(pair.slicings, parts)
-    assert offsets[0] == 0
-    assert all(offset % PART_ALIGNMENT == 0 for offset in offsets)
-    ends = [offset + sizes[group] * len(pieces) for offset, (group, pieces) in zip(offsets, parts, strict=True)]
-    assert all(0 <= begin - last < PART_ALIGNMENT for last, begin in zip(ends, [*offsets[1:], end], strict=True))
-    assert lay_out(pair.slicings, []) == ([], 0)
