@@ -131,6 +131,8 @@ class Links:
         self._bundle = bundle
         self._links: dict[int, Link] = {}
         self._origins = itertools.count(1)
+        self._none = asyncio.Event()
+        self._none.set()
         self.lost = asyncio.Event()  # a link ended; whoever waits for it clears it
 
     def __len__(self) -> int:
@@ -161,11 +163,14 @@ class Links:
         link = Link(next(self._origins), websocket, half.outgoing, half.incoming)
         link.offer(wire.encoder.encode(greeting))
         self._links[link.origin] = link
+        self._none.clear()
         log.info("router %s linked", link.peer)
         try:
             await link.run(lambda _, frame: self._forward(link, frame, engine))
         finally:
             del self._links[link.origin]
+            if not self._links:
+                self._none.set()
             engine.tell(Drop(link.origin))
             self.lost.set()
             log.info("router %s unlinked", link.peer)
@@ -240,6 +245,11 @@ class Links:
     def close(self, code: int, reason: str) -> None:
         for link in self._links.values():
             link.end(code, reason)
+
+    async def closed(self) -> None:
+        """After :meth:`close`: what was offered before is sent, and why they end, or routers do not read."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._none.wait(), 2 * _CLOSE_WAIT_S)
 
 
 def _name(websocket: WebSocket) -> str:

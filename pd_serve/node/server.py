@@ -231,6 +231,7 @@ class Node:
             await self._serve(engine_end, stop)
         finally:
             self.links.close(codes.GOING_AWAY, "the node ends")
+            await self.links.closed()  # uvicorn would cut them off
             server.should_exit = True
             await self.engine.stop()
             await serving
