@@ -212,7 +212,20 @@ class EngineSettings(Guarded):
         unit="tokens",
         reason="Small blocks hit more prefixes, large ones travel in fewer pieces.",
     )
-    kv_cache_memory: int = setting(1 << 30, values.SIZE, "KV cache", "Memory for KV blocks of one node.")
+    kv_cache_memory: int = setting(
+        0,
+        values.SIZE,
+        "KV cache",
+        "Memory for KV blocks of one node.",
+        reason="0: 1GiB on a CPU; on a GPU what --gpu-memory-utilization leaves.",
+    )
+    gpu_memory_utilization: float = setting(
+        0.92,
+        decimal(0.01),
+        "KV cache",
+        "Share of a GPU's memory that an engine takes, all together, where kv_cache_memory is not given.",
+        reason="The rest is for what other processes take later.",
+    )
     prefix_caching: bool = setting(
         True, values.FLAG, "KV cache", "Keep the KV of finished requests for prompts that begin alike."
     )
@@ -280,6 +293,16 @@ class EngineSettings(Guarded):
     )
     cpus: tuple[int, ...] = setting(
         (), values.CORES, "Device", "Cores that engines are bound to, such as 0-3,8.", reason="Empty: not bound."
+    )
+    device: str = setting(
+        "cpu",
+        choice("cpu", "cuda"),
+        "Device",
+        "What engines compute on: this machine's cores, or the first GPU that they see.",
+        reason="CUDA_VISIBLE_DEVICES says which GPUs a process sees.",
+    )
+    enforce_eager: bool = setting(
+        False, values.FLAG, "Device", "On a GPU: launch every kernel, instead of replaying decode steps as CUDA graphs."
     )
     enable_cumem_allocator: bool | None = setting(
         None,
@@ -369,6 +392,11 @@ class EngineSettings(Guarded):
         if not text.strip():
             raise ConfigError(f"chat_template: {self.chat_template} is empty; leave it out to use the model's own")
         return text
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """0: what the device has left."""
+        return self.kv_cache_memory or (0 if self.device == "cuda" else 1 << 30)
 
     def nixl_backend_options(self) -> dict[str, str]:
         """``nixl_options`` by key. Raises ConfigError."""

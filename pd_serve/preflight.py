@@ -26,11 +26,16 @@ def check(settings: EngineSettings, *, nodes: int = 1) -> None:
             f"--transport {settings.transport} needs {library}, which is not installed: pip install "
             f"'pd-serve{'[ucx]' if library == 'ucxx' else ''}', or use --transport auto"
         )
-    wanted, present = settings.kv_cache_memory * nodes, memory_bytes()
+    if settings.device == "cuda":
+        if importlib.util.find_spec("triton") is None or importlib.util.find_spec("flashinfer") is None:
+            raise ConfigError("--device cuda needs triton and FlashInfer: pip install 'pd-serve[cuda]'")
+        return
+    each_bytes, present = settings.kv_cache_bytes, memory_bytes()
+    wanted = each_bytes * nodes
     if wanted > present:
-        each = f"{nodes} nodes with {readable_size(settings.kv_cache_memory)} each" if nodes > 1 else "it"
+        each = f"{nodes} nodes with {readable_size(each_bytes)} each" if nodes > 1 else "it"
         raise ConfigError(
-            f"--kv-cache-memory {readable_size(settings.kv_cache_memory)} is more than there is: {each} would need "
+            f"--kv-cache-memory {readable_size(each_bytes)} is more than there is: {each} would need "
             f"{readable_size(wanted)}, and this machine or container has {readable_size(present)}"
         )
 

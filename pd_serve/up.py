@@ -50,7 +50,7 @@ def run(config: UpConfig) -> int:
     config.api_keys()
     server_tls(config.ssl_certfile, config.ssl_keyfile)
     template = config.chat_template_text()
-    model = resolve(config.model, config.dtype, config.load_format)
+    model = resolve(config.model, config.dtype, config.load_format, device=config.device)
     config = replace(
         config,
         model=str(model.directory),

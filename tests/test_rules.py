@@ -49,7 +49,7 @@ _FURTHER = {
     "cli": {"bench", "doctor", "node", "router"},  # the commands
     "config": {"api.chat_template"},  # a template that a user gives is checked where settings are read
     "engine.__main__": {"decode", "prefill", "transfer"},  # gives it its abilities
-    "compute.backend": {"compute.cpu", "models"},  # chooses a device
+    "compute.backend": {"compute.cpu", "compute.cuda", "models"},  # chooses a device
     "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
     "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes

@@ -15,11 +15,15 @@ class Backend(Protocol):
     SATURATING_TOKENS: int  # in a step: from so many on, more of them cost in proportion
 
     def make_executor(self, config: EngineConfig, fit: Sizes, /) -> Executor[Any]:
-        """Allocates the KV cache; weights come with ``Executor.load``. Raises PDServeError."""
+        """Allocates the KV cache; weights come with ``Executor.load`` at the latest. Raises PDServeError."""
 
 
 def backend_for(config: EngineConfig) -> Backend:
-    """Engines compute on CPUs so far."""
-    from pd_serve.compute.cpu import backend
+    """What ``--device`` says. What it imports need not be installed elsewhere."""
+    if config.device == "cuda":
+        from pd_serve.compute.cuda import backend as cuda
 
-    return backend
+        return cuda
+    from pd_serve.compute.cpu import backend as cpu
+
+    return cpu

@@ -220,7 +220,7 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
 
     check_expandable_segments(on_gpu=memory.device is not None, cumem=bool(config.enable_cumem_allocator))
     model, layout = fit.model, fit.layout
-    counts = (fit.num_blocks,) * len(layout.groups)
+    counts = tuple(region.num_blocks for region in memory.regions[: len(layout.groups)])
     kv = KVManager(layout, counts, fit.max_model_len + 1, prefix_caching=config.prefix_caching)
     limits = Limits(
         max_num_seqs=config.max_num_seqs,

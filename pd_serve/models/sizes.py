@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Sizes:
     model: ModelConfig  # for sequences of that length
     layout: KVLayout
-    num_blocks: int  # of every layer group, the null block included
+    num_blocks: int  # of every layer group, the null block included; 0: what the device turns out to have room for
     max_model_len: int  # tokens
 
 
@@ -33,8 +33,10 @@ def sizes(settings: EngineSettings, directory: Path, template: str) -> Sizes:
     """
     model = ModelConfig.from_directory(directory, template)
     layout = KVLayout(settings.block_size, settings.dtype, model.layer_groups())
-    num_blocks = _num_blocks(layout, settings.kv_cache_memory)
-    max_model_len = _max_model_len(settings, model, (num_blocks - 1) * settings.block_size)
+    size = settings.kv_cache_bytes
+    num_blocks = _num_blocks(layout, size) if size else 0
+    capacity = (num_blocks - 1) * settings.block_size if size else model.max_model_len
+    max_model_len = _max_model_len(settings, model, capacity)
     return Sizes(model.for_length(max_model_len), layout, num_blocks, max_model_len)
 
 

@@ -19,8 +19,6 @@ from pd_serve.node.engine_process import EngineProcess
 from pd_serve.transfer.session.tls import Tls
 from pd_serve.trust import server_tls
 
-ENGINES_ON_GPU = False  # they compute on CPUs so far
-
 
 def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
@@ -31,7 +29,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
         config.check_door(config.peer_host, "peer_host")
     server_tls(config.ssl_certfile, config.ssl_keyfile)
     Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca)  # what the engine will do
-    model = resolve(config.model, config.dtype, config.load_format)
+    model = resolve(config.model, config.dtype, config.load_format, device=config.device)
     listener = listen(config.host, config.port)
     scheme = "https" if config.ssl_certfile else "http"
     url = config.advertise_url or f"{scheme}://{netloc(reachable_host(config.host), listener.getsockname()[1])}"
@@ -55,7 +53,7 @@ def make_engine_config(config: NodeConfig, model: ModelFiles, url: str, engine: 
         raise ConfigError(
             f"--cpus names cores that this process may not use: {sorted(missing)}, not of {sorted(allowed)}"
         )
-    memory = resolve_memory(config.enable_cumem_allocator, config.enable_sleep_mode, on_gpu=ENGINES_ON_GPU)
+    memory = resolve_memory(config.enable_cumem_allocator, config.enable_sleep_mode, on_gpu=config.device == "cuda")
     resolved = {
         "model": str(model.directory),
         "served_model_name": config.served_model_name or model.name,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from pd_serve.compute.cuda.sampler import Logprobs
 from pd_serve.compute.step import SAMPLING, PromptRows, Sampled, SamplingRow, Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.cuda_driver import CudaDriver
+from pd_serve.memory.device_pool import DevicePool
 from pd_serve.memory.gauge import DeviceGauge
 from pd_serve.memory.ledger import ACTIVATIONS, GRAPHS, LIBRARIES, Ledger
 from pd_serve.memory.pinned import should_pin_memory
@@ -47,13 +48,13 @@ _RESIZE_BYTES = 4 << 20  # what a pool may take beyond its blocks
 
 @dataclass(frozen=True)
 class Settings:
-    """``kv_cache_bytes``: None: what ``gpu_memory_utilization`` of the device leaves."""
+    """``num_blocks``: of each layer group, the null block included; 0: what ``gpu_memory_utilization`` leaves."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     enforce_eager: bool = False
-    kv_cache_bytes: int | None = None
+    num_blocks: int = 0
     gpu_memory_utilization: float = 0.92
     device: int = 0
 
@@ -87,16 +88,17 @@ class CudaExecutor:
         self._config, self._layout, self._settings = config, layout, settings
         self._read_weights = read_weights
         driver = CudaDriver()
-        self._gauge = DeviceGauge(driver, settings.device)
+        gauge = DeviceGauge(driver, settings.device)
         # what this process used already would count as others'
         used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        before = None if used else self._gauge.before_context()
+        before = None if used else gauge.before_context()
         driver.synchronize(settings.device)
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
-        self._ledger = Ledger(self._gauge.read, books=self._booked, before=before)
+        self._ledger = None if settings.num_blocks else Ledger(gauge.read, books=self._booked, before=before)
         self._start()
+        gauge.close()
 
     def _booked(self) -> int:
         """Bytes of the device that this process knows of."""
@@ -119,7 +121,7 @@ class CudaExecutor:
             ops.choose(dtype, self._device, log.info)
             torch.cuda.empty_cache()
         with self._phase("pool", KV_CACHE, booked=True):
-            self._pool = self._memory.kv_pool(self._layout, self._blocks(_FIRST_BLOCKS), max_blocks=self._most_blocks())
+            self._pool = self._make_pool()
         inputs = Inputs(limits.tokens, limits.seqs, len(self._layout.groups), self._device)
         regions = self._pool.reserved_tensors()
         paged = PagedAttention(self._layout, regions, group_shapes, inputs.slots, limits.seqs, limits.blocks)
@@ -132,37 +134,41 @@ class CudaExecutor:
                 self._runner.capture(ladder(settings.max_num_seqs), lambda size: log.debug("graph of %d rows", size))
         with self._phase("largest step again", ACTIVATIONS):
             self._run_largest()
-        with self._phase("KV cache", KV_CACHE, booked=True):
-            self._size_pool()
+        if self._ledger is not None:
+            with self._phase("KV cache", KV_CACHE, booked=True):
+                self._size_pool(self._ledger)
 
     @contextmanager
     def _phase(self, what: str, name: str, *, booked: bool = False) -> Iterator[None]:
+        """Counted where that decides the pool's size."""
         start = time.perf_counter()
-        with self._ledger.phase(name, booked=booked):
+        counted = self._ledger.phase(name, booked=booked) if self._ledger is not None else nullcontext()
+        with counted:
             yield
             torch.cuda.synchronize(self._device)
         log.info("%s: %.2f s", what, time.perf_counter() - start)
 
-    def _size_pool(self) -> None:
-        settings = self._settings
-        each = sum(self._layout.block_bytes(group) for group in range(len(self._layout.groups)))
+    def _make_pool(self) -> DevicePool:
+        """In its size, if that is given, else of a few blocks, at addresses where it can grow."""
+        if self._settings.num_blocks:
+            return self._memory.kv_pool(self._layout, self._blocks(self._settings.num_blocks))
+        most = torch.cuda.get_device_properties(self._device).total_memory // self._each_bytes
+        return self._memory.kv_pool(self._layout, self._blocks(_FIRST_BLOCKS), max_blocks=self._blocks(most))
+
+    @property
+    def _each_bytes(self) -> int:
+        """Of a block in each group."""
+        return sum(self._layout.block_bytes(group) for group in range(len(self._layout.groups)))
+
+    def _size_pool(self, ledger: Ledger) -> None:
+        settings, each = self._settings, self._each_bytes
         least = (self._layout.blocks_for(settings.max_model_len + 1) + 1) * each + _RESIZE_BYTES
-        if settings.kv_cache_bytes is not None:
-            plan = self._ledger.plan_exact(settings.kv_cache_bytes)
-            self.num_blocks = plan.kv_bytes // each
-        else:
-            plan = self._ledger.plan(settings.gpu_memory_utilization, least)
-            self.num_blocks = (plan.kv_bytes - _RESIZE_BYTES) // each
+        plan = ledger.plan(settings.gpu_memory_utilization, least)
         log.info("%s", plan.line(str(self._device)))
-        self._pool.resize(self._blocks(self.num_blocks))
+        self._pool.resize(self._blocks((plan.kv_bytes - _RESIZE_BYTES) // each))
 
     def _blocks(self, number: int) -> tuple[int, ...]:
         return (number,) * len(self._layout.groups)
-
-    def _most_blocks(self) -> tuple[int, ...]:
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        each = sum(self._layout.block_bytes(group) for group in range(len(self._layout.groups)))
-        return self._blocks(max(_FIRST_BLOCKS, total // each))
 
     def _run_largest(self) -> None:
         """The steps that need most: a chunk of all tokens, once with a prefix; all rows with log-probabilities."""
@@ -240,6 +246,11 @@ class CudaExecutor:
         """Done already."""
 
     @property
+    def num_blocks(self) -> int:
+        """Of each layer group."""
+        return self._pool.memory().regions[0].num_blocks
+
+    @property
     def asleep(self) -> list[str]:
         return self._memory.asleep
 
@@ -269,7 +280,6 @@ class CudaExecutor:
         torch.cuda.synchronize(self._device)
         self._runner.close()
         self._memory.close()
-        self._gauge.close()
 
 
 def _to_host(values: Logprobs) -> Logprobs:

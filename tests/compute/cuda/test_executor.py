@@ -118,7 +118,7 @@ def used_bytes() -> int:
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_the_cpus_texts(make: Make, directory: Path, enforce_eager: bool) -> None:
-    executor = make(enforce_eager=enforce_eager, kv_cache_bytes=64 * MIB)
+    executor = make(enforce_eager=enforce_eager, num_blocks=100)
     model = Model(directory, "float32")
     found = texts(executor)
     assert found == [model.expected(list(prompt)) for prompt in PROMPTS]
@@ -127,9 +127,7 @@ def test_the_cpus_texts(make: Make, directory: Path, enforce_eager: bool) -> Non
 
 @pytest.mark.timeout(300)
 def test_bfloat16_in_graphs_and_without(make: Make) -> None:
-    assert texts(make("bfloat16", kv_cache_bytes=64 * MIB)) == texts(
-        make("bfloat16", kv_cache_bytes=64 * MIB, enforce_eager=True)
-    )
+    assert texts(make("bfloat16", num_blocks=100)) == texts(make("bfloat16", num_blocks=100, enforce_eager=True))
 
 
 def test_the_pool_takes_what_is_left(make: Make) -> None:
@@ -144,7 +142,7 @@ def test_the_pool_takes_what_is_left(make: Make) -> None:
 
 @pytest.mark.timeout(200)
 def test_it_sleeps_and_wakes_with_its_graphs(make: Make) -> None:
-    executor = make("bfloat16", kv_cache_bytes=512 * MIB)
+    executor = make("bfloat16", num_blocks=30_000)
     before, addresses = texts(executor), [r.address for r in executor.memory()[0].regions]
     levels = []
     for level in (1, 2, 1, 2):

@@ -1,0 +1,44 @@
+"""An engine on one GPU (see :class:`pd_serve.compute.backend.Backend`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pd_serve.compute.cuda.executor import CudaExecutor, Settings
+from pd_serve.config import EngineConfig
+from pd_serve.errors import ConfigError
+from pd_serve.memory.switches import cumem_unavailable_because
+from pd_serve.models.decoder import Decoder, load_decoder
+from pd_serve.models.interface import Ops
+from pd_serve.models.sizes import Sizes
+
+# Up to here a matrix is read from memory for as long as it is multiplied with: 295 rows of bfloat16 on an H100.
+SATURATING_TOKENS = 512
+
+
+def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
+    """All of a start: weights, kernels, graphs, and then the KV cache."""
+
+    def read_weights(ops: Ops, device: str) -> Decoder:
+        return load_decoder(
+            Path(config.model),
+            fit.model,
+            config.dtype,
+            config.load_format,
+            ops=ops,
+            max_positions=fit.max_model_len + 1,
+            device=device,
+        )
+
+    if not config.enable_cumem_allocator:
+        because = cumem_unavailable_because() or "leave --no-enable-cumem-allocator out"
+        raise ConfigError(f"--device cuda needs the cumem allocator: {because}")
+    settings = Settings(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=fit.max_model_len,
+        enforce_eager=config.enforce_eager,
+        num_blocks=fit.num_blocks,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )
+    return CudaExecutor(fit.model, fit.layout, read_weights, settings)
