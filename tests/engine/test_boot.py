@@ -53,10 +53,11 @@ class Start:
 
     def make_executor(self, config: EngineConfig, fit: Sizes) -> Start:
         self.note("executor")
+        self.regions = [SimpleNamespace(num_blocks=fit.num_blocks)] * len(fit.layout.groups)
         return self
 
     def memory(self) -> list[Any]:
-        return [SimpleNamespace(device=None)]
+        return [SimpleNamespace(device=None, regions=self.regions)]
 
     def load(self) -> None:
         self.note("load")
