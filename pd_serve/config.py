@@ -299,7 +299,7 @@ class EngineSettings(Guarded):
         choice("cpu", "cuda"),
         "Device",
         "What engines compute on: this machine's cores, or the first GPU that they see.",
-        reason="CUDA_VISIBLE_DEVICES says which GPUs a process sees.",
+        reason="CUDA_VISIBLE_DEVICES says which GPUs a process sees; `up` gives each node one of them.",
     )
     enforce_eager: bool = setting(
         False, values.FLAG, "Device", "On a GPU: launch every kernel, instead of replaying decode steps as CUDA graphs."

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 from pd_serve.config import CACHE_VARIABLE, PREFIX
@@ -28,14 +29,20 @@ _COLOURS = (36, 33, 32, 35, 34, 31)
 
 
 class Supervised:
-    """While it starts, its output is kept, so that a start is a table and not a wall of text; see ``stream``."""
+    """While it starts, its output is kept, so that a start is a table and not a wall of text; see ``stream``.
 
-    def __init__(self, name: str, role: str, url: str, settings_file: Path) -> None:
+    ``environ``: variables that it gets beside this process's.
+    """
+
+    def __init__(
+        self, name: str, role: str, url: str, settings_file: Path, environ: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.role = role
         self.url = url
         self.has_served = False  # once it has, its end is no failure to start
         self._command = [sys.executable, "-m", "pd_serve.cli", role, "--config", str(settings_file)]
+        self._environ = environ or {}
         self._child: Child | None = None
         self._kept: deque[str] = deque(maxlen=_KEPT_LINES)
         self._partial = b""
@@ -58,7 +65,7 @@ class Supervised:
         environ = {
             name: value for name, value in os.environ.items() if not name.startswith(PREFIX) or name == CACHE_VARIABLE
         }
-        self._child = Child(self._command, environ=environ, capture=True)
+        self._child = Child(self._command, environ=environ | dict(self._environ), capture=True)
         os.set_blocking(self._child.stdout, False)
         asyncio.get_running_loop().add_reader(self._child.stdout, self._read, self._child.stdout)
 

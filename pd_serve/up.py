@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pd_serve import config as settings
 from pd_serve import logs, preflight
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
+from pd_serve.memory.visible import VARIABLE, deal_gpus
 from pd_serve.models.sizes import sizes
 from pd_serve.models.source import resolve
 from pd_serve.net import listen, netloc
@@ -60,12 +61,12 @@ def run(config: UpConfig) -> int:
     )
     sizes(config, model.directory, template)  # what cannot be is said before anything starts
     with tempfile.TemporaryDirectory(prefix="pd-serve-up-") as directory:
-        processes = [Supervised(name, role, url, path) for name, role, url, path in _plan(config, Path(directory))]
+        processes = _plan(config, Path(directory))
         return asyncio.run(Up(config, processes, started_s).run())
 
 
-def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]:
-    """Name, command, URL and settings file of each process. Raises ConfigError when the port is taken."""
+def _plan(config: UpConfig, directory: Path) -> list[Supervised]:
+    """All processes, the router first. Raises ConfigError when the port is taken, or GPUs are too few."""
     listen(config.host, config.port).close()
     if (admin := config.admin_address()) is not None:
         listen(*admin, "--admin-host or --admin-port").close()
@@ -73,6 +74,7 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
     counts = config.counts()
     roles = [(role, index) for role, number in counts.items() for index in range(number)]
     count = len(roles)
+    gpus = deal_gpus(count, may_share=config.kv_cache_memory > 0) if config.device == "cuda" else []
     cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
     ports = _free_ports(count)
     urls = tuple(f"http://{netloc(_LOCAL, port)}" for port in ports)
@@ -88,7 +90,7 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
         min_prefill=min(1, counts["prefill"] + counts["both"]),
         min_decode=1,
     )
-    plan = [("router", "router", url, _write(directory, "router", "router", routers))]
+    plan = [Supervised("router", "router", url, _write(directory, "router", "router", routers))]
     shared = values_of(config, settings.EngineSettings) | secret
     shared |= {"ssl_certfile": "", "ssl_keyfile": "", "ssl_ca": ""}  # nodes are on this machine alone
     for number, (role, index) in enumerate(roles):
@@ -107,7 +109,9 @@ def _plan(config: UpConfig, directory: Path) -> list[tuple[str, str, str, Path]]
         )
         name = f"{role}-{index}"
         command = "node" if role == "both" else role
-        plan.append((name, command, f"http://{node.host}:{node.port}", _write(directory, name, command, node)))
+        path = _write(directory, name, command, node)
+        environ = {VARIABLE: gpus[number]} if gpus else {}
+        plan.append(Supervised(name, command, f"http://{node.host}:{node.port}", path, environ))
     return plan
 
 

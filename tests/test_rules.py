@@ -53,7 +53,7 @@ _FURTHER = {
     "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
     "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
-    "up": {"models.sizes", "models.source", "wire.model"},  # the same, for one machine
+    "up": {"memory.visible", "models.sizes", "models.source", "wire.model"},  # the same, for one machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other
 }
 

@@ -158,7 +158,9 @@ class Ledger:
         if not 0 < utilization <= 1:
             raise ConfigError(f"--gpu-memory-utilization {utilization:g} is not above 0 and at most 1")
         total, fixed = self._last.total, self._fixed
-        plan = self._planned(utilization, int(utilization * total) - fixed)
+        phases = {name: size for name, size in self._phases.items() if name != KV_CACHE}
+        room = self._last.free + self._phases.get(KV_CACHE, 0) - SPARE_BYTES
+        plan = Plan(total, utilization, phases, int(utilization * total) - fixed, room)
         least = math.ceil((fixed + least_bytes) / total * 100) / 100
         most = math.floor((fixed + plan.room) / total * 100) / 100
         taken = ", ".join(f"{name} {readable_size(size)}" for name, size in plan.phases.items())
@@ -182,21 +184,6 @@ class Ledger:
                 f"set --gpu-memory-utilization {most:g}"
             )
         return plan
-
-    def plan_exact(self, kv_bytes: int) -> Plan:
-        """For a KV cache of a given size. Raises ConfigError where there is no memory for it."""
-        plan = self._planned((self._fixed + kv_bytes) / self._last.total, kv_bytes)
-        if kv_bytes > plan.room:
-            raise ConfigError(
-                f"--kv-cache-memory {readable_size(kv_bytes)} is more than the {readable_size(max(0, plan.room))} "
-                f"that the GPU has left: lower it, or end what else runs on the GPU"
-            )
-        return plan
-
-    def _planned(self, utilization: float, kv_bytes: int) -> Plan:
-        phases = {name: size for name, size in self._phases.items() if name != KV_CACHE}
-        room = self._last.free + self._phases.get(KV_CACHE, 0) - SPARE_BYTES
-        return Plan(self._last.total, utilization, phases, kv_bytes, room)
 
     @property
     def _fixed(self) -> int:

@@ -131,13 +131,6 @@ def test_where_no_utilisation_helps() -> None:
             ledger.plan(utilization)
 
 
-def test_an_exact_size() -> None:
-    ledger = started(Device())
-    assert ledger.plan_exact(20 * GIB).utilization == pytest.approx(38.5 / 80)
-    with pytest.raises(ConfigError, match=r"--kv-cache-memory 70GiB is more than the 61.\dGiB"):
-        ledger.plan_exact(70 * GIB)
-
-
 @pytest.mark.parametrize(("change", "word"), [(GIB, "took 1GiB"), (-GIB, "returned 1GiB")])
 def test_others_that_change_are_noticed_by_process(change: int, word: str) -> None:
     device = Device(others=4 * GIB)

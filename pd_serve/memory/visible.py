@@ -1,0 +1,43 @@
+"""The GPUs that a process may use, and which of them each node of one machine gets. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from pd_serve.errors import ConfigError
+from pd_serve.memory.cuda_driver import CudaDriver, reason
+from pd_serve.memory.driver import DriverError
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def count_gpus() -> int:
+    """How many the driver lets this process see. Raises ConfigError where there is no driver, or none."""
+    try:
+        count = CudaDriver().device_count()
+    except DriverError as error:
+        raise ConfigError(f"--device cuda: {reason(error)}") from error
+    if not count:
+        raise ConfigError(f"--device cuda: no GPU is visible: check nvidia-smi and {VARIABLE}")
+    return count
+
+
+def deal_gpus(
+    nodes: int, *, may_share: bool, count: Callable[[], int] = count_gpus, environ: Mapping[str, str] | None = None
+) -> list[str]:
+    """For each node what its ``CUDA_VISIBLE_DEVICES`` is to be: one GPU, by turns.
+
+    ``may_share``: the KV cache has a size that was given. Else every engine takes what is left of its GPU, and two that
+    start on one at the same time would count each other's memory. Raises ConfigError.
+    """
+    seen = count()
+    if nodes > seen and not may_share:
+        raise ConfigError(
+            f"{nodes} nodes and {seen} GPU{'s' * (seen > 1)}: start as many nodes as there are GPUs (--both "
+            f"{seen} starts nodes that prefill and decode), or say what each takes with --kv-cache-memory"
+        )
+    # CUDA numbers them by this variable's order, and ends at a name that it does not know
+    named = (os.environ if environ is None else environ).get(VARIABLE, "").split(",")
+    names = named if len(named) >= seen and named[0] else [str(number) for number in range(seen)]
+    return [names[number % seen].strip() for number in range(nodes)]
