@@ -7,20 +7,16 @@ nobody's number, and uvicorn has no setting for either: strangers who say nothin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
 
-import uvicorn
-
 from pd_serve.http import Bounds
 
 log = logging.getLogger(__name__)
 
-_DATE_S = 1.0  # between two looks at the clock, for the Date header
 _FAREWELL_S = 1.0  # for a client that keeps an idle connection open: it need not notice that we end it
 _PAUSE_S = 0.1  # after an accept that failed, as it does when files run out
 _MOST_AT_ONCE = 64  # accepted in a row, before others have their turn
@@ -100,47 +96,3 @@ class TlsListener:
         elif (error := handshake.exception()) is not None:
             accepted.close()
             log.log(logging.DEBUG if isinstance(error, OSError) else logging.ERROR, "a TLS handshake failed: %r", error)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's, but for how it accepts TLS connections, and how it waits for its end."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        self._exits = False
-        self._exit = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        super().__init__(config)
-
-    @property
-    def should_exit(self) -> bool:
-        return self._exits
-
-    @should_exit.setter
-    def should_exit(self, exits: bool) -> None:
-        self._exits = exits
-        if exits and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._exit.set)
-
-    async def main_loop(self) -> None:
-        """uvicorn's wakes up ten times a second, which was most of what an idle node cost. This wakes for the date."""
-        self._loop = asyncio.get_running_loop()
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DATE_S):
-                    await self._exit.wait()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.config.ssl is None:
-            await super().startup(sockets)
-            return
-        await super().startup([])
-        http = self.config.http_protocol_class
-
-        def make_protocol() -> asyncio.Protocol:
-            return http(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
-
-        connections = self.server_state.connections
-        self.servers = [
-            TlsListener(listener, self.config.ssl, make_protocol, http.bounds, lambda: len(connections))  # type: ignore[attr-defined, misc]
-            for listener in sockets or ()
-        ]

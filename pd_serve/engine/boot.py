@@ -60,7 +60,7 @@ class Parts:
     memory: PoolMemory
 
     def lanes(self) -> Lanes:
-        """What the role's transfer thread will start."""
+        """What the role's transfer thread will start. A decode node may take another role later (docs/api.md, Role)."""
         from pd_serve.transfer.choice import lanes_for
 
         config = self.config

@@ -25,6 +25,7 @@ from pd_serve.auth import admin_token
 from pd_serve.config import EngineConfig
 from pd_serve.errors import PDServeError
 from pd_serve.http import bounded
+from pd_serve.http_server import Server
 from pd_serve.node import links as codes
 from pd_serve.node.app import build
 from pd_serve.node.engine_process import EngineProcess
@@ -32,7 +33,6 @@ from pd_serve.node.links import Links
 from pd_serve.node.role import Switch
 from pd_serve.node.sleep import Sleep, State
 from pd_serve.node.websocket import LinkProtocol
-from pd_serve.tls_listener import Server
 from pd_serve.trust import is_loopback
 from pd_serve.wire.link import LINK_VERSION, MAX_FRAME_BYTES, Hello, Load, ModelInfo, Status
 from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash

@@ -45,8 +45,8 @@ def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
     import uvicorn
 
     from pd_serve.http import bounded
+    from pd_serve.http_server import Server
     from pd_serve.router.app import Router, create_app
-    from pd_serve.tls_listener import Server
 
     app = create_app(settings)
     router: Router = app.state.router

@@ -205,6 +205,6 @@ ToSource = Hello | Proof | Introduction | Refused | LaneMessage | Chosen | Claim
 ToReader = Challenge | Welcome | Refused | LaneMessage | Ready | HeartbeatAck | Released | Cancel | Bye
 
 encoder = msgspec.msgpack.Encoder()
-decode_to_prefill = msgspec.msgpack.Decoder(ToSource).decode
-decode_to_decode = msgspec.msgpack.Decoder(ToReader).decode
+decode_to_source = msgspec.msgpack.Decoder(ToSource).decode
+decode_to_reader = msgspec.msgpack.Decoder(ToReader).decode
 decode_version = msgspec.msgpack.Decoder(Version).decode

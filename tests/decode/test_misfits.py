@@ -230,7 +230,7 @@ def test_a_stranger_that_is_dialled_hears_a_nonce_and_no_more(clock: Clock, secr
     with socket.create_server(("127.0.0.1", 0)) as server:
         d.inbox.connect(Source("P", "e", (f"tcp://127.0.0.1:{server.getsockname()[1]}",)))
         stranger = Frames(server.accept()[0])
-    hello = wire.decode_to_prefill(stranger.receive())
+    hello = wire.decode_to_source(stranger.receive())
     assert isinstance(hello, wire.Hello) and len(wire.encoder.encode(hello)) < 100
     d.close()
     with pytest.raises(EOFError):
@@ -254,15 +254,15 @@ def test_a_message_put_in_on_its_way_ends_the_session(clock: Clock, caplog: pyte
         d.inbox.expect("k", Source("P", "e", (f"tcp://127.0.0.1:{server.getsockname()[1]}",)))
         source = Frames(server.accept()[0])
     frame = source.receive()
-    hello = wire.decode_to_prefill(frame)
+    hello = wire.decode_to_source(frame)
     assert isinstance(hello, wire.Hello)
     reception = Reception(identity("P", SMALL, secret=b"s3cret"), hello, frame)
     source.send(wire.encoder.encode(reception.challenge))
-    proof = wire.decode_to_prefill(source.receive())
+    proof = wire.decode_to_source(source.receive())
     assert isinstance(proof, wire.Proof)
     reception.check(proof)
     source.seal(reception)
-    assert isinstance(wire.decode_to_prefill(source.receive()), wire.Introduction)  # sealed
+    assert isinstance(wire.decode_to_source(source.receive()), wire.Introduction)  # sealed
     source.outgoing = Seal()
     source.send(wire.encoder.encode(wire.Bye("e")) + os.urandom(16))
     failed = d.wait("k", Failed)

@@ -81,7 +81,7 @@ class Scripted:
                 peer.close()
                 peer = None
                 continue
-            message = wire.decode_to_prefill(frame)
+            message = wire.decode_to_source(frame)
             self.heard.append(message)
             for early in self.before.get(type(message), []):
                 self.say(early)

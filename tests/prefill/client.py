@@ -32,7 +32,7 @@ class Client:
 
     def hear(self) -> wire.ToReader:
         assert self.socket.poll(5), "no answer"
-        return wire.decode_to_decode(self.socket.receive())
+        return wire.decode_to_reader(self.socket.receive())
 
     def greet(self) -> wire.ToReader:
         """A whole handshake; what ends it."""

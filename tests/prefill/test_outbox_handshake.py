@@ -141,7 +141,7 @@ def test_nothing_is_said_before_the_secret_is_proved(clock: Clock, caplog: pytes
 
 
 def said(client: Client, challenge: wire.Challenge) -> tuple[bytes, ...]:
-    hello = wire.decode_to_prefill(client.greeting.hello)
+    hello = wire.decode_to_source(client.greeting.hello)
     assert isinstance(hello, wire.Hello)
     return handshake.said(hello.nonce, challenge.nonce, client.greeting.hello, challenge.protocol)
 

@@ -33,8 +33,8 @@ def test_a_message_is_encoded_as_ever(name: str) -> None:
         (link, "FromNode", "decode_from_node"),
         (engine, "ToEngine", "decode_to_engine"),
         (engine, "FromEngine", "decode_from_engine"),
-        (peer, "ToSource", "decode_to_prefill"),
-        (peer, "ToReader", "decode_to_decode"),
+        (peer, "ToSource", "decode_to_source"),
+        (peer, "ToReader", "decode_to_reader"),
     ],
 )
 def test_who_hears_it_knows_which_it_is(module: ModuleType, union: str, decoder: str) -> None:

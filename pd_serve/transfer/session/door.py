@@ -223,7 +223,7 @@ class Door:
     def _decode(self, holder: Holder, frame: bytes) -> wire.ToSource | None:
         """A message; None for the ``Hello`` of another protocol, which is answered here."""
         try:
-            message: wire.ToSource = wire.decode_to_prefill(frame)
+            message: wire.ToSource = wire.decode_to_source(frame)
             return message
         except msgspec.DecodeError:
             if holder in self.sessions:

@@ -293,7 +293,7 @@ class SourcePeer:
                 self.lose(FailureKind.CONNECT, "what answers there does not speak this protocol")
                 return
             try:
-                message = wire.decode_to_decode(frame)
+                message = wire.decode_to_reader(frame)
             except msgspec.DecodeError as error:
                 self._counters["garbage_frames"] += 1
                 log.debug("dropped a frame of %s: %s", self.address, error)

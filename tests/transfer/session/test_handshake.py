@@ -35,7 +35,7 @@ class Two:
     def __init__(self, p: Identity | None = None, d: Identity | None = None) -> None:
         self.p, self.d = p or node("P"), d or node("D")
         self.greeting = Greeting(self.d, regions(self.d.layout), {"nixl": b"d"})
-        hello = wire.decode_to_prefill(self.greeting.hello)
+        hello = wire.decode_to_source(self.greeting.hello)
         assert isinstance(hello, wire.Hello)
         self.reception = Reception(self.p, hello, self.greeting.hello)
 
@@ -183,7 +183,7 @@ def test_a_source_that_makes_no_sense(change: dict[str, object]) -> None:
     two = Two()
     two.prove()
     fields = msgspec.msgpack.decode(wire.encoder.encode(two.welcome()))
-    welcome = wire.decode_to_decode(msgspec.msgpack.encode({**fields, **change}))
+    welcome = wire.decode_to_reader(msgspec.msgpack.encode({**fields, **change}))
     assert isinstance(welcome, wire.Welcome)
     with pytest.raises(HandshakeError, match="the same version on both nodes"):
         two.greeting.accept(welcome)
@@ -195,7 +195,7 @@ def test_a_welcome_that_cannot_be_read(change: dict[str, object]) -> None:
     two.prove()
     fields = msgspec.msgpack.decode(wire.encoder.encode(two.welcome()))
     with pytest.raises(msgspec.DecodeError):
-        wire.decode_to_decode(msgspec.msgpack.encode({**fields, **change}))
+        wire.decode_to_reader(msgspec.msgpack.encode({**fields, **change}))
 
 
 numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.integers(-4, 64)
@@ -231,7 +231,7 @@ def test_whatever_a_reader_says_is_refused_or_fits(layout: KVLayout, said: tuple
 
 @given(st.binary(max_size=200))
 def test_garbage_is_a_decode_error(frame: bytes) -> None:
-    for decode in (wire.decode_to_prefill, wire.decode_to_decode, wire.decode_version):
+    for decode in (wire.decode_to_source, wire.decode_to_reader, wire.decode_version):
         try:
             decode(frame)
         except msgspec.DecodeError:

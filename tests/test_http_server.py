@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from pd_serve import tls_listener
+from pd_serve import http_server
 from pd_serve.config import RouterConfig
 from pd_serve.http import bounded
-from pd_serve.tls_listener import Server
+from pd_serve.http_server import Server
 from tests.certificates import make_certificate
 
 pytestmark = pytest.mark.timeout(30)
@@ -113,7 +113,7 @@ def test_idle_clients_do_not_hold_up_the_end_of_a_server(listening: Listening) -
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_server_sleeps_until_it_is_to_end(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_listener, "_DATE_S", 3600.0)
+    monkeypatch.setattr(http_server, "_DATE_S", 3600.0)
     server = Server(uvicorn.Config(app, loop=loop, lifespan="off", log_config=None))  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
