@@ -187,7 +187,7 @@ def bench_attention(rate: float) -> None:
         prefill.prepare(
             torch.tensor([0, new], dtype=torch.int32), torch.tensor([new + prefix], dtype=torch.int32), tables
         )
-        us = graph_us(lambda: [prefill.run(q, k, v, pool[:, i, 0], pool[:, i, 1], out) for i in range(layers)])  # noqa: B023
+        us = graph_us(lambda: [prefill.run(q, (k, v), pool[:, i, 0], pool[:, i, 1], out) for i in range(layers)])  # noqa: B023
         tflops = 4 * Q_HEADS * DIM * new * (prefix + new / 2) * layers / us / 1e6
         result(f"prefill new={new} prefix={prefix} us={us / layers:.1f} TFLOP/s={tflops:.0f}")
 

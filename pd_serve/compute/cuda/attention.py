@@ -308,18 +308,21 @@ class PlannedDecode:
         self._copied.record()
 
 
+KeysValues = tuple[Tensor, Tensor]  # [T, Hkv, D] each
+
+
 class Prefill(Protocol):
     """Attention of chunks of prompts, whose K and V are in the pool already."""
 
-    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
         """All int32, on the host: ``query_start [B + 1]``, first rows; ``lens [B]``, tokens, new ones included;
-        ``tables [B, blocks]``.
+        ``tables [B, blocks]``. ``pool_only``: :meth:`run` gets no K and V but the pool's.
         """
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        """``q``, ``out [T, Hq, D]``; ``k``, ``v [T, Hkv, D]``, the chunks' own; the caches as in :class:`Decode`.
+    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """``q``, ``out [T, Hq, D]``; ``own``: the chunks' own; the caches as in :class:`Decode`.
 
-        Rows of ``q``, ``k`` and ``v`` may be apart.
+        Rows of ``q`` and ``own`` may be apart.
         """
 
 
@@ -338,10 +341,10 @@ class PlainPrefill:
         self._device = device
         self._rows: PlainRows | None = None
 
-    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
         self._rows = PlainRows.of_chunks(query_start, lens, tables, self._device)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
         assert self._rows is not None  # prepared
         attend(self._shape, q, k_cache, v_cache, out, self._rows)
 
@@ -349,7 +352,7 @@ class PlainPrefill:
 class FlashPrefill:
     """By FlashInfer.
 
-    Chunks without a prefix read their own K and V, which are contiguous. Others read all from the pool: on an H100 to
+    Chunks without a prefix read their own K and V, where they are given. Others read all from the pool: on an H100 to
     read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md).
     """
 
@@ -363,13 +366,13 @@ class FlashPrefill:
         self._own = False
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor) -> None:
+    def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
         s = self._shape
         common = {
             "causal": True, "sm_scale": s.scale, "window_left": s.window_left, "logits_soft_cap": s.soft_cap,
             "q_data_type": s.dtype, "kv_data_type": s.dtype,
         }  # fmt: skip
-        self._own = torch.equal(query_start.diff(), lens)
+        self._own = not pool_only and torch.equal(query_start.diff(), lens)
         self._copied.synchronize()  # as in PlannedDecode
         if self._own:
             self._ragged.plan(query_start, query_start, s.num_heads, s.num_kv_heads, s.head_dim, **common)
@@ -380,9 +383,9 @@ class FlashPrefill:
             )
         self._copied.record()
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        if self._own:
-            self._ragged.run(q, k, v, out=out)
+    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        if self._own and own is not None:
+            self._ragged.run(q, *own, out=out)
         else:
             self._paged.run(q, (k_cache, v_cache), out=out)
 

@@ -21,6 +21,7 @@ from pd_serve.compute.cuda import attention
 from pd_serve.compute.cuda.inputs import Inputs
 from pd_serve.compute.cuda.ops import CudaOps
 from pd_serve.compute.cuda.paged import PagedAttention, shapes
+from pd_serve.compute.cuda.pieces import piece_sizes
 from pd_serve.compute.cuda.runner import Limits, Runner, ladder
 from pd_serve.compute.cuda.sampler import Logprobs
 from pd_serve.compute.step import SAMPLING, PromptRows, Sampled, SamplingRow, Step
@@ -131,7 +132,8 @@ class CudaExecutor:
             torch.cuda.empty_cache()
         if not settings.enforce_eager:
             with self._phase("graphs", GRAPHS):
-                self._runner.capture(ladder(settings.max_num_seqs), lambda size: log.debug("graph of %d rows", size))
+                sizes, pieces = ladder(settings.max_num_seqs), piece_sizes(settings.max_num_batched_tokens)
+                self._runner.capture(sizes, pieces, lambda size: log.debug("graphs of %d rows", size))
         with self._phase("largest step again", ACTIVATIONS):
             self._run_largest()
         if self._ledger is not None:

@@ -45,39 +45,46 @@ class Staging:
         ]
         self._left = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
-    def fill(self, step: Step, size: int) -> None:
-        """``size``: rows of the graph that will be replayed, those beyond the step's being nobody's; 0: none will."""
+    def fill(self, step: Step, seqs: int = 0, tokens: int = 0) -> None:
+        """``seqs``, ``tokens``: of the graphs that will be replayed; what they have beyond the step's is nobody's."""
         if self._left is not None:
             self._left.synchronize()
-        tokens, seqs, inputs = step.num_tokens, step.num_seqs, self.inputs
-        inputs.tokens.numpy()[:tokens] = step.tokens
-        inputs.positions.numpy()[:tokens] = step.positions
-        inputs.logits_rows.numpy()[: len(step.logits_rows)] = step.logits_rows
+        used_tokens, used_seqs, inputs = step.num_tokens, step.num_seqs, self.inputs
+        inputs.tokens.numpy()[:used_tokens] = step.tokens
+        inputs.positions.numpy()[:used_tokens] = step.positions
         inputs.sampled_rows.numpy()[: len(step.sampled_rows)] = step.sampled_rows
-        picks = inputs.picks.numpy()
+        picks, logits_rows = inputs.picks.numpy(), inputs.logits_rows.numpy()
+        rows = min(tokens, len(picks))
         picks[: len(step.from_samples)] = step.from_samples
-        picks[len(step.from_samples) : max(size, step.num_decode)] = -1
-        self.lens.numpy()[:seqs] = step.seq_lens
+        picks[len(step.from_samples) : max(rows, step.num_decode)] = -1
+        logits_rows[: len(step.logits_rows)] = step.logits_rows
+        logits_rows[len(step.logits_rows) : rows] = 0
+        self.lens.numpy()[:used_seqs] = step.seq_lens
         for slots, staged in zip(step.slots, inputs.slots, strict=True):
-            staged.numpy()[:tokens] = slots
+            staged.numpy()[:used_tokens] = slots
         for table, whole in zip(step.block_tables, self.tables, strict=True):
-            whole.numpy()[:seqs, : table.shape[1]] = table
-        self.rows.fill(step.sampling, max(size, len(step.sampling)))
-        if size > seqs:
-            self._fill_up(seqs, size)
+            whole.numpy()[:used_seqs, : table.shape[1]] = table
+        self.rows.fill(step.sampling, max(seqs, len(step.sampling)))
+        self._fill_up_tokens(used_tokens, tokens)
+        self._fill_up_seqs(used_seqs, seqs)
 
     def leaves(self) -> None:
         """All copies of it are queued on the current stream."""
         if self._left is not None:
             self._left.record()
 
-    def _fill_up(self, used: int, size: int) -> None:
-        """Rows of a graph that nobody has: they read block 0 and store nothing."""
-        inputs = self.inputs
-        for array in (inputs.tokens, inputs.positions):
-            array[used:size] = 0
-        for slots in inputs.slots:
-            slots[used:size] = -1
-        for table in self.tables:
-            table[used:size, 0] = 0
-        self.lens[used:size] = 1
+    def _fill_up_tokens(self, used: int, size: int) -> None:
+        """Stored nowhere."""
+        if size > used:
+            inputs = self.inputs
+            for array in (inputs.tokens, inputs.positions):
+                array[used:size] = 0
+            for slots in inputs.slots:
+                slots[used:size] = -1
+
+    def _fill_up_seqs(self, used: int, size: int) -> None:
+        """They read block 0."""
+        if size > used:
+            for table in self.tables:
+                table[used:size, 0] = 0
+            self.lens[used:size] = 1

@@ -6,15 +6,25 @@ Owned by the runner, which prepares each step. Decodes come first, then chunks o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda import kernels
-from pd_serve.compute.cuda.attention import AttentionShape, Decode, Prefill, Workspaces, make_decode, make_prefill
+from pd_serve.compute.cuda.attention import (
+    AttentionShape,
+    Decode,
+    KeysValues,
+    Prefill,
+    Workspaces,
+    make_decode,
+    make_prefill,
+)
 from pd_serve.compute.cuda.inputs import Staging
+from pd_serve.compute.cuda.pieces import Pieces
 from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
@@ -23,6 +33,7 @@ from pd_serve.models.interface import HeadTransform
 
 @dataclass(frozen=True)
 class _Group:
+    shape: AttentionShape
     decode: Decode
     prefill: Prefill
     slots: Tensor  # [max tokens] int64, on the device
@@ -57,18 +68,21 @@ class PagedAttention:
         device = regions[0].device
         workspaces = Workspaces(device)
         self._groups = [
-            _Group(make_decode(s, max_seqs, max_blocks, device, workspaces), make_prefill(s, device, workspaces), at)
+            _Group(s, make_decode(s, max_seqs, max_blocks, device, workspaces), make_prefill(s, device, workspaces), at)
             for s, at in zip(group_shapes, slots, strict=True)
         ]
-        self._places: dict[int, tuple[_Group, Tensor, Tensor]] = {}
+        self._places: dict[int, tuple[_Group, Tensor, Tensor]] = {}  # of a layer: its group, K and V in the pool
         for number, group in enumerate(layout.groups):
             pool = regions[number].view(group_shapes[number].dtype).view(-1, *layout.block_shape(number))
             for i, layer in enumerate(group.layers):
                 self._places[layer] = self._groups[number], pool[:, i, 0], pool[:, i, 1]
         self._num_decode = 0
+        self._pieces: Pieces | None = None  # that are being recorded
+        # between pieces: q, and the result, [rows, Hq, D] of as many rows as any has
+        self._q = self._out = torch.empty(0, dtype=group_shapes[0].dtype, device=device)
 
-    def prepare(self, step: Step, staged: Staging) -> None:
-        """For a step without a graph."""
+    def prepare(self, step: Step, staged: Staging, *, pieces: bool = False) -> None:
+        """For a step without a graph; ``pieces``: with graphs between its attention, which :meth:`attend` computes."""
         decodes, seqs = step.num_decode, step.num_seqs
         self._num_decode = decodes
         starts = torch.from_numpy(step.query_start[decodes:] - step.query_start[decodes])
@@ -76,7 +90,8 @@ class PagedAttention:
             if decodes:
                 group.decode.prepare(tables[:decodes], staged.lens[:decodes])
             if decodes < seqs:
-                group.prefill.prepare(starts, staged.lens[decodes:seqs], tables[decodes:seqs])
+                lens = staged.lens[decodes:seqs]
+                group.prefill.prepare(starts, lens, tables[decodes:seqs], pool_only=pieces)
 
     def begin_capture(self, sizes: Sequence[int]) -> None:
         """Before graphs of these numbers of decodes are captured."""
@@ -94,19 +109,52 @@ class PagedAttention:
         for group, tables in zip(self._groups, staged.tables, strict=True):
             group.decode.replay(size, tables[:size], staged.lens[:size])
 
+    @contextmanager
+    def recording(self, pieces: Pieces, tokens: int) -> Iterator[None]:
+        """Calls within store K and V and cut ``pieces``, of so many tokens. Larger ones must come first."""
+        width = max(group.shape.num_heads * group.shape.head_dim for group in self._groups)
+        if len(self._q) < tokens:
+            self._q, self._out = (self._q.new_zeros((tokens, width)) for _ in range(2))
+        self._pieces = pieces
+        try:
+            yield
+        finally:
+            self._pieces = None
+
+    def attend(self, layer: int, rows: int) -> None:
+        """Between pieces, of a step that was prepared for it: of its first ``rows`` rows; others belong to nobody."""
+        shape = self._places[layer][0].shape
+        q, out = (self._between(buffer, rows, shape) for buffer in (self._q, self._out))
+        self._attend(layer, q, None, out)
+
+    def _between(self, buffer: Tensor, rows: int, shape: AttentionShape) -> Tensor:
+        return buffer.view(-1)[: rows * shape.num_heads * shape.head_dim].view(rows, shape.num_heads, shape.head_dim)
+
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, transform: HeadTransform
     ) -> Tensor:
         """See :class:`pd_serve.models.interface.Attention`."""
         group, k_cache, v_cache = self._places[layer]
-        rows, decodes = len(q), self._num_decode
-        turned, out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+        rows = len(q)
+        if self._pieces is None:
+            turned, out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+        else:
+            turned, out = (self._between(buffer, rows, group.shape) for buffer in (self._q, self._out))
         kernels.rotate_and_store(
             q, k, v, positions, transform.cos_sin, group.slots[:rows], k_cache, v_cache,
             q_norm=transform.q_norm, k_norm=transform.k_norm, eps=transform.eps, q_out=turned,
         )  # fmt: skip
-        if decodes:
-            group.decode.run(turned[:decodes], k_cache, v_cache, out[:decodes])
-        if decodes < rows:
-            group.prefill.run(turned[decodes:], k[decodes:], v[decodes:], k_cache, v_cache, out[decodes:])
+        if self._pieces is None:
+            self._attend(layer, turned, (k, v), out)
+        else:
+            self._pieces.cut(layer)
         return out.view(rows, -1)
+
+    def _attend(self, layer: int, q: Tensor, own: KeysValues | None, out: Tensor) -> None:
+        group, k_cache, v_cache = self._places[layer]
+        decodes = self._num_decode
+        if decodes:
+            group.decode.run(q[:decodes], k_cache, v_cache, out[:decodes])
+        if decodes < len(q):
+            own = own and (own[0][decodes:], own[1][decodes:])
+            group.prefill.run(q[decodes:], own, k_cache, v_cache, out[decodes:])

@@ -1,8 +1,9 @@
 """Queues steps on the device: model, attention and sampler, launched one kernel after another or by a CUDA graph.
 
 Owned by the executor. Everything goes to the current stream and nothing waits for it. Steps of decodes alone are
-replayed from graphs, a graph for each size of a ladder; all others are launched kernel by kernel. What a step sampled
-stays on the device, where the next one finds its tokens.
+replayed from graphs, a graph for each size of a ladder; others, up to some size, from pieces with attention between;
+what is larger, or wants log-probabilities of a prompt, is launched kernel by kernel. What a step sampled stays on the
+device, where the next one finds its tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from pd_serve.compute.cuda import kernels
 from pd_serve.compute.cuda.inputs import Inputs, Staging
 from pd_serve.compute.cuda.paged import PagedAttention
+from pd_serve.compute.cuda.pieces import Pieces
 from pd_serve.compute.cuda.sampler import Logprobs, Sampler, logprobs
 from pd_serve.compute.step import I32, SAMPLING, Step
 from pd_serve.models.decoder import Decoder
@@ -62,6 +64,7 @@ class Runner:
         self._attention = attention
         self._inputs = inputs
         self._device = model.device
+        self._limits = limits
         groups = len(inputs.slots)
         self._stagings = [Staging(limits.tokens, limits.seqs, limits.blocks, groups) for _ in range(_STAGINGS)]
         self._turn = 0
@@ -71,25 +74,21 @@ class Runner:
         self._samples = torch.zeros(limits.seqs, dtype=torch.int64, device=self._device)
         self._graphs: dict[int, _Graph] = {}
         self._sizes: list[int] = []  # of graphs, by number of rows; 0: none
+        self._pieces: dict[int, Pieces] = {}  # by number of tokens, smallest first
 
     @torch.inference_mode()
     def queue(self, step: Step) -> Queued:
         """Its results are valid until the next step is queued, on the same stream."""
         self._tell_sampler(step)
         count = len(step.sampled_rows)
-        alone = step.num_decode == step.num_seqs == count and not step.prompt_rows
-        size = self._sizes[count] if alone and count < len(self._sizes) else 0
-        staged = self._stage(step, size)
-        prompts: list[Logprobs] = []
-        if size:
+        if size := self._decode_size(step):
+            staged = self._stage(step, size, size)
             self._attention.replay(size, staged)
             staged.leaves()
             self._graphs[size].graph.replay()
-            adjusted = self._graphs[size].adjusted[:count]
+            adjusted, prompts = self._graphs[size].adjusted[:count], []
         else:
-            self._attention.prepare(step, staged)
-            staged.leaves()
-            hidden = self._forward(step.num_tokens, step.num_decode, len(step.logits_rows))
+            hidden = self._hidden(step)
             prompts = [self._prompt(hidden[p.first :], p.targets, p.k) for p in step.prompt_rows]
             if step.prompt_rows:
                 hidden = hidden[self._inputs.sampled_rows[:count]]
@@ -98,10 +97,30 @@ class Runner:
         most = int(step.sampling["logprobs"].max(initial=-1))
         return Queued(tokens, logprobs(adjusted, tokens, most) if most >= 0 else None, prompts)
 
-    def _stage(self, step: Step, size: int) -> Staging:
+    def _decode_size(self, step: Step) -> int:
+        """Rows of the graph for a step of decodes alone; 0: none."""
+        count = len(step.sampled_rows)
+        alone = step.num_decode == step.num_seqs == count and not step.prompt_rows
+        return self._sizes[count] if alone and count < len(self._sizes) else 0
+
+    def _hidden(self, step: Step) -> Tensor:
+        """Of the rows that want logits, first, of a step with chunks of prompts."""
+        tokens, wanted = step.num_tokens, len(step.logits_rows)
+        size = next((size for size in self._pieces if size >= tokens), 0)
+        if not size or wanted > min(size, self._limits.seqs):
+            staged = self._stage(step)
+            self._attention.prepare(step, staged)
+            staged.leaves()
+            return self._forward(tokens, step.num_decode, None if wanted == tokens else max(1, wanted))
+        staged = self._stage(step, 0, size)
+        self._attention.prepare(step, staged, pieces=True)
+        staged.leaves()
+        return self._pieces[size].replay(lambda layer: self._attention.attend(layer, tokens))
+
+    def _stage(self, step: Step, seqs: int = 0, tokens: int = 0) -> Staging:
         staged = self._stagings[self._turn]
         self._turn = (self._turn + 1) % _STAGINGS
-        staged.fill(step, size)
+        staged.fill(step, seqs, tokens)
         self._inputs.copy_from(staged.inputs)
         self._sampler.rows.copy_from(staged.rows)
         return staged
@@ -116,11 +135,11 @@ class Runner:
     def _ids(self, tokens: I32) -> Tensor:
         return torch.from_numpy(tokens).to(self._device, torch.int64)
 
-    def _forward(self, tokens: int, decodes: int, wanted: int) -> Tensor:
-        """Hidden states of the wanted rows, or of one row that nobody wants."""
+    def _forward(self, tokens: int, decodes: int, wanted: int | None) -> Tensor:
+        """Hidden states of the first ``wanted`` of ``logits_rows``; None: of all tokens."""
         inputs = self._inputs
         kernels.take_samples(inputs.tokens[:decodes], inputs.picks[:decodes], self._samples)
-        rows = None if wanted == tokens else inputs.logits_rows[: max(1, wanted)]
+        rows = None if wanted is None else inputs.logits_rows[:wanted]
         return self.model.forward(inputs.tokens[:tokens], inputs.positions[:tokens], self._attention, rows)
 
     def _sample(self, hidden: Tensor) -> Tensor:
@@ -136,15 +155,18 @@ class Runner:
         return Logprobs(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     @torch.inference_mode()
-    def capture(self, sizes: Sequence[int], progress: Callable[[int], None]) -> None:
-        """Captures a graph for each of ``sizes``, largest first; ``progress`` is told each. Nothing may be queued."""
-        self._attention.begin_capture(sizes)
+    def capture(self, sizes: Sequence[int], pieces: Sequence[int], progress: Callable[[int], None]) -> None:
+        """Captures a graph for each number of decodes of ``sizes``, and pieces for each number of tokens, both largest
+        first; ``progress`` is told each. Nothing may be queued.
+        """
         pool = torch.cuda.graph_pool_handle()
+        nobodys = _nobodys(len(self._inputs.slots))
+        self._attention.begin_capture(sizes)
         for size in sizes:
-            self._stage(_nobodys(len(self._inputs.slots)), size)
+            self._stage(nobodys, size, size)
             self._attention.capture(size)
             self._decode(size)
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                 adjusted = self._decode(size)
@@ -152,13 +174,22 @@ class Runner:
             progress(size)
         ordered = sorted(self._graphs)
         self._sizes = [0, *(next(size for size in ordered if size >= rows) for rows in range(1, ordered[-1] + 1))]
+        for size in pieces:
+            self._stage(nobodys, 0, size)
+            self._pieces[size] = made = Pieces(pool)
+            rows = min(size, self._limits.seqs)
+            with self._attention.recording(made, size):
+                made.record(lambda: self._forward(size, rows, rows))  # noqa: B023
+            progress(size)
+        self._pieces = dict(sorted(self._pieces.items()))
 
     def _decode(self, size: int) -> Tensor:
-        return self._sample(self._forward(size, size, size))
+        return self._sample(self._forward(size, size, None))
 
     def close(self) -> None:
         """Lets go of graphs, which hold memory."""
         self._graphs.clear()
+        self._pieces.clear()
         self._sizes = []
 
 

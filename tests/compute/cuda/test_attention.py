@@ -118,10 +118,16 @@ def test_prefill(s: AttentionShape, prefix: list[int], new: list[int], workspace
     prefill = FlashPrefill(s, DEVICE, workspaces)
     table = pool.tables if s.window is not None else pool.seen  # of a window, chunks see more than their last token
     prefill.prepare(torch.tensor(starts, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32), table)
-    prefill.run(q, k, v, pool.k, pool.v, out)
+    prefill.run(q, (k, v), pool.k, pool.v, out)
+    from_pool = torch.full_like(out, torch.nan)
+    prefill.prepare(
+        torch.tensor(starts, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32), table, pool_only=True
+    )
+    prefill.run(q, None, pool.k, pool.v, from_pool)
     for row in range(len(new)):
         rows = slice(starts[row], starts[row + 1])
         assert error(out[rows], pool.expected(row, q[rows])) < 1e-2
+        assert error(from_pool[rows], pool.expected(row, q[rows])) < 1e-2
 
 
 def test_this_device_passes_and_a_cpu_does_not() -> None:

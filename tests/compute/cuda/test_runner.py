@@ -22,6 +22,7 @@ from pd_serve.compute.cpu.runner import Runner as CpuRunner  # noqa: E402
 from pd_serve.compute.cuda.inputs import Inputs  # noqa: E402
 from pd_serve.compute.cuda.ops import CudaOps  # noqa: E402
 from pd_serve.compute.cuda.paged import PagedAttention, shapes  # noqa: E402
+from pd_serve.compute.cuda.pieces import piece_sizes  # noqa: E402
 from pd_serve.compute.cuda.runner import Limits, Runner, ladder  # noqa: E402
 from tests.compute.cuda.loop import GREEDY, Line, step_of  # noqa: E402
 
@@ -122,9 +123,10 @@ def test_graphs_give_the_same(directory: Path) -> None:
     eager = texts(both.gpu, 64)
     said: list[int] = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        both.gpu.capture(ladder(LIMITS.seqs), said.append)
-        assert said == [6, 4, 2, 1]
-        assert texts(both.gpu, 64) == eager
+        both.gpu.capture(ladder(LIMITS.seqs), piece_sizes(LIMITS.tokens), said.append)
+        assert said == [6, 4, 2, 1, 96, 64, 32]
+        for chunk in (64, 5, 33):
+            assert texts(both.gpu, chunk) == eager
 
 
 def test_sizes_of_graphs() -> None:
@@ -132,3 +134,6 @@ def test_sizes_of_graphs() -> None:
     assert ladder(3) == [3, 2, 1]
     assert ladder(40) == [40, 32, 24, 16, 8, 4, 2, 1]
     assert ladder(256)[:3] == [256, 224, 192]
+    assert piece_sizes(20) == [20]
+    assert piece_sizes(300) == [300, 256, 224, 192, 160, 128, 96, 64, 32]
+    assert piece_sizes(8192)[:3] == [1024, 896, 768]
