@@ -304,6 +304,14 @@ class EngineSettings(Guarded):
     enforce_eager: bool = setting(
         False, values.FLAG, "Device", "On a GPU: launch every kernel, instead of replaying decode steps as CUDA graphs."
     )
+    profile_cuda_graphs: bool = setting(
+        True,
+        values.FLAG,
+        "Device",
+        "Count what CUDA graphs take before the KV cache gets the rest of gpu_memory_utilization.",
+        reason="They are captured first, so nothing is estimated. Without it they are captured beside a full KV cache, "
+        "beyond that share, with a warning.",
+    )
     enable_cumem_allocator: bool | None = setting(
         None,
         values.FLAG,

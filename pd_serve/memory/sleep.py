@@ -68,6 +68,10 @@ class DeviceMemory:
                     pool.clear()
                 self._kv_undefined = False
 
+    def outside_torch(self) -> int:
+        """Bytes of the device that this holds and that torch does not count."""
+        return sum(tag.reserved_bytes for tag in self.report().tags.values())
+
     def report(self) -> MemoryReport:
         return self._pools.report()
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings
 from pd_serve.config import EngineConfig
-from pd_serve.errors import ConfigError
-from pd_serve.memory.switches import cumem_unavailable_because
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
 from pd_serve.models.sizes import Sizes
@@ -30,9 +28,6 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
             device=device,
         )
 
-    if not config.enable_cumem_allocator:
-        because = cumem_unavailable_because() or "leave --no-enable-cumem-allocator out"
-        raise ConfigError(f"--device cuda needs the cumem allocator: {because}")
     settings = Settings(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -40,5 +35,7 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
         enforce_eager=config.enforce_eager,
         num_blocks=fit.num_blocks,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        cumem=bool(config.enable_cumem_allocator),
+        profile_cuda_graphs=config.profile_cuda_graphs,
     )
     return CudaExecutor(fit.model, fit.layout, read_weights, settings)

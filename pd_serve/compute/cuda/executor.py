@@ -2,7 +2,8 @@
 
 Owns the device's memory and the order of a start: weights are loaded, kernels are compiled and timed, the largest step
 is run and graphs are captured over a KV pool of a few blocks; what the device then has left is the pool's, at the same
-addresses. Nothing is estimated (:mod:`pd_serve.memory.ledger`).
+addresses. Nothing is estimated (:mod:`pd_serve.memory.ledger`). Without the cumem allocator the pool cannot grow where
+it is: then graphs are captured twice.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from pd_serve.compute.cuda.pieces import piece_sizes
 from pd_serve.compute.cuda.runner import Limits, Runner, ladder
 from pd_serve.compute.cuda.sampler import Logprobs
 from pd_serve.compute.step import SAMPLING, PromptRows, Sampled, SamplingRow, Step
+from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.cuda_driver import CudaDriver
 from pd_serve.memory.device_pool import DevicePool
 from pd_serve.memory.gauge import DeviceGauge
 from pd_serve.memory.ledger import ACTIVATIONS, GRAPHS, LIBRARIES, Ledger
 from pd_serve.memory.pinned import should_pin_memory
+from pd_serve.memory.plain import PlainDeviceMemory
 from pd_serve.memory.region import PoolMemory
 from pd_serve.memory.sleep import DeviceMemory
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
@@ -38,6 +41,7 @@ from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder
 from pd_serve.models.interface import Ops
 from pd_serve.models.weights import DTYPES
+from pd_serve.values import readable_size
 from pd_serve.wire.link import TokenLogprob
 from pd_serve.wire.memory import MemoryReport
 
@@ -57,6 +61,8 @@ class Settings:
     enforce_eager: bool = False
     num_blocks: int = 0
     gpu_memory_utilization: float = 0.92
+    cumem: bool = True
+    profile_cuda_graphs: bool = True  # False: the pool gets what graphs will take as well
     device: int = 0
 
 
@@ -96,49 +102,78 @@ class CudaExecutor:
         driver.synchronize(settings.device)
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
-        self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
+        self._memory: DeviceMemory | PlainDeviceMemory
+        if settings.cumem:
+            self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
+        else:
+            self._memory = PlainDeviceMemory(settings.device)
         self._ledger = None if settings.num_blocks else Ledger(gauge.read, books=self._booked, before=before)
         self._start()
         gauge.close()
 
     def _booked(self) -> int:
         """Bytes of the device that this process knows of."""
-        tags = self._memory.report().tags.values()
-        return sum(tag.reserved_bytes for tag in tags) + torch.cuda.memory_reserved(self._device)
+        return self._memory.outside_torch() + torch.cuda.memory_reserved(self._device)
 
     def _start(self) -> None:
-        settings, dtype = self._settings, DTYPES[self._layout.dtype]
-        limits = Limits(
-            settings.max_num_batched_tokens,
-            settings.max_num_seqs,
-            self._layout.blocks_for(settings.max_model_len + 1),
-        )
+        dtype = DTYPES[self._layout.dtype]
         ops = CudaOps()
         with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
-            model = self._read_weights(ops, str(self._device))
-        group_shapes = shapes(self._config, self._layout, dtype)
+            self._model = self._read_weights(ops, str(self._device))
+        self._shapes = shapes(self._config, self._layout, dtype)
         with self._phase("kernels", LIBRARIES):
-            attention.compile_kernels(group_shapes, self._device, log.info)
+            attention.compile_kernels(self._shapes, self._device, log.info)
             ops.choose(dtype, self._device, log.info)
             torch.cuda.empty_cache()
         with self._phase("pool", KV_CACHE, booked=True):
             self._pool = self._make_pool()
-        inputs = Inputs(limits.tokens, limits.seqs, len(self._layout.groups), self._device)
-        regions = self._pool.reserved_tensors()
-        paged = PagedAttention(self._layout, regions, group_shapes, inputs.slots, limits.seqs, limits.blocks)
-        self._runner = Runner(model, paged, inputs, limits)
+        self._make_runner()
         with self._phase("largest step", ACTIVATIONS):
             self._run_largest()
             torch.cuda.empty_cache()
-        if not settings.enforce_eager:
-            with self._phase("graphs", GRAPHS):
-                sizes, pieces = ladder(settings.max_num_seqs), piece_sizes(settings.max_num_batched_tokens)
-                self._runner.capture(sizes, pieces, lambda size: log.debug("graphs of %d rows", size))
+        if self._settings.profile_cuda_graphs:
+            self._capture()
         with self._phase("largest step again", ACTIVATIONS):
             self._run_largest()
         if self._ledger is not None:
-            with self._phase("KV cache", KV_CACHE, booked=True):
-                self._size_pool(self._ledger)
+            self._size_pool(self._ledger)
+        if not (self._settings.profile_cuda_graphs or self._settings.enforce_eager):
+            self._capture_uncounted()
+
+    def _make_runner(self) -> None:
+        """Over the pool."""
+        limits = Limits(
+            self._settings.max_num_batched_tokens,
+            self._settings.max_num_seqs,
+            self._layout.blocks_for(self._settings.max_model_len + 1),
+        )
+        inputs = Inputs(limits.tokens, limits.seqs, len(self._layout.groups), self._device)
+        regions = self._pool.reserved_tensors()
+        paged = PagedAttention(self._layout, regions, self._shapes, inputs.slots, limits.seqs, limits.blocks)
+        self._runner = Runner(self._model, paged, inputs, limits)
+
+    def _capture(self) -> None:
+        settings = self._settings
+        if settings.enforce_eager:
+            return
+        sizes, pieces = ladder(settings.max_num_seqs), piece_sizes(settings.max_num_batched_tokens)
+        with self._phase("graphs", GRAPHS):
+            self._runner.capture(sizes, pieces, lambda size: log.debug("graphs of %d rows", size))
+
+    def _capture_uncounted(self) -> None:
+        """Beside a pool that has its size already."""
+        try:
+            self._capture()
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"CUDA graphs have no room beside the KV cache at --gpu-memory-utilization "
+                f"{self._settings.gpu_memory_utilization:g}: lower it, or leave --no-profile-cuda-graphs out"
+            ) from None
+        if self._ledger is not None:
+            log.warning(
+                "--no-profile-cuda-graphs: graphs took %s beyond --gpu-memory-utilization",
+                readable_size(self._ledger.phases.get(GRAPHS, 0)),
+            )
 
     @contextmanager
     def _phase(self, what: str, name: str, *, booked: bool = False) -> Iterator[None]:
@@ -167,7 +202,18 @@ class CudaExecutor:
         least = (self._layout.blocks_for(settings.max_model_len + 1) + 1) * each + _RESIZE_BYTES
         plan = ledger.plan(settings.gpu_memory_utilization, least)
         log.info("%s", plan.line(str(self._device)))
-        self._pool.resize(self._blocks((plan.kv_bytes - _RESIZE_BYTES) // each))
+        blocks = self._blocks((plan.kv_bytes - _RESIZE_BYTES) // each)
+        if settings.cumem:
+            with self._phase("KV cache", KV_CACHE, booked=True):
+                self._pool.resize(blocks)
+            return
+        with self._phase("KV cache", KV_CACHE, booked=True):
+            self._runner.close()
+            del self._runner
+            self._pool = self._memory.kv_pool(self._layout, blocks)
+        self._make_runner()
+        if settings.profile_cuda_graphs:
+            self._capture()
 
     def _blocks(self, number: int) -> tuple[int, ...]:
         return (number,) * len(self._layout.groups)
@@ -271,7 +317,7 @@ class CudaExecutor:
         """Into the tensors of before, whose addresses are in graphs."""
         fresh = self._read_weights(CudaOps(), "cpu")
         with torch.inference_mode():
-            for ours, theirs in zip(self._runner.model.weights.tensors, fresh.weights.tensors, strict=True):
+            for ours, theirs in zip(self._model.weights.tensors, fresh.weights.tensors, strict=True):
                 ours.copy_(theirs)
         torch.cuda.synchronize(self._device)
 

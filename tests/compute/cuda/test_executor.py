@@ -25,6 +25,7 @@ pytest.importorskip("flashinfer")
 from pd_serve.compute.cpu import ops as cpu_ops  # noqa: E402
 from pd_serve.compute.cpu.runner import Runner as CpuRunner  # noqa: E402
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings  # noqa: E402
+from pd_serve.memory.ledger import GRAPHS  # noqa: E402
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS  # noqa: E402
 from tests.compute.cuda.loop import Line, step_of  # noqa: E402
 
@@ -137,6 +138,29 @@ def test_the_pool_takes_what_is_left(make: Make) -> None:
     assert abs(used_bytes() - 0.5 * total) <= 256 * MIB
     (pool,) = executor.memory()
     assert pool.regions[0].num_blocks == executor.num_blocks
+    assert len(texts(executor)[0]) == OUTPUT
+
+
+def test_plain_memory_takes_no_more(make: Make, directory: Path) -> None:
+    torch.cuda.empty_cache()
+    executor = make(gpu_memory_utilization=0.5, cumem=False)
+    total = torch.cuda.mem_get_info(0)[1]
+    assert abs(used_bytes() - 0.5 * total) <= 256 * MIB
+    assert executor.memory()[0].segments == ()
+    assert texts(executor)[1] == Model(directory, "float32").expected(list(PROMPTS[1]))
+    assert executor.report().tags[KV_CACHE].reserved_bytes >= executor.memory()[0].regions[0].size_bytes
+
+
+@pytest.mark.parametrize("cumem", [True, False])
+def test_graphs_that_are_not_counted_come_on_top(make: Make, caplog: pytest.LogCaptureFixture, cumem: bool) -> None:
+    torch.cuda.empty_cache()
+    executor = make(gpu_memory_utilization=0.5, profile_cuda_graphs=False, cumem=cumem)
+    assert executor._ledger is not None
+    graphs = executor._ledger.phases[GRAPHS]
+    total = torch.cuda.mem_get_info(0)[1]
+    assert graphs > 0
+    assert abs(used_bytes() - 0.5 * total - graphs) <= 256 * MIB
+    assert "beyond --gpu-memory-utilization" in caplog.text
     assert len(texts(executor)[0]) == OUTPUT
 
 
