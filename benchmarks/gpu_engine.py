@@ -89,16 +89,10 @@ def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarr
     return statistics.median(times[8:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="kernels of a decode step")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    begin = time.perf_counter()
+def make_executor(layers: int = 32, *, eager: bool = False) -> tuple[CudaExecutor, KVLayout]:
+    """Of this shape with made-up weights."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": options.layers}))
+        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
         config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN)
         layout = KVLayout(BLOCK, "bfloat16", config.layer_groups())
 
@@ -107,9 +101,18 @@ def main() -> None:
                 Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device
             )
 
-        executor = CudaExecutor(
-            config, layout, load, Settings(256, 8192, MAX_LEN, options.eager, gpu_memory_utilization=0.88)
-        )
+        settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88)
+        return CudaExecutor(config, layout, load, settings), layout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--eager", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    begin = time.perf_counter()
+    executor, layout = make_executor(options.layers, eager=options.eager)
     print(f"RESULT start {time.perf_counter() - begin:.1f} s, {executor.num_blocks} blocks", flush=True)
     weights = executor._runner.model.weights.size_bytes
     each = layout.block_bytes(0) / BLOCK
@@ -121,9 +124,7 @@ def main() -> None:
         blocks = -(-(context + 64) // BLOCK)
         if batch * blocks >= executor.num_blocks:
             continue
-        tables = (
-            (rng.permutation(executor.num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
-        )
+        tables = scattered(rng, executor.num_blocks, batch, blocks)
         limit = (weights + batch * context * each) / rate * 1e3
         ms, sampled = (decode_ms(executor, batch, context, tables, row) for row in (ROW, nucleus))
         print(
@@ -139,25 +140,6 @@ def main() -> None:
             executor.collect(executor.launch(step([tokens], 0, tables, False)))
             times.append((time.perf_counter() - start) * 1e3)
         print(f"RESULT prefill {tokens} {statistics.median(times):.1f} ms", flush=True)
-    if options.profile:
-        profile(executor, rng)
-
-
-def profile(executor: CudaExecutor, rng: np.random.Generator) -> None:
-    """What decode steps of a few batch sizes spend on which kernels."""
-    for batch in (1, 32, 256):
-        blocks = 1100 // BLOCK
-        tables = (
-            (rng.permutation(executor.num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
-        )
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            for i in range(4):
-                executor.collect(executor.launch(step([1] * batch, 1024 + i, tables, False)))
-        rows = sorted(trace.key_averages(), key=lambda e: -e.device_time_total)
-        total = sum(e.device_time_total for e in rows)
-        print(f"PROFILE batch {batch}: {total / 4e3:.2f} ms a step in kernels")
-        for e in rows[:14]:
-            print(f"PROFILE   {e.device_time_total / 4e3:8.3f} ms {e.count / 4:6.0f} x {e.key[:90]}")
 
 
 if __name__ == "__main__":
