@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -25,7 +26,7 @@ from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
 
-BLOCK, MAX_LEN = 16, 10_240
+BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "16")), 10_240
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,

@@ -162,8 +162,12 @@ class CudaExecutor:
 
     def _capture_uncounted(self) -> None:
         """Beside a pool that has its size already."""
+        with self._phase("emptying torch's cache", ACTIVATIONS):
+            torch.cuda.empty_cache()  # a capture does, and would count less for it
         try:
             self._capture()
+            with self._phase("largest step once more", ACTIVATIONS):
+                self._run_largest()
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"CUDA graphs have no room beside the KV cache at --gpu-memory-utilization "
