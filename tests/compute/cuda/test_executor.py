@@ -81,9 +81,8 @@ def make(directory: Path) -> Iterator[Make]:
         return made[-1]
 
     yield start
-    for executor in made:
-        executor.close()
-    made.clear()
+    while made:
+        made.pop().close()
     gc.collect()
     torch.cuda.set_stream(torch.cuda.default_stream())
     torch.cuda.empty_cache()
