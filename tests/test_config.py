@@ -24,7 +24,7 @@ def test_flag_then_variable_then_file_then_default(tmp_path: Path) -> None:
     file.write_text("port: 1\nthreads: 1\nmax_queue: 1\n")
     environ = {"PD_SERVE_PORT": "2", "PD_SERVE_THREADS": "2"}
     loaded = load(environ=environ, file=file, port="3")
-    assert (loaded.port, loaded.threads, loaded.max_queue, loaded.block_size) == (3, 2, 1, 16)
+    assert (loaded.port, loaded.threads, loaded.max_queue, loaded.block_tokens) == (3, 2, 1, 16)
     assert loaded.role == "decode"
 
 

@@ -32,10 +32,10 @@ def sizes(settings: EngineSettings, directory: Path, template: str) -> Sizes:
     Raises ConfigError, ModelError.
     """
     model = ModelConfig.from_directory(directory, template)
-    layout = KVLayout(settings.block_size, settings.dtype, model.layer_groups())
+    layout = KVLayout(settings.block_tokens, settings.dtype, model.layer_groups())
     size = settings.kv_cache_bytes
     num_blocks = _num_blocks(layout, size) if size else 0
-    capacity = (num_blocks - 1) * settings.block_size if size else model.max_model_len
+    capacity = (num_blocks - 1) * settings.block_tokens if size else model.max_model_len
     max_model_len = _max_model_len(settings, model, capacity)
     return Sizes(model.for_length(max_model_len), layout, num_blocks, max_model_len)
 
