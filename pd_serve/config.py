@@ -210,8 +210,8 @@ class EngineSettings(Guarded):
         "KV cache",
         "Tokens a KV block holds; nodes may differ.",
         unit="tokens",
-        reason="0: 16 on a CPU, 64 on a GPU, whose decode steps then take 3% less. Small blocks hit more prefixes, large "
-        "ones travel in fewer pieces.",
+        reason="0: 16 on a CPU, 64 on a GPU, whose decode steps then take 3% less. Small blocks hit more prefixes, "
+        "large ones travel in fewer pieces.",
     )
     kv_cache_memory: int = setting(
         0,
