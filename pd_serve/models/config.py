@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
 }
@@ -52,6 +53,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"eos_token_id": 2, "sliding_window": 4096, "max_position_embeddings": 131_072},
     "qwen2": {"max_position_embeddings": 32_768},
     "qwen3": {"head_dim": 128, "max_position_embeddings": 32_768},
+    "qwen3_moe": {
+        "max_position_embeddings": 32_768,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "decoder_sparse_step": 1,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+    },
     "gemma3": _GEMMA3_DEFAULTS,
 }
 # config.json may leave out its architectures: what its model_type stands for
@@ -60,6 +69,7 @@ _MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
 }
@@ -72,11 +82,22 @@ _MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixture of experts that some layers have in place of one MLP."""
+
+    count: int
+    per_token: int
+    intermediate_size: int  # of each
+    normalise: bool  # the weights of a token's experts sum to 1
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything the engine needs to know of a model. Sizes are counts; ``windows`` are tokens."""
 
     architecture: str
-    family: str  # llama, mistral, qwen2, qwen3, gemma3
+    family: str  # llama, mistral, qwen2, qwen3, qwen3_moe, gemma3
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -102,6 +123,7 @@ class ModelConfig:
     scale_embeddings: bool = False  # Gemma: by sqrt(hidden size), rounded to the dtype
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
+    experts: ExpertsConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -175,12 +197,13 @@ class ModelConfig:
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias and family != "qwen2",
             mlp_bias=flag(c, "mlp_bias"),
-            qk_norm=family in ("qwen3", "gemma3"),
+            qk_norm=family in ("qwen3", "qwen3_moe", "gemma3"),
             norm_offset=1.0 if gemma else 0.0,
             sandwich_norms=gemma,
             scale_embeddings=gemma,
             logit_softcap=number(c, "final_logit_softcapping", 0.0) or None,
             tie_word_embeddings=flag(c, "tie_word_embeddings"),
+            experts=_experts(c, num_layers) if family == "qwen3_moe" else None,
             eos_token_ids=_end_ids([*(eos or token_ids(c, "eos_token_id")), *end_ids], vocab_size),
         )
 
@@ -282,9 +305,9 @@ def _layer_kinds(c: Mapping[str, Any], family: str, num_layers: int) -> list[str
     kinds = c.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise ModelError("config.json: layer_types must be a list of names.")
-    if family in ("llama", "mistral"):
-        kinds = ["sliding_attention" if c.get("sliding_window") and family == "mistral" else "full_attention"]
-        kinds *= num_layers
+    if family in ("llama", "mistral", "qwen3_moe"):
+        slides = family == "mistral" or (family == "qwen3_moe" and flag(c, "use_sliding_window"))
+        kinds = ["sliding_attention" if c.get("sliding_window") and slides else "full_attention"] * num_layers
     elif family in ("qwen2", "qwen3") and not (c.get("use_sliding_window") and c.get("sliding_window")):
         kinds = ["full_attention"] * num_layers
     elif kinds is None and family in ("qwen2", "qwen3"):
@@ -300,6 +323,19 @@ def _layer_kinds(c: Mapping[str, Any], family: str, num_layers: int) -> list[str
     if unknown:
         raise ModelError(f"config.json: layers of type {', '.join(sorted(unknown))} are not supported.")
     return list(kinds)
+
+
+def _experts(c: Mapping[str, Any], num_layers: int) -> ExpertsConfig:
+    """``num_local_experts``: what transformers 5 calls ``num_experts``."""
+    count = whole(c, "num_local_experts" if c.get("num_experts") is None else "num_experts")
+    per_token, every = whole(c, "num_experts_per_tok"), whole(c, "decoder_sparse_step")
+    if per_token > count:
+        raise ModelError(f"config.json: a token cannot have {per_token} of {count} experts.")
+    plain = c.get("mlp_only_layers") or []
+    if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
+        raise ModelError("config.json: mlp_only_layers must be a list of numbers of layers.")
+    layers = frozenset(range(every - 1, num_layers, every)) - frozenset(plain)
+    return ExpertsConfig(count, per_token, whole(c, "moe_intermediate_size"), flag(c, "norm_topk_prob"), layers)
 
 
 def _ropes(

@@ -22,11 +22,34 @@ class Linear(Protocol):
         """``[T, in] -> [T, out]``."""
 
 
+class Routing(NamedTuple):
+    """Which experts a token goes to, from a number for each of them: a softmax over all, and of it the largest."""
+
+    per_token: int
+    normalise: bool  # their shares are made to sum to 1
+
+
+class Experts(Protocol):
+    """A mixture of gated MLPs (Shazeer et al., 2017, arXiv:1701.06538)."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory."""
+
+    def __call__(self, x: Tensor, logits: Tensor, /) -> Tensor:
+        """``x [T, hidden]``, ``logits [T, experts]``: the sum of what a token's experts make of it, by their shares."""
+
+
 class Ops(Protocol):
     """A device's primitives; a module can be one. Rows of inputs may be apart, their elements not."""
 
     def linear(self, weight: Tensor, bias: Tensor | None = None, /) -> Linear:
         """Of ``weight [out, in]``, ``bias [out]``; may keep them or copies."""
+
+    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str, /) -> Experts:
+        """Of ``gate_up [experts, 2 I, hidden]``, in each all rows of gate and then all of up, and
+        ``down [experts, hidden, I]``; may keep them or copies. ``activation``: "silu" or "gelu_tanh".
+        """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor:
         """RMS norm over the last dimension of ``x [T, D]`` or ``[T, H, D]``: a new, contiguous tensor.

@@ -1,7 +1,7 @@
 """Layers of decoders: what attends, and what computes between. Weights and order; how is the device's.
 
-A decoder layer is a norm, something that attends, a norm, and something that does not: other kinds (latent attention,
-mixtures of experts) are further classes here with the same calls.
+A decoder layer is a norm, something that attends, a norm, and something that does not: other kinds (latent attention)
+are further classes here with the same calls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pd_serve.models.interface import Attention, HeadTransform, Linear, Ops
+from pd_serve.models.interface import Attention, Experts, HeadTransform, Linear, Ops
 
 
 class Attends(Protocol):
@@ -80,6 +80,22 @@ class GatedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self._mul(self.gate_up(x)))
+
+
+class SparseMoe:
+    """Gated MLPs of which each row goes to a few, as a linear layer, the router, says."""
+
+    def __init__(self, router: Linear, experts: Experts) -> None:
+        """``router``: an output for each expert."""
+        self.router = router
+        self.experts = experts
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.router.tensors, *self.experts.tensors]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x))
 
 
 @dataclass

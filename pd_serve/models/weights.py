@@ -1,7 +1,7 @@
 """Loads weights into a decoder's layers: fused, typed, checked.
 
 Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
-the fusion of q, k, v and of gate, up. Files are mapped, not read: matrices are packed straight out of the page
+the fusion of q, k, v, of gate, up and of experts. Files are mapped, not read: matrices are packed straight out of the page
 cache, and the embedding stays there, shared by the nodes of one machine. Must never serve a model of which a tensor
 is missing, unknown or of the wrong shape.
 """
@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pd_serve.errors import ModelError
-from pd_serve.models.config import ModelConfig
-from pd_serve.models.interface import HeadTransform, Linear, Ops
-from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention
+from pd_serve.models.config import ExpertsConfig, ModelConfig
+from pd_serve.models.interface import HeadTransform, Linear, Ops, Routing
+from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention, Mlp, SparseMoe
 from pd_serve.models.rope import cos_sin_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -119,7 +119,7 @@ class _Loader:
             attention=self._attention(number, f"{at}self_attn."),
             post_attention_norm=self._norm(f"{at}post_attention_layernorm", hidden) if sandwich else None,
             mlp_norm=self._norm(f"{at}{mlp_norm}", hidden),
-            mlp=self._mlp(f"{at}mlp."),
+            mlp=self._mlp(number, f"{at}mlp."),
             post_mlp_norm=self._norm(f"{at}post_feedforward_layernorm", hidden) if sandwich else None,
         )
 
@@ -142,8 +142,10 @@ class _Loader:
             c.head_dim,
         )
 
-    def _mlp(self, at: str) -> GatedMlp:
+    def _mlp(self, number: int, at: str) -> Mlp:
         c = self.config
+        if c.experts is not None and number in c.experts.layers:
+            return self._moe(at, c.experts)
         gate_up = [(f"{at}{x}_proj", c.intermediate_size) for x in ("gate", "up")]
         return GatedMlp(
             self.ops,
@@ -151,6 +153,22 @@ class _Loader:
             self._linear([(f"{at}down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
             c.activation,
         )
+
+    def _moe(self, at: str, experts: ExpertsConfig) -> SparseMoe:
+        hidden, size = self.config.hidden_size, experts.intermediate_size
+        router = self._linear([(f"{at}gate", experts.count)], hidden, False)
+        fused = f"{at}experts.gate_up_proj"  # as transformers 5 has them in memory, and in some files
+        if fused in (self.source.names or ()):
+            gate_up = self._tensor(fused, (experts.count, 2 * size, hidden))
+            down = self._tensor(f"{at}experts.down_proj", (experts.count, hidden, size))
+        else:
+            each = [f"{at}experts.{i}." for i in range(experts.count)]
+            rows = [(f"{name}{x}_proj.weight", (size, hidden)) for name in each for x in ("gate", "up")]
+            gate_up = self._joined(rows).view(experts.count, 2 * size, hidden)
+            down = self._joined([(f"{name}down_proj.weight", (hidden, size)) for name in each])
+            down = down.view(experts.count, hidden, size)
+        routing = Routing(experts.per_token, experts.normalise)
+        return SparseMoe(router, self.ops.experts(gate_up, down, routing, self.config.activation))
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """A linear layer of the parts' rows, one after another."""
@@ -173,7 +191,7 @@ class _Loader:
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._take(name, shape)
-        return torch.empty(0) if tensor is None else tensor.to(self.device, self.dtype)
+        return torch.empty(shape, dtype=self.dtype) if tensor is None else tensor.to(self.device, self.dtype)
 
     def _norm(self, name: str, size: int) -> Tensor:
         """In float32 whatever the model's dtype is: rounding 1 + w would lose what the checkpoint says."""

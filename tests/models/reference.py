@@ -69,6 +69,13 @@ def _qwen3(**more: Any) -> Any:
     return Qwen3Config(**{**SIZES, "head_dim": 32, **more})
 
 
+def _qwen3_moe(**more: Any) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    experts = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    return Qwen3MoeConfig(**{**SIZES, "head_dim": 32, **experts, **more})
+
+
 def _gemma3(**more: Any) -> Any:
     from transformers import Gemma3TextConfig
 
@@ -97,6 +104,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2-sliding": lambda: _qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "qwen3": _qwen3,
     "qwen3-biases": lambda: _qwen3(attention_bias=True, tie_word_embeddings=True),
+    "qwen3-moe": _qwen3_moe,
+    "qwen3-moe-shares": lambda: _qwen3_moe(norm_topk_prob=False, attention_bias=True),
+    "qwen3-moe-step": lambda: _qwen3_moe(decoder_sparse_step=2),
+    "qwen3-moe-mlp-only": lambda: _qwen3_moe(mlp_only_layers=[0, 2], use_sliding_window=True, sliding_window=8),
     "gemma3": _gemma3,
     "gemma3-softcap": lambda: _gemma3(final_logit_softcapping=0.5),
 }

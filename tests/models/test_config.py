@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pd_serve.errors import ModelError
 from pd_serve.kv.layout import kv_group
-from pd_serve.models.config import ARCHITECTURES, ModelConfig, fingerprint
+from pd_serve.models.config import ARCHITECTURES, ExpertsConfig, ModelConfig, fingerprint
 from pd_serve.models.rope import inverse_frequencies
 from pd_serve.models.rope_config import SUPPORTED, RopeConfig
 from tests.models.reference import LLAMA3, SIZES, make_tiny
@@ -61,6 +61,38 @@ def test_qwen_slides_only_where_told() -> None:
     assert ModelConfig.from_dict(on).windows == (None, 32, 32)
     qwen3 = ModelConfig.from_dict(config("Qwen3ForCausalLM"))
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.head_dim) == (True, False, 128)
+
+
+QWEN3_MOE = {"num_experts": 8, "moe_intermediate_size": 40, "num_experts_per_tok": 3, "norm_topk_prob": True}
+
+
+def test_experts() -> None:
+    c = ModelConfig.from_dict(config("Qwen3MoeForCausalLM", **QWEN3_MOE, use_sliding_window=True, sliding_window=32))
+    assert c.experts == ExpertsConfig(8, 3, 40, True, frozenset((0, 1, 2)))
+    assert (c.qk_norm, c.windows) == (True, (32, 32, 32))
+    newer = {**QWEN3_MOE, "num_local_experts": 9, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    del newer["num_experts"], newer["norm_topk_prob"]
+    raw = {**config("Qwen3MoeForCausalLM"), **newer, "num_hidden_layers": 6, "use_sliding_window": False}
+    c = ModelConfig.from_dict({**raw, "sliding_window": 32})
+    assert c.experts == ExpertsConfig(9, 3, 40, False, frozenset((1, 5)))
+    assert c.windows == (None,) * 6
+    assert ModelConfig.from_dict(config("Qwen3ForCausalLM")).experts is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts": None}, "num_local_experts"),
+        ({"num_experts_per_tok": 9}, "9 of 8"),
+        ({"mlp_only_layers": ["all"]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        ModelConfig.from_dict({**config("Qwen3MoeForCausalLM"), **QWEN3_MOE, **change})
 
 
 GEMMA3 = {"num_hidden_layers": 7, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 16}
@@ -132,12 +164,13 @@ def test_what_cannot_be_computed_is_refused_by_name(change: dict[str, Any], name
         ModelConfig.from_dict({**config("LlamaForCausalLM"), **change})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text"])
 @pytest.mark.parametrize("absent", ["missing", "null", "empty"])
 def test_architectures_follow_from_the_model_type(model_type: str, absent: str) -> None:
     raw = {**SIZES, "model_type": model_type, "architectures": None if absent == "null" else []}
     if absent == "missing":
         del raw["architectures"]
+    raw |= QWEN3_MOE if model_type == "qwen3_moe" else {}
     assert ModelConfig.from_dict(raw).family == model_type.removesuffix("_text")
 
 
@@ -179,7 +212,8 @@ _KEYS = [
     *SIZES, "architectures", "model_type", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
     "layer_types", "sliding_window", "max_window_layers", "use_sliding_window", "sliding_window_pattern", "hidden_act",
     "text_config", "attention_bias", "tie_word_embeddings", "final_logit_softcapping", "query_pre_attn_scalar",
-    "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq",
+    "partial_rotary_factor", "original_max_position_embeddings", "rope_local_base_freq", "num_experts",
+    "num_experts_per_tok", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
 ]  # fmt: skip
 _ROPE_KEYS = [
     "factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
@@ -199,7 +233,7 @@ def test_any_json_is_a_model_or_a_model_error(
 ) -> None:
     scaling = {} if kind is None else {"rope_scaling": {**LONGROPE, **LLAMA3, "rope_type": kind, **rope}}
     try:
-        c = ModelConfig.from_dict({**config(architecture), **scaling, **change})
+        c = ModelConfig.from_dict({**config(architecture), "num_experts": 8, **scaling, **change})
         c.layer_groups() if c.num_layers < 1000 else None
         frequencies, scale = inverse_frequencies(c.for_length(c.max_model_len).ropes[0])
     except ModelError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pd_serve.compute.cpu import ops
@@ -47,6 +48,13 @@ def test_the_older_form_of_config_json_gives_the_same_model(family: str, tmp_pat
 def test_sharded_weights(tmp_path: Path) -> None:
     expected = reference.reference_logits(reference.make_tiny("llama", tmp_path, max_shard_size="100KB"), TOKENS)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(reference.logits(reference.load(tmp_path), TOKENS), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_experts_that_are_fused_in_the_file(tmp_path: Path) -> None:
+    model = reference.make_tiny("qwen3-moe", tmp_path, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+    expected = reference.reference_logits(model, TOKENS)
     torch.testing.assert_close(reference.logits(reference.load(tmp_path), TOKENS), expected, atol=1e-4, rtol=1e-5)
 
 

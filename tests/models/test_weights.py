@@ -12,6 +12,7 @@ from pd_serve.compute.cpu import ops
 from pd_serve.errors import ModelError
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
+from pd_serve.models.layers import GatedMlp
 from tests.models.reference import load, logits, make_tiny
 
 TOKENS = torch.arange(3, 40)
@@ -31,6 +32,16 @@ def test_missing_tensors_are_all_named(tmp_path: Path) -> None:
     make_tiny("llama", tmp_path)
     rewrite(tmp_path, model__layers__1__self_attn__k_proj__weight=None, model__norm__weight=None, lm_head__weight=None)
     with pytest.raises(ModelError, match=r"lack model\.layers\.1\.self_attn\.k_proj\.weight.*norm.*lm_head"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_missing_experts_are_named(fused: bool, tmp_path: Path) -> None:
+    make_tiny("qwen3-moe", tmp_path, save_original_format=not fused)
+    name = "model__layers__1__mlp__experts__" + ("down_proj" if fused else "7__up_proj__weight")
+    rewrite(tmp_path, **{name: None}, model__layers__2__mlp__experts__12__up_proj__weight=torch.ones(40, 64))
+    named = name.replace("__", ".").replace(".", r"\.")
+    with pytest.raises(ModelError, match=rf"lack {named} and hold the unknown .*2\.mlp\.experts\.12\.up_proj"):
         load(tmp_path)
 
 
@@ -100,7 +111,7 @@ def dummy(directory: Path, dtype: str = "float32") -> Decoder:
     return load_decoder(directory, ModelConfig.from_directory(directory), dtype, "dummy", ops=ops)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3-biases", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-biases", "qwen3-moe-step", "gemma3"])
 def test_dummy_weights_need_no_files_and_are_deterministic(family: str, tmp_path: Path) -> None:
     make_tiny(family, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -108,7 +119,8 @@ def test_dummy_weights_need_no_files_and_are_deterministic(family: str, tmp_path
     a = logits(first, TOKENS)
     torch.testing.assert_close(logits(second, TOKENS), a, atol=0, rtol=0)
     assert a.isfinite().all() and a.std() > 0
-    matrices = [layer.mlp.down(torch.eye(96)).T for layer in first.weights.layers]
+    mlps = [layer.mlp for layer in first.weights.layers if isinstance(layer.mlp, GatedMlp)]
+    matrices = [mlp.down(torch.eye(96)).T for mlp in mlps]
     assert not torch.equal(matrices[0], matrices[1])
     assert len(torch.unique(matrices[0], dim=0)) == len(matrices[0])
 

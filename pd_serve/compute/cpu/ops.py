@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.jit import element_of, exp, kernel, load, load_int, store
-from pd_serve.models.interface import HeadTransform
+from pd_serve.models.interface import HeadTransform, Routing
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise
@@ -63,6 +63,45 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 linear = Linear
+
+
+class Experts:
+    """Gated MLPs, one after another, of which each row of a step goes to a few."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> None:
+        """See :meth:`pd_serve.models.interface.Ops.experts`."""
+        self._gate_up = [Linear(weight) for weight in gate_up]
+        self._down = [Linear(weight) for weight in down]
+        self._routing = routing
+        self._mul = silu_mul if activation == "silu" else gelu_tanh_mul
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory."""
+        return [tensor for layer in (*self._gate_up, *self._down) for tensor in layer.tensors]
+
+    def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
+        """``x [T, hidden]``, ``logits [T, experts]``: ``[T, hidden]``. Only experts that have rows are computed."""
+        shares, chosen = logits.softmax(-1, dtype=torch.float32).topk(self._routing.per_token)
+        if self._routing.normalise:
+            shares /= shares.sum(-1, keepdim=True)
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        for expert in chosen.unique().tolist():
+            rows, nth = torch.where(chosen == expert)
+            # filled up with row 0: each number of rows has a kernel of its own in oneDNN, which takes a millisecond
+            fed = x[torch.nn.functional.pad(rows, (0, _few_sizes(len(rows)) - len(rows)))]
+            made = self._down[expert](self._mul(self._gate_up[expert](fed)))[: len(rows)]
+            total.index_add_(0, rows, made.float() * shares[rows, nth, None])
+        return total.to(x.dtype)
+
+
+def _few_sizes(rows: int) -> int:
+    """At least ``rows``, and at most an eighth more: one of eight numbers between a power of two and the next."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
+
+
+experts = Experts
 
 
 def transform_heads(q: Tensor, k: Tensor, positions: Tensor, transform: HeadTransform) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pd_serve.compute.cpu import ops
+from pd_serve.models.interface import Routing
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 3, 70]
@@ -32,6 +33,30 @@ def test_linear(dtype: torch.dtype, rows: int, bias: bool) -> None:
     assert found.dtype == dtype and found.shape == (rows, 48)
     expected = F.linear(x.double(), weight.double(), None if added is None else added.double())
     torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [0, *ROWS])
+def test_experts(rows: int, activation: str, normalise: bool) -> None:
+    gate_up, down = random(6, 2 * 40, 72) * 0.2, random(6, 72, 40, seed=1) * 0.2
+    x, logits = random(rows, 72, seed=2), random(rows, 6, seed=3)
+    logits[:, 4] = -9.0  # an expert that nobody has
+    found = ops.experts(gate_up, down, Routing(2, normalise), activation)(x, logits)
+    expected = torch.zeros(rows, 72, dtype=torch.float64)
+    for row in range(rows):
+        share, chosen = logits[row].double().softmax(0).topk(2)
+        for part, expert in zip(share / share.sum() if normalise else share, chosen.tolist(), strict=True):
+            gate, up = (gate_up[expert].double() @ x[row].double()).chunk(2)
+            gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+            expected[row] += part * (down[expert].double() @ (gate * up))
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_numbers_of_rows_of_experts_are_few() -> None:
+    sizes = [ops._few_sizes(rows) for rows in range(1, 4097)]
+    assert all(rows <= size <= rows * 1.125 for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 90
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -47,7 +47,7 @@ def runner_of(directory: Path, dtype: str = "float32") -> tuple[Runner, int]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-head-dim-10", "qwen2-sliding", "gemma3", "qwen3", "qwen3-head-dim-12"]
+    "family", ["llama", "llama-head-dim-10", "qwen2-sliding", "gemma3", "qwen3", "qwen3-head-dim-12", "qwen3-moe"]
 )
 @pytest.mark.parametrize("borders", [(0, 60), (0, 7, 30, 31, 32, 60), (0, 58, 59, 60)])
 def test_logits_agree_with_transformers(family: str, borders: tuple[int, ...], tmp_path: Path) -> None:
