@@ -1,8 +1,10 @@
-"""Steps of the executor on one GPU: Llama-3.1-8B's shape in bfloat16 with made-up weights, by batch size and context.
+"""Steps of the executor on one GPU: a model's shape in bfloat16 with made-up weights, by batch size and context.
 
-``python benchmarks/gpu_engine.py [--layers 32] [--eager]``. Prints lines that begin with RESULT: seconds of a start,
-milliseconds of a decode step as the engine's loop would see them (launch, then collect the one before), beside what the
-bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
+``python benchmarks/gpu_engine.py [--shape llama-3.1-8b | qwen3-30b-a3b] [--layers 32] [--eager]``. Of a mixture of
+experts the bytes of weights are those of the experts that so many rows go to where each of them is as likely. Prints
+lines that begin with RESULT: seconds of a start, milliseconds of a decode step as the engine's loop would see them
+(launch, then collect the one before), beside what the bytes of weights and KV take at the read rate measured here, and
+milliseconds of a prefill.
 """
 
 from __future__ import annotations
@@ -25,14 +27,24 @@ from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
+from pd_serve.models.layers import SparseMoe
 
 BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "16")), 10_240
-CONFIG = {
+LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-    "tie_word_embeddings": False, "eos_token_id": 128001, "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False, "eos_token_id": 128001, "torch_dtype": "bfloat16", "num_hidden_layers": 32,
 }  # fmt: skip
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+    "eos_token_id": 151645, "torch_dtype": "bfloat16", "num_hidden_layers": 48,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, object]] = {"llama-3.1-8b": LLAMA, "qwen3-30b-a3b": QWEN3_MOE}
 ROW = SamplingRow(0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, -1)
 
 
@@ -90,10 +102,13 @@ def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarr
     return statistics.median(times[8:])
 
 
-def make_executor(layers: int = 32, *, eager: bool = False) -> tuple[CudaExecutor, KVLayout]:
+def make_executor(
+    layers: int | None = None, *, eager: bool = False, shape: str = "llama-3.1-8b"
+) -> tuple[CudaExecutor, KVLayout]:
     """Of this shape with made-up weights."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+        model = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+        (Path(folder) / "config.json").write_text(json.dumps(model))
         config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN)
         layout = KVLayout(BLOCK, "bfloat16", config.layer_groups())
 
@@ -106,14 +121,26 @@ def make_executor(layers: int = 32, *, eager: bool = False) -> tuple[CudaExecuto
         return CudaExecutor(config, layout, load, settings), layout
 
 
+def weight_bytes(executor: CudaExecutor, rows: int) -> float:
+    """Of those that a decode step of ``rows`` reads."""
+    weights, experts = executor._runner.model.weights, executor._config.experts
+    total = float(weights.size_bytes)
+    if experts is not None:
+        unused = (1 - experts.per_token / experts.count) ** rows
+        layers = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, SparseMoe)]
+        total -= unused * sum(t.numel() * t.element_size() for mlp in layers for t in mlp.experts.tensors)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--eager", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     begin = time.perf_counter()
-    executor, layout = make_executor(options.layers, eager=options.eager)
+    executor, layout = make_executor(options.layers, eager=options.eager, shape=options.shape)
     print(f"RESULT start {time.perf_counter() - begin:.1f} s, {executor.num_blocks} blocks", flush=True)
     weights = executor._runner.model.weights.size_bytes
     each = layout.block_bytes(0) / BLOCK
@@ -126,7 +153,7 @@ def main() -> None:
         if batch * blocks >= executor.num_blocks:
             continue
         tables = scattered(rng, executor.num_blocks, batch, blocks)
-        limit = (weights + batch * context * each) / rate * 1e3
+        limit = (weight_bytes(executor, batch) + batch * context * each) / rate * 1e3
         ms, sampled = (decode_ms(executor, batch, context, tables, row) for row in (ROW, nucleus))
         print(
             f"RESULT decode batch={batch} context={context} {ms:.2f} ms (bytes {limit:.2f}, {limit / ms:.2f}), "

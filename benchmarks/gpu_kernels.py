@@ -1,10 +1,11 @@
 """The building blocks of the GPU engine, one by one, each replayed from a CUDA graph.
 
-    python benchmarks/gpu_kernels.py [peak linears kernels sampler attention]
+    python benchmarks/gpu_kernels.py [peak linears experts kernels sampler attention]
 
 Shapes are those of an 8B Llama in bfloat16: hidden 4096, 32 query and 8 KV heads of 128, intermediate 14336, vocabulary
-128,256. Weights and the KV of a large batch do not fit into L2. Prints lines that begin with RESULT. ``share`` is the
-bytes that have to be read or written, over the time, as a share of the rate at which the GPU reads memory in this run.
+128,256; experts are those of a layer of Qwen3-30B-A3B: 128 of 768 x 2048, 8 a token. Weights and the KV of a large
+batch do not fit into L2. Prints lines that begin with RESULT. ``share`` is the bytes that have to be read or written,
+over the time, as a share of the rate at which the GPU reads memory in this run.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from pd_serve.compute.cuda import kernels, linears
+from pd_serve.compute.cuda import experts, kernels, linears
 from pd_serve.compute.cuda.sampler import Sampler, logprobs
 from pd_serve.compute.cuda.timing import graph_us
+from pd_serve.models.interface import Routing
 
 DEVICE = torch.device("cuda")
 HIDDEN, Q_HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128_256
@@ -74,6 +76,47 @@ def bench_linears(rate: float) -> None:
         for t in chosen[n, k]:
             share, torchs = (2 * n * k / us / rate for us in (t.us, t.library_us))
             result(f"linear {name} rows={t.rows} us={t.us:.1f} share={share:.2f} torch={torchs:.2f} way={t.way}")
+
+
+def bench_experts(rate: float) -> None:
+    """Beside torch's grouped multiplication (CUTLASS), which is given rows that are sorted already."""
+    count, per_token, hidden, intermediate, number = 128, 8, 2048, 768, 4
+    layers = [
+        experts.Experts(
+            torch.randn(count, 2 * intermediate, hidden, device=DEVICE, dtype=torch.bfloat16).mul_(hidden**-0.5),
+            torch.randn(count, hidden, intermediate, device=DEVICE, dtype=torch.bfloat16).mul_(intermediate**-0.5),
+            Routing(per_token, True),
+            "silu",
+        )
+        for _ in range(number)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        experts.choose(layers, cache=Path(folder))
+        result(f"experts choose s={time.perf_counter() - begin:.1f}")
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
+        x = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16)
+        logits = torch.randn(number, rows, count, device=DEVICE, dtype=torch.bfloat16)
+        us = graph_us(lambda: [layer(x, logits[i]) for i, layer in enumerate(layers)]) / number  # noqa: B023
+        ends = [layer.route(logits[i]).counts for i, layer in enumerate(layers)]
+        routing_us = graph_us(lambda: [layer.route(logits[i]) for i, layer in enumerate(layers)]) / number  # noqa: B023
+        used = sum(int((n > 0).sum()) for n in ends) / number
+        ordered = x.repeat_interleave(per_token, 0)
+
+        def torchs() -> None:
+            for i, layer in enumerate(layers):
+                offsets = ends[i].cumsum(0, dtype=torch.int32)  # noqa: B023
+                made = torch._grouped_mm(ordered, layer.gate_up.transpose(1, 2), offs=offsets)  # noqa: B023
+                torch._grouped_mm(kernels.silu_mul(made), layer.down.transpose(1, 2), offs=offsets)
+
+        theirs = graph_us(torchs) / number
+        read = used * 3 * hidden * intermediate * 2
+        flop = rows * per_token * 3 * hidden * intermediate * 2
+        tiles = [t[min(rows, len(t) - 1)] for t in (layers[0]._gate_up_tiles, layers[0]._down_tiles)]
+        result(
+            f"experts rows={rows} used={used:.0f} us={us:.1f} share={read / us / rate:.2f} "
+            f"TFLOP/s={flop / us / 1e6:.0f} routing={routing_us:.1f} torch={theirs:.1f} tiles={tiles}"
+        )
 
 
 def bench_kernels(rate: float) -> None:
@@ -193,7 +236,8 @@ def bench_attention(rate: float) -> None:
 
 
 PARTS: dict[str, Callable[[float], None]] = {
-    "linears": bench_linears, "kernels": bench_kernels, "sampler": bench_sampler, "attention": bench_attention,
+    "linears": bench_linears, "experts": bench_experts, "kernels": bench_kernels, "sampler": bench_sampler,
+    "attention": bench_attention,
 }  # fmt: skip
 
 

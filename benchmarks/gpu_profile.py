@@ -1,9 +1,9 @@
 """What steps of the executor on one GPU spend their time on, by torch's profiler: the model of ``gpu_engine.py``.
 
-``python -m benchmarks.gpu_profile [--layers 32] [--eager] [--kernels 12]``. A step lasts from the end of the one before
-to its own, as the device sees it; of that, *gaps* is the time in which no kernel and no copy ran. For each batch size
-and each prompt a line that begins with RESULT, then the longest kernels and the longest gaps, with what was around.
-A profiler makes gaps longer: the time of a step without it stands beside.
+``python -m benchmarks.gpu_profile [--shape qwen3-30b-a3b] [--layers 32] [--eager] [--kernels 12]``. A step lasts from
+the end of the one before to its own, as the device sees it; of that, *gaps* is the time in which no kernel and no copy
+ran. For each batch size and each prompt a line that begins with RESULT, then the longest kernels and the longest gaps,
+with what was around. A profiler makes gaps longer: the time of a step without it stands beside.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.gpu_engine import BLOCK, decode_ms, make_executor, scattered, step
+from benchmarks.gpu_engine import BLOCK, SHAPES, decode_ms, make_executor, scattered, step
 from benchmarks.gpu_engine import ROW as GREEDY
 from pd_serve.compute.cuda.executor import CudaExecutor
 
 KINDS = {  # by what kernels are called, the first that fits
+    "experts": ("_grouped", "_route", "_combine"),
     "attention": ("xqa", "mha", "flash", "attend", "prefillwith", "batchprefill", "batchdecode", "mergestate", "paged"),
     "linears": ("gemv", "split_k", "gemm", "nvjet", "cutlass", "cublas", "splitk", "dot_kernel", "wgmma"),
     "sampling": ("adjust", "race", "collect", "count", "threshold", "finish", "logprob", "narrow", "take_samples"),
@@ -159,11 +160,12 @@ def prefill(executor: CudaExecutor, tokens: int) -> tuple[str, Shares]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--kernels", type=int, default=12, help="how many of the longest kernels are shown")
     options = parser.parse_args()
-    executor, _ = make_executor(options.layers, eager=options.eager)
+    executor, _ = make_executor(options.layers, eager=options.eager, shape=options.shape)
     rng = np.random.default_rng(1)
     found = [decode(executor, batch, rng) for batch in (1, 32, 256)]
     found += [prefill(executor, tokens) for tokens in (512, 2048, 8192)]

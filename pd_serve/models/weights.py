@@ -1,9 +1,9 @@
 """Loads weights into a decoder's layers: fused, typed, checked.
 
 Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
-the fusion of q, k, v, of gate, up and of experts. Files are mapped, not read: matrices are packed straight out of the page
-cache, and the embedding stays there, shared by the nodes of one machine. Must never serve a model of which a tensor
-is missing, unknown or of the wrong shape.
+the fusion of q, k, v, of gate, up and of experts. Files are mapped, not read: matrices are packed straight out of the
+page cache, and the embedding stays there, shared by the nodes of one machine. Must never serve a model of which a
+tensor is missing, unknown or of the wrong shape.
 """
 
 from __future__ import annotations

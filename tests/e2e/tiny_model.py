@@ -17,7 +17,7 @@ from tests.api import tiny
 
 @dataclass(frozen=True)
 class Size:
-    """``length``: the most tokens of a prompt and its answer."""
+    """``length``: the most tokens of a prompt and its answer. ``experts``: of which a token goes to a quarter."""
 
     hidden: int
     layers: int
@@ -26,6 +26,7 @@ class Size:
     head_dim: int
     intermediate: int
     length: int
+    experts: int = 0  # 0: one MLP
 
     @property
     def block_bytes(self) -> int:
@@ -35,6 +36,7 @@ class Size:
 
 TINY = Size(64, 2, 4, 2, 16, 128, 1024)  # a step in about a millisecond
 SMALL = Size(576, 4, 9, 3, 64, 1536, 8192)  # layers of SmolLM2-135M's shape, four of its thirty
+SPARSE = Size(64, 3, 4, 2, 16, 48, 4096, experts=16)
 # Attention that looks at a few tokens hard, and layers that outweigh the embedding of the last token: a KV block that
 # is missing, stale or another prompt's changes the text at once.
 SCALE, SHARP = 0.25, 0.6
@@ -60,6 +62,15 @@ def write(directory: Path, size: Size = TINY) -> Path:
         "tie_word_embeddings": False,
         "eos_token_id": tiny.EOS,
     }
+    if size.experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": size.experts,
+            "num_experts_per_tok": size.experts // 4,
+            "moe_intermediate_size": size.intermediate,
+            "norm_topk_prob": True,
+        }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_bytes(tokenizer)
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": tiny.CHAT_TEMPLATE}))
@@ -80,11 +91,20 @@ def write(directory: Path, size: Size = TINY) -> Path:
             name + "self_attn.k_proj.weight": normal(size.kv_heads * size.head_dim, size.hidden),
             name + "self_attn.v_proj.weight": normal(size.kv_heads * size.head_dim, size.hidden),
             name + "self_attn.o_proj.weight": normal(size.hidden, size.heads * size.head_dim),
-            name + "mlp.gate_proj.weight": normal(size.intermediate, size.hidden),
-            name + "mlp.up_proj.weight": normal(size.intermediate, size.hidden),
-            name + "mlp.down_proj.weight": normal(size.hidden, size.intermediate),
             name + "input_layernorm.weight": torch.ones(size.hidden),
             name + "post_attention_layernorm.weight": torch.ones(size.hidden),
         }
+        for mlp in [f"{name}mlp.experts.{i}." for i in range(size.experts)] or [f"{name}mlp."]:
+            weights |= {
+                mlp + "gate_proj.weight": normal(size.intermediate, size.hidden),
+                mlp + "up_proj.weight": normal(size.intermediate, size.hidden),
+                mlp + "down_proj.weight": normal(size.hidden, size.intermediate),
+            }
+        if size.experts:
+            weights |= {
+                name + "mlp.gate.weight": normal(size.experts, size.hidden),
+                name + "self_attn.q_norm.weight": torch.ones(size.head_dim),
+                name + "self_attn.k_norm.weight": torch.ones(size.head_dim),
+            }
     save_file(weights, str(directory / "model.safetensors"))
     return directory

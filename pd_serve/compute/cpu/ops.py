@@ -86,7 +86,7 @@ class Experts:
         if self._routing.normalise:
             shares /= shares.sum(-1, keepdim=True)
         total = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in chosen.unique().tolist():
+        for expert in sorted({expert for row in chosen.tolist() for expert in row}):
             rows, nth = torch.where(chosen == expert)
             # filled up with row 0: each number of rows has a kernel of its own in oneDNN, which takes a millisecond
             fed = x[torch.nn.functional.pad(rows, (0, _few_sizes(len(rows)) - len(rows)))]

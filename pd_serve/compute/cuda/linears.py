@@ -8,8 +8,6 @@ Called by the engine at start (:func:`choose`) and by decoders (:class:`Linear`)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from pd_serve import timings
 from pd_serve.compute.cuda import gemv, splitk
-from pd_serve.compute.cuda.timing import graph_us
+from pd_serve.compute.cuda.timing import cache_folder, graph_us
 from pd_serve.timings import Timed, by_rows
 
 log = logging.getLogger(__name__)
@@ -143,13 +141,14 @@ def choose(
 ) -> dict[Shape, tuple[Timed[Way], ...]]:
     """The fastest way for each shape and number of rows: from ``cache``, else timed now and kept there.
 
-    ``cache``: the folder, by default :func:`cache_folder`. ``progress`` is called before each shape that is timed.
-    Takes a second or two for a shape, and memory for one weight or four times the L2 cache, which is given back.
+    ``cache``: a folder, by default one for this GPU and these versions. ``progress`` is called before each shape that
+    is timed. Takes a second or two for a shape, and memory for one weight or four times the L2 cache, which is given
+    back.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return dict.fromkeys(shapes, ())
     ladder = [rows for rows in sorted(ladder) if rows <= _MOST_ROWS]
-    folder = cache or cache_folder(device)
+    folder = cache or cache_folder("linears", device, gemv, splitk)
     chosen: dict[Shape, tuple[Timed[Way], ...]] = {}
     missing: list[Shape] = []
     for shape in dict.fromkeys(shapes):
@@ -226,14 +225,6 @@ def _us(
         return graph_us(lambda: multiply(weights)) / len(weights)
     except triton.runtime.errors.OutOfResources:  # a tile needs more shared memory than this GPU has
         return None
-
-
-def cache_folder(device: torch.device) -> Path:
-    """For what was timed on GPUs like ``device`` with these versions."""
-    sources = b"".join(inspect.getsource(module).encode() for module in (gemv, splitk))
-    processors = str(torch.cuda.get_device_properties(device).multi_processor_count)
-    versions = torch.__version__, triton.__version__, hashlib.sha256(sources).hexdigest()
-    return timings.cache_folder("linears", torch.cuda.get_device_name(device), processors, *versions)
 
 
 def _file(folder: Path, shape: Shape, dtype: torch.dtype) -> Path:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pd_serve.compute.cuda import kernels, linears, splitk
+from pd_serve.compute.cuda import experts, kernels, linears, splitk
+from pd_serve.models.interface import Routing
 
 
 class CudaOps:
-    """Of one model: it remembers the linears that it made, so that all of them can be timed when all are there."""
+    """Of one model: it remembers the layers that it made, so that all of them can be timed when all are there."""
 
     def __init__(self) -> None:
         self._linears: list[linears.Linear] = []
+        self._experts: list[experts.Experts] = []
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> linears.Linear:
         """Of ``weight [out, in]``, contiguous, which it keeps."""
@@ -22,13 +24,20 @@ class CudaOps:
         self._linears.append(layer)
         return layer
 
+    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> experts.Experts:
+        """Of contiguous weights, which it keeps."""
+        layer = experts.Experts(gate_up, down, routing, activation)
+        self._experts.append(layer)
+        return layer
+
     def choose(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None] | None = None) -> None:
-        """Each linear goes the fastest ways for its shape from now on."""
+        """Each linear and each mixture of experts goes the fastest ways for its shape from now on."""
         chosen = linears.choose([layer.shape for layer in self._linears], dtype, device, progress=progress)
         split = [n for (n, _), timed in chosen.items() if any(isinstance(t.way.tile, splitk.SplitTile) for t in timed)]
         workspace = splitk.Workspace(max(split), device) if split else None
         for layer in self._linears:
             layer.use(chosen[layer.shape], workspace)
+        experts.choose(self._experts, progress=progress)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :func:`pd_serve.compute.cuda.kernels.rms_norm`."""

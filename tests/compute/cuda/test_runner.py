@@ -34,9 +34,10 @@ PROMPTS = ([5, 9, 200, 31], list(range(40, 73)), [7], list(range(100, 120)))
 OUTPUT = 4 if INTERPRETED else 20
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model.write(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size = tiny_model.SPARSE if request.param == "experts" else tiny_model.TINY
+    return tiny_model.write(tmp_path_factory.mktemp("model"), size)
 
 
 class Both:

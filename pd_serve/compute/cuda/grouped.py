@@ -1,0 +1,163 @@
+"""Matrices of several experts times those rows that each of them has: a grouped GEMM, its rows gathered as it goes.
+
+Called by :mod:`pd_serve.compute.cuda.experts`, which decides by timing which tile is used. The grid is as large as the
+number of rows could make it; programs find their expert by the counts on the device, and those beyond end at once. So
+sorted rows are never copied or padded, each of the two multiplications may have tiles of its own, and graphs can hold
+them. With few rows it is the reading of weights that takes time: blocks of one expert that read the same lie side by
+side in the grid, so that the second finds it in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pd_serve.compute.cuda.routing import Routed
+
+SILU = 1.0, 0.0
+GELU_TANH = 1.5957691216057308, 1.5957691216057308 * 0.044715  # see kernels.gelu_tanh_mul
+
+
+@dataclass(frozen=True)
+class GroupTile:
+    """``rows`` of one expert by ``outputs``, ``inputs`` at a time in ``stages`` of a pipeline."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int
+
+
+TILES = (
+    GroupTile(16, 16, 256, 4, 4),
+    GroupTile(16, 32, 128, 4, 4),
+    GroupTile(16, 32, 256, 3, 4),
+    GroupTile(16, 64, 64, 5, 4),
+    GroupTile(16, 64, 128, 3, 4),
+    GroupTile(16, 128, 64, 4, 4),
+    GroupTile(16, 128, 128, 2, 4),
+    GroupTile(32, 64, 128, 3, 4),
+    GroupTile(32, 128, 64, 4, 4),
+    GroupTile(32, 128, 128, 2, 4),
+    GroupTile(64, 64, 64, 4, 4),
+    GroupTile(64, 128, 64, 3, 4),
+    GroupTile(128, 64, 64, 4, 4),
+    GroupTile(128, 128, 64, 4, 8),
+    GroupTile(128, 256, 64, 4, 8),
+)
+EXACT = GroupTile(16, 32, 32, 2, 4)  # for float32, where nothing is fast
+
+
+def candidates(rows_each: float) -> list[GroupTile]:
+    """Tiles that may be the fastest where an expert has so many rows on average; the first always works."""
+    wanted = 1 << max(4, min(7, round(rows_each).bit_length()))  # with room for those above the average
+    return [tile for tile in TILES if wanted // 2 <= tile.rows <= wanted * 2]
+
+
+def gate_up(
+    x: Tensor,
+    weight: Tensor,
+    routed: Routed,
+    per_token: int,
+    activation: tuple[float, float],
+    out: Tensor,
+    tile: GroupTile,
+    *,
+    compile_only: bool = False,
+) -> None:
+    """``out [slots, I] = act(gate) * up`` of each slot's row of ``x [T, hidden]``; ``weight [experts, 2 I, hidden]``.
+
+    ``weight`` and ``out`` contiguous, rows of ``x`` may be apart. Sums in float32.
+    """
+    _launch(x, weight, routed, per_token, activation, out, tile, True, compile_only)
+
+
+def down(
+    x: Tensor, weight: Tensor, routed: Routed, per_token: int, out: Tensor, tile: GroupTile, *,
+    compile_only: bool = False,
+) -> None:  # fmt: skip
+    """``out [slots, hidden] = share * (x @ weight.T)`` of ``x [slots, I]``, ``weight [experts, hidden, I]``."""
+    _launch(x, weight, routed, per_token, SILU, out, tile, False, compile_only)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    routed: Routed,
+    per_token: int,
+    activation: tuple[float, float],
+    out: Tensor,
+    tile: GroupTile,
+    gated: bool,
+    compile_only: bool,
+) -> None:
+    (slots, n), (experts, _, k) = out.shape, weight.shape
+    blocks = min(slots, experts) + slots // tile.rows
+    _grouped.run(
+        x, weight, routed.counts, routed.slots, routed.shares, out, n, k, routed.slots.shape[1], x.stride(0),
+        *activation, EXPERTS=experts, ALL=triton.next_power_of_2(experts), PER_TOKEN=per_token, GATED=gated,
+        EVEN=k % tile.inputs == 0, EXACT=x.dtype is torch.float32, ROWS=tile.rows, OUTPUTS=tile.outputs,
+        INPUTS=tile.inputs, num_stages=tile.stages, num_warps=tile.warps,
+        grid=(blocks, triton.cdiv(n, tile.outputs)), warmup=compile_only,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pitch"])  # one kernel for all numbers of rows, so that no step waits for a compiler
+def _grouped(
+    x: tl.tensor, weight: tl.tensor, counts: tl.tensor, slots: tl.tensor, shares: tl.tensor, out: tl.tensor,
+    n: tl.tensor, k: tl.tensor, pitch: tl.tensor, x_row: tl.tensor, linear: tl.tensor, cubic: tl.tensor,
+    EXPERTS: tl.constexpr, ALL: tl.constexpr, PER_TOKEN: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    EXACT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+) -> None:  # fmt: skip
+    block, tile = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, ALL)
+    number = tl.load(counts + i, i < EXPERTS, other=0)
+    blocks = (number + (ROWS - 1)) // ROWS
+    ends = tl.cumsum(blocks, 0)
+    expert = tl.sum((ends <= block).to(tl.int32))
+    if expert < EXPERTS:
+        own = i == expert
+        count = tl.sum(tl.where(own, number, 0))
+        rank = (block - tl.sum(tl.where(own, ends - blocks, 0))) * ROWS + tl.arange(0, ROWS)
+        # past the last row the last one is read again: no mask in the loop
+        slot = tl.load(slots + expert * pitch + tl.minimum(rank, count - 1)).to(tl.int64)
+        column = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+        inputs = tl.arange(0, INPUTS)
+        a = x + (slot // PER_TOKEN if GATED else slot)[:, None] * x_row + inputs[None, :]
+        matrix = expert.to(tl.int64) * n * k
+        w = weight + tl.minimum(column, n - 1)[None, :].to(tl.int64) * k + inputs[:, None]
+        w += 2 * matrix if GATED else matrix
+        total = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        up = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        for at in range(0, k, INPUTS):
+            rows = _part(a + at, (inputs < k - at)[None, :], EVEN)
+            total = _product(rows, _part(w + at, (inputs < k - at)[:, None], EVEN), total, EXACT)
+            if GATED:
+                up = _product(rows, _part(w + n.to(tl.int64) * k + at, (inputs < k - at)[:, None], EVEN), up, EXACT)
+        if GATED:
+            total = total / (1 + tl.exp(-total * (linear + cubic * total * total))) * up
+        else:
+            total *= tl.load(shares + slot)[:, None]
+        mask = (rank < count)[:, None] & (column < n)[None, :]
+        tl.store(out + slot[:, None] * n + column[None, :], total.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _part(at: tl.tensor, mask: tl.tensor, EVEN: tl.constexpr) -> tl.tensor:
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask, other=0.0)
+
+
+@triton.jit
+def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, EXACT: tl.constexpr) -> tl.tensor:
+    if EXACT:
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
