@@ -95,7 +95,7 @@ def test_nodes_sleep_and_wake(exact: Cluster, on_cpu: Texts) -> None:
 
 
 def test_preempted_and_resumed(tmp_path: Path, model: Path, on_cpu: Texts) -> None:
-    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300}
+    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300, "block_size": 16}
     memory = 84 * BLOCK_BYTES
     with cluster(tmp_path, model=model, device="cuda", kv_cache_memory=memory, **flags) as narrow:
 
