@@ -24,6 +24,7 @@ import torch
 from pd_serve.compute.cuda.executor import CudaExecutor, Launched, Settings
 from pd_serve.compute.step import SAMPLING, SamplingRow, Step
 from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.upload import Upload
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
@@ -113,9 +114,11 @@ def make_executor(
         layout = KVLayout(BLOCK, "bfloat16", config.layer_groups())
 
         def load(ops: Ops, device: str) -> Decoder:
-            return load_decoder(
-                Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device
-            )
+            with Upload(torch.device(device)) as upload:
+                return load_decoder(
+                    Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device,
+                    upload=upload,
+                )  # fmt: skip
 
         settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88)
         return CudaExecutor(config, layout, load, settings), layout

@@ -6,6 +6,7 @@ float32, and each operation computes in float32. What is overwritten and what co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -38,6 +39,16 @@ class Experts(Protocol):
 
     def __call__(self, x: Tensor, logits: Tensor, /) -> Tensor:
         """``x [T, hidden]``, ``logits [T, experts]``: the sum of what a token's experts make of it, by their shares."""
+
+
+class Upload(Protocol):
+    """Brings weights to a device, faster than copies one after another; a device may have none."""
+
+    def copy(self, target: Tensor, source: Tensor, /) -> None:
+        """Begins to copy ``source``, on the CPU, to the contiguous ``target`` on the device, in its dtype."""
+
+    def finish(self, progress: Callable[[int, int], None] | None = None, /) -> None:
+        """Waits until all targets hold their sources; ``progress`` is told bytes, done and in all."""
 
 
 class Ops(Protocol):

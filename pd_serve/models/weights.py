@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,14 +24,15 @@ from torch import Tensor
 
 from pd_serve.errors import ModelError
 from pd_serve.models.config import ExpertsConfig, ModelConfig
-from pd_serve.models.interface import HeadTransform, Linear, Ops, Routing
+from pd_serve.models.interface import HeadTransform, Linear, Ops, Routing, Upload
 from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention, Mlp, SparseMoe
+from pd_serve.models.progress import bar
 from pd_serve.models.rope import cos_sin_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in some checkpoints, but computed here; and the half of Gemma 3 that sees
 _IGNORED_PARTS = ("rotary_emb.", "vision_tower.", "multi_modal_projector.")
-_DUMMY_VALUES = 1_000_003  # a prime: rows of a dummy matrix, cut from the same values, all differ
+_DUMMY_VALUES = 4 << 20
 _DUMMY_STD = 0.02
 _NAMES_SHOWN = 8
 
@@ -65,12 +67,23 @@ class TensorSource(Protocol):
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, dtype: str, load_format: str, device: torch.device, ops: Ops, positions: int
+    directory: Path,
+    config: ModelConfig,
+    dtype: str,
+    load_format: str,
+    device: torch.device,
+    ops: Ops,
+    positions: int,
+    upload: Upload | None,
 ) -> ModelWeights:
     """For positions below ``positions``. Raises ``ModelError`` naming missing, unexpected and misshapen tensors."""
     with ExitStack() as stack:
-        source = _Dummy() if load_format == "dummy" else _Safetensors(directory, stack)
-        return _Loader(source, config, DTYPES[dtype], device, ops, positions).load()
+        source = _Dummy(DTYPES[dtype]) if load_format == "dummy" else _Safetensors(directory, stack)
+        weights = _Loader(source, config, DTYPES[dtype], device, ops, positions, upload).load()
+        if upload is not None:
+            with bar("loading weights") as update:
+                upload.finish(update)
+        return weights
 
 
 class _Loader:
@@ -84,8 +97,10 @@ class _Loader:
         device: torch.device,
         ops: Ops,
         positions: int,
+        upload: Upload | None,
     ) -> None:
         self.source = source
+        self.upload = upload
         self.ops = ops
         self.cos_sin = [cos_sin_table(rope, positions, device) for rope in config.ropes]
         self.config = config
@@ -185,13 +200,28 @@ class _Loader:
         for name, shape in parts:
             tensor = self._take(name, shape)
             if tensor is not None:
-                out[at : at + shape[0]].copy_(tensor)
+                self._copy(out[at : at + shape[0]], tensor)
             at += shape[0]
         return out
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._take(name, shape)
-        return torch.empty(shape, dtype=self.dtype) if tensor is None else tensor.to(self.device, self.dtype)
+        return torch.empty(shape, dtype=self.dtype) if tensor is None else self._placed(tensor)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """On the device and in the model's dtype: itself, where it is that already."""
+        if self.upload is None:
+            return tensor.to(self.device, self.dtype).contiguous()
+        out = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+        self._copy(out, tensor)
+        return out
+
+    def _copy(self, out: Tensor, tensor: Tensor) -> None:
+        """Into weights on the device. With an upload they are there when it has finished."""
+        if self.upload is None:
+            out.copy_(tensor)
+        else:
+            self.upload.copy(out, tensor)
 
     def _norm(self, name: str, size: int) -> Tensor:
         """In float32 whatever the model's dtype is: rounding 1 + w would lose what the checkpoint says."""
@@ -270,20 +300,23 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 class _Dummy:
-    """Random weights that are the same in every process and on every machine, made at the speed of memory."""
+    """Random weights that are the same in every process and on every machine.
 
-    def __init__(self) -> None:
+    A matrix is a view of a few million values, that have to be made once: its rows overlap, and all differ.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         self.names: set[str] | None = None
         values = np.random.default_rng(0).standard_normal(_DUMMY_VALUES, dtype=np.float32) * np.float32(_DUMMY_STD)
-        self._values = torch.from_numpy(values)
+        self._values = torch.from_numpy(values).to(dtype)
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if "norm" in name:
             return torch.ones(shape)
-        out = torch.empty(shape).view(-1)
-        at = -(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % _DUMMY_VALUES)
-        while at < out.numel():
-            start, end = max(at, 0), min(at + _DUMMY_VALUES, out.numel())
-            out[start:end] = self._values[start - at : end - at]
-            at += _DUMMY_VALUES
-        return out.view(shape)
+        *leading, columns = shape
+        rows, values = math.prod(leading), len(self._values) - columns
+        step = values // (2 * rows)
+        if step < 1:
+            raise ModelError(f"The tensor {name} of shape {shape} is too large for dummy weights.")
+        at = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % (values - step * rows)
+        return self._values.as_strided((rows, columns), (step, 1), at).view(shape)

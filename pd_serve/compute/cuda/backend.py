@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings
 from pd_serve.config import EngineConfig
+from pd_serve.memory.upload import Upload
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
 from pd_serve.models.sizes import Sizes
@@ -18,15 +22,17 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
     """All of a start: weights, kernels, graphs, and then the KV cache."""
 
     def read_weights(ops: Ops, device: str) -> Decoder:
-        return load_decoder(
-            Path(config.model),
-            fit.model,
-            config.dtype,
-            config.load_format,
-            ops=ops,
-            max_positions=fit.max_model_len + 1,
-            device=device,
-        )
+        with Upload(torch.device(device)) if device != "cpu" else nullcontext() as upload:
+            return load_decoder(
+                Path(config.model),
+                fit.model,
+                config.dtype,
+                config.load_format,
+                ops=ops,
+                max_positions=fit.max_model_len + 1,
+                device=device,
+                upload=upload,
+            )
 
     settings = Settings(
         max_num_seqs=config.max_num_seqs,
