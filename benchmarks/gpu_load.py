@@ -96,6 +96,18 @@ def timed(what: str, size: int, work: Callable[[], object]) -> None:
     print(f"RESULT {what}: {size / seconds / 1e9:.2f} GB/s ({seconds:.2f} s)", flush=True)
 
 
+def measure_bus() -> None:
+    pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(pinned, device="cuda:0")
+
+    def copy() -> None:
+        target.copy_(pinned)
+        torch.cuda.synchronize()
+
+    copy()
+    timed("bus, pinned", len(pinned), copy)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=8)
@@ -105,12 +117,7 @@ def main() -> None:
         folder = Path(name)
         size = write(folder, options.layers)
         print(f"RESULT checkpoint of {size / 1e9:.2f} GB, {os.cpu_count()} cores", flush=True)
-        pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-        target = torch.empty_like(pinned, device="cuda:0")
-        for _ in range(2):
-            target.copy_(pinned)
-        timed("bus, pinned", len(pinned), lambda: (target.copy_(pinned), torch.cuda.synchronize()))
-        del target, pinned
+        measure_bus()
         read_files(folder)
         timed("files, warm", size, lambda: read_files(folder))
         timed("loader, warm", size, lambda: load(folder, upload=True))
