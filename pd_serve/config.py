@@ -296,11 +296,12 @@ class EngineSettings(Guarded):
         (), values.CORES, "Device", "Cores that engines are bound to, such as 0-3,8.", reason="Empty: not bound."
     )
     device: str = setting(
-        "cpu",
-        choice("cpu", "cuda"),
+        "auto",
+        choice("auto", "cpu", "cuda"),
         "Device",
         "What engines compute on: this machine's cores, or the first GPU that they see.",
-        reason="CUDA_VISIBLE_DEVICES says which GPUs a process sees; `up` gives each node one of them.",
+        reason="auto: on a GPU where there is one; if it cannot be used that is an error. CUDA_VISIBLE_DEVICES says "
+        "which GPUs a process sees; `up` gives each node one of them.",
     )
     enforce_eager: bool = setting(
         False, values.FLAG, "Device", "On a GPU: launch every kernel, instead of replaying decode steps as CUDA graphs."

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from pd_serve import config as settings
 from pd_serve import logs, preflight
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
-from pd_serve.memory.visible import VARIABLE, deal_gpus
+from pd_serve.memory.choice import choose
+from pd_serve.memory.visible import VARIABLE, count_gpus, deal_gpus
 from pd_serve.models.sizes import sizes
 from pd_serve.models.source import resolve
 from pd_serve.net import listen, netloc
@@ -47,6 +48,8 @@ def run(config: UpConfig) -> int:
     """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
     logs.configure(config.log_level, "up")
     started_s = time.monotonic()
+    chosen = choose(config.device)
+    config = _on_device(config, chosen.device)
     preflight.check(config, nodes=sum(config.counts().values()))
     config.api_keys()
     server_tls(config.ssl_certfile, config.ssl_keyfile)
@@ -59,10 +62,21 @@ def run(config: UpConfig) -> int:
         load_format=model.load_format,
         served_model_name=config.served_model_name or model.name,
     )
+    chosen.log()
     sizes(config, model.directory, template)  # what cannot be is said before anything starts
     with tempfile.TemporaryDirectory(prefix="pd-serve-up-") as directory:
         processes = _plan(config, Path(directory))
         return asyncio.run(Up(config, processes, started_s).run())
+
+
+def _on_device(config: UpConfig, device: str) -> UpConfig:
+    """A single GPU gets one node that does both, unless the nodes were counted."""
+    config = replace(config, device=device)
+    counted = config.prefill is not None or config.decode is not None or config.both or config.kv_cache_memory
+    if config.device == "cuda" and not counted and count_gpus() == 1:
+        log.info("there is one GPU: one node computes prompts and decodes (as with --both 1)")
+        config = replace(config, both=1)
+    return config
 
 
 def _plan(config: UpConfig, directory: Path) -> list[Supervised]:

@@ -51,9 +51,9 @@ _FURTHER = {
     "engine.__main__": {"decode", "prefill", "transfer"},  # gives it its abilities
     "compute.backend": {"compute.cpu", "compute.cuda", "models"},  # chooses a device
     "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
-    "node.main": {"memory.switches", "models.source", "transfer.session.tls"},  # what engines are started with
+    "node.main": {"memory.choice", "memory.switches", "models.source", "transfer.session.tls"},  # how engines start
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
-    "up": {"memory.visible", "models.sizes", "models.source", "wire.model"},  # the same, for one machine
+    "up": {"memory.choice", "memory.visible", "models.sizes", "models.source", "wire.model"},  # the same for a machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other
 }
 

@@ -60,13 +60,13 @@ class Upload:
 
     def finish(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Waits for all copies; ``progress`` is told bytes, done and in all. What a copy has raised is raised here."""
-        total, done = sum(size for size, _ in self._pieces), 0
-        for size, future in self._pieces:
+        pieces, self._pieces = self._pieces, []
+        total, done = sum(size for size, _ in pieces), 0
+        for size, future in pieces:
             future.result()
             done += size
             if progress is not None:
                 progress(done, total)
-        self._pieces.clear()
         torch.cuda.synchronize(self._device)
 
     def __enter__(self) -> Upload:

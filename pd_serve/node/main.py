@@ -7,11 +7,13 @@ modules are even imported.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from pd_serve import logs, preflight
 from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import ConfigError
+from pd_serve.memory.choice import choose
 from pd_serve.memory.switches import resolve as resolve_memory
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
@@ -23,6 +25,8 @@ from pd_serve.trust import server_tls
 def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
     logs.configure(config.log_level, config.role)
+    chosen = choose(config.device)
+    config = replace(config, device=chosen.device)
     preflight.check(config)
     config.check_door(config.host)
     if config.peer_host:
@@ -30,6 +34,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     server_tls(config.ssl_certfile, config.ssl_keyfile)
     Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca)  # what the engine will do
     model = resolve(config.model, config.dtype, config.load_format, device=config.device)
+    chosen.log()
     listener = listen(config.host, config.port)
     scheme = "https" if config.ssl_certfile else "http"
     url = config.advertise_url or f"{scheme}://{netloc(reachable_host(config.host), listener.getsockname()[1])}"

@@ -142,7 +142,14 @@ class Cluster:
         **flags: object,
     ) -> None:
         self.directory = directory
-        self.flags = {"threads": 1, "drain_timeout_s": 5, "dtype": "float32", "kv_cache_memory": "256MiB", **flags}
+        self.flags = {
+            "device": "cpu",
+            "threads": 1,
+            "drain_timeout_s": 5,
+            "dtype": "float32",
+            "kv_cache_memory": "256MiB",
+            **flags,
+        }
         self.only = only or {}
         self.router = self.start_router(free_port(), router or {}, prefill + both, decode + both)
         self.prefills = [self.start_node("prefill") for _ in range(prefill)]

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 def start(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], int]:
     port = free_port()
     with log.open("wb") as out:
-        args = [sys.executable, "-m", "pd_serve.cli", "up", "--port", str(port), "--dtype", "float32", *flags]
+        args = [sys.executable, "-m", "pd_serve.cli", "up", "--port", str(port), "--dtype", "float32"]
+        args += ["--device", "cpu", *flags]
         # a session of its own, so that the test can send Ctrl-C to the whole terminal group
         return subprocess.Popen(args, stdout=out, stderr=out, start_new_session=True), port
 

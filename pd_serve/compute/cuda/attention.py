@@ -12,7 +12,6 @@ tokens before a window, though nothing of it counts.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +21,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda.plain import PlainRows, attend
-from pd_serve.errors import ConfigError
 
-FLASHINFER = ((0, 6, 12), (0, 7))  # from, to before: its API changes in minor versions
 _XQA_BLOCK_SIZES = (16, 32, 64, 128)
 _XQA_MAX_GROUP = 32  # query heads of a KV head
 _XQA_SEMAPHORE_BYTES = 8 << 20
@@ -49,25 +46,6 @@ class AttentionShape:
     def window_left(self) -> int:
         """As FlashInfer has it: tokens before the own one, -1 without a window."""
         return -1 if self.window is None else self.window - 1
-
-
-def check(device: torch.device) -> None:
-    """Raises ConfigError, with what to do, where these kernels cannot run on ``device``."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise ConfigError(
-            "no CUDA device: check that nvidia-smi shows one and that torch is a CUDA build, or use --device cpu"
-        )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        found = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-        raise ConfigError(f"{found}, but 8.0 (Ampere) is the least: use --device cpu")
-    try:
-        version = importlib.metadata.version("flashinfer-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("FlashInfer is not installed: pip install 'pd-serve[cuda]'") from None
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if not FLASHINFER[0] <= numbers < FLASHINFER[1]:
-        raise ConfigError(f"FlashInfer {version} is not supported: pip install 'flashinfer-python>=0.6.12,<0.7'")
 
 
 def xqa_has(shape: AttentionShape, device: torch.device) -> bool:

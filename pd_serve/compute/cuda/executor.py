@@ -91,7 +91,6 @@ class CudaExecutor:
     ) -> None:
         """``read_weights(ops, device)``: at the start, and after a deep sleep. Raises PDServeError or OSError."""
         self._device = torch.device("cuda", settings.device)
-        attention.check(self._device)
         self._config, self._layout, self._settings = config, layout, settings
         self._read_weights = read_weights
         driver = CudaDriver()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from pd_serve.doctor.checks.software import torch_versions
 from pd_serve.doctor.findings import Finding, note, ok, problem, size
 from pd_serve.doctor.machine import Check, Machine
+from pd_serve.memory.choice import torch_versions, what_there_is
 from pd_serve.memory.cuda_driver import NO_BINDINGS, NO_LIBRARY, CudaDriver, DeviceFacts, reason
 from pd_serve.memory.driver import DriverError, HandleType, MemoryKind, VirtualMemoryDriver
 
@@ -45,6 +45,20 @@ def gpus(machine: Machine) -> list[Finding]:
                 problem(f"cuda:{ordinal}", str(error), "reset the GPU, or leave it out of CUDA_VISIBLE_DEVICES")
             )
     return findings
+
+
+def engines(machine: Machine) -> list[Finding]:
+    """What --device auto leads to."""
+    found = what_there_is(machine.root)
+    if found.problem:
+        return [
+            problem(
+                "engines",
+                f"none would start: {found.problem.partition(':')[0]}",
+                f"{found.problem.partition(':')[2].strip() or 'check nvidia-smi'}; or give nodes --device cpu",
+            )
+        ]
+    return [ok("engines", f"compute on {'GPUs, from ' if found.device == 'cuda' else 'the cores: '}{found.why}")]
 
 
 def judge_version(driver: str, torch: str) -> Finding:
@@ -159,4 +173,4 @@ def facts() -> dict[str, object]:
         return {"gpus": 0, "cumem": False}
 
 
-CHECKS: tuple[Check, ...] = (gpus,)
+CHECKS: tuple[Check, ...] = (engines, gpus)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-import re
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 
 from pd_serve import __version__
 from pd_serve import config as settings
@@ -16,6 +13,7 @@ from pd_serve.doctor.findings import Finding, broken, note, ok, problem
 from pd_serve.doctor.machine import Check, Machine
 from pd_serve.errors import ConfigError
 from pd_serve.memory import alloc_conf
+from pd_serve.memory.choice import torch_versions
 
 _PACKAGES = ("nixl", "cuda-bindings", "nvidia-ml-py", "numba")  # with one name; the others come in builds
 _UCX_HARMFUL = {
@@ -35,17 +33,6 @@ def versions(machine: Machine) -> list[Finding]:
             if name in ("nixl", "numba"):
                 findings.append(broken(name, "not installed", f"pip install {name}"))
     return findings
-
-
-def torch_versions() -> tuple[str, str] | None:
-    """torch's, and its CUDA's (empty: built for CPUs); read from a file, because importing torch takes seconds."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return None
-    text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
-    version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
-    cuda = re.search(r"^cuda(?:: [^=]*)? = '([^']+)'", text, re.MULTILINE)
-    return version[1] if version else "unknown", cuda[1] if cuda else ""
 
 
 def _torch(machine: Machine) -> Finding:
