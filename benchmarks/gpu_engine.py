@@ -1,6 +1,6 @@
 """Steps of the executor on one GPU: a model's shape in bfloat16 with made-up weights, by batch size and context.
 
-``python benchmarks/gpu_engine.py [--shape llama-3.1-8b | qwen3-30b-a3b] [--layers 32] [--eager]``. Of a mixture of
+``python -m benchmarks.gpu_engine [--shape llama-3.1-8b | qwen3-30b-a3b] [--layers 32] [--eager]``. Of a mixture of
 experts the bytes of weights are those of the experts that so many rows go to where each of them is as likely. Prints
 lines that begin with RESULT: seconds of a start, milliseconds of a decode step as the engine's loop would see them
 (launch, then collect the one before), beside what the bytes of weights and KV take at the read rate measured here, and
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.shapes import SHAPES
 from pd_serve.compute.cuda.executor import CudaExecutor, Launched, Settings
 from pd_serve.compute.step import SAMPLING, SamplingRow, Step
 from pd_serve.kv.layout import KVLayout
@@ -31,21 +32,6 @@ from pd_serve.models.interface import Ops
 from pd_serve.models.layers import SparseMoe
 
 BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "16")), 10_240
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-    "tie_word_embeddings": False, "eos_token_id": 128001, "torch_dtype": "bfloat16", "num_hidden_layers": 32,
-}  # fmt: skip
-QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
-    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-    "eos_token_id": 151645, "torch_dtype": "bfloat16", "num_hidden_layers": 48,
-}  # fmt: skip
-SHAPES: dict[str, dict[str, object]] = {"llama-3.1-8b": LLAMA, "qwen3-30b-a3b": QWEN3_MOE}
 ROW = SamplingRow(0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, -1)
 
 

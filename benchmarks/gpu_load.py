@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.gpu_engine import CONFIG
+from benchmarks.shapes import LLAMA
 from pd_serve.compute.cuda.ops import CudaOps
 from pd_serve.memory.upload import Upload
 from pd_serve.models.config import ModelConfig
@@ -32,7 +32,7 @@ READ_BYTES = 4 << 20
 
 def write(folder: Path, layers: int) -> int:
     """Bytes."""
-    config = {**CONFIG, "num_hidden_layers": layers}
+    config = {**LLAMA, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     hidden, inner, vocab, kv = 4096, 14336, 128256, 1024
     ends = {
