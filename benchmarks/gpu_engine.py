@@ -31,7 +31,7 @@ from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops
 from pd_serve.models.layers import SparseMoe
 
-BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "16")), 10_240
+BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "64")), 10_240
 ROW = SamplingRow(0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, -1)
 
 
