@@ -124,16 +124,18 @@ def _flag(value: object) -> bool:
 FLAG = Kind("true|false", _flag, is_flag=True)
 
 
-def integer(low: int, high: int | None = None) -> Kind:
-    """Whole numbers from ``low`` to ``high``."""
+def integer(low: int, high: int | None = None, *, or_zero: bool = False) -> Kind:
+    """Whole numbers from ``low`` to ``high``; with ``or_zero`` also 0, which says that another place decides."""
     limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    if or_zero:
+        limits += ", or 0"
 
     def parse(value: object) -> int:
         try:
             number = int(_text(value))
         except ValueError:
-            number = low - 1
-        if number < low or (high is not None and number > high):
+            number = min(low, 0) - 1
+        if (number < low or (high is not None and number > high)) and not (or_zero and number == 0):
             raise ValueError(f"must be a whole number {limits}, not {value!r}")
         return number
 

@@ -38,6 +38,9 @@ class Executor(Protocol[L]):
         too, and what comes of it is dropped.
         """
 
+    def done(self, launched: L) -> bool:
+        """Whether :meth:`collect` would not wait."""
+
     def memory(self) -> list[PoolMemory]:
         """A rank: the pool that its transfer end registers. Known before :meth:`load`."""
 

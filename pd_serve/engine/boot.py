@@ -223,8 +223,8 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
     counts = tuple(region.num_blocks for region in memory.regions[: len(layout.groups)])
     kv = KVManager(layout, counts, fit.max_model_len + 1, prefix_caching=config.prefix_caching)
     limits = Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.batch_limit,
+        max_num_batched_tokens=config.token_budget,
         saturating_tokens=saturating_tokens,
         max_queue=config.max_queue,
         max_queue_wait_s=config.max_queue_wait_s,

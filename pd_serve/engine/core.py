@@ -85,10 +85,12 @@ class Engine:
         poller.register(watched := self._role.fileno(), zmq.POLLIN)
         worked = False
         while not self._stopping:
-            # after an empty plan only a message or a transfer event can change anything
-            wait_s = 0.0 if worked else max(0.0, self._status_due_s - time.monotonic())
+            if worked:
+                wait_ms = self._pipeline.spare_ms()
+            else:  # after an empty plan only a message or a transfer event can change anything
+                wait_ms = math.ceil(max(0.0, self._status_due_s - time.monotonic()) * 1000)
             self._pulse.rest()
-            poller.poll(math.ceil(wait_s * 1000))
+            poller.poll(wait_ms)
             self._pulse.turn()
             worked = self.turn()
             if self._role.fileno() != watched:
@@ -96,13 +98,15 @@ class Engine:
                 poller.register(watched := self._role.fileno(), zmq.POLLIN)
 
     def turn(self) -> bool:
-        """Handles what has come, and computes a step. False: there was none, so only what comes can change that."""
+        """Handles what has come, and computes a step when that is due. False: there was none to compute, so only what
+        comes can change that.
+        """
         self._receive()
         self._take_arrived()
         # before a step that may take long: clients wait for the answers, and routers place by the report
         self._flush()
         self._report()
-        worked = self._step()
+        worked = bool(self._pipeline.spare_ms()) or self._step()
         self._flush()
         if not self._seqs and not self._pipeline.launched:
             self._answer(self._lifecycle.turn_in(self.load, self._check_idle))
@@ -119,7 +123,6 @@ class Engine:
 
         False: there was nothing to do.
         """
-        started_s = time.perf_counter()
         plan = self._scheduler.plan(launched=self._pipeline.launched)
         if plan is None:
             self._book_all(self._pipeline.collect())
@@ -130,7 +133,6 @@ class Engine:
         self._checked_idle = False
         self._book_all(self._pipeline.turn(plan))
         self._counters["steps"] += 1
-        self._counters["step_seconds"] += time.perf_counter() - started_s
         self._counters["computed_tokens"] += sum(work.num_tokens for work in plan)
         return True
 

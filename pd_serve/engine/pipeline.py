@@ -1,13 +1,15 @@
 """Steps on their way through the executor: launched in order, collected in order, and mended when one fails.
 
 Called by the engine's loop, which books what comes out before it asks for more. With an executor of depth 1 the next
-step is launched before the one before is collected. A step that fails is computed again in halves, so that only those
-sequences fail that cannot be computed; what was launched after it is dropped and planned anew.
+step is launched before the one before is collected, shortly before that ends (:mod:`pd_serve.engine.slack`). A step
+that fails is computed again in halves, so that only those sequences fail that cannot be computed; what was launched
+after it is dropped and planned anew.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +21,7 @@ from pd_serve.engine.plan import StepBuilder, Work
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import State
+from pd_serve.engine.slack import Kind, Slack
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class Pipeline:
         self._scheduler = scheduler
         self._pulse = pulse
         self._launched: deque[tuple[list[Work], Any]] = deque()
+        self._slack = Slack()
+        self._due_s: float | None = None  # since when the next launch is due
         self.num_failures = 0
 
     @property
@@ -44,12 +49,22 @@ class Pipeline:
         """Whether a step is in flight."""
         return bool(self._launched)
 
+    def spare_ms(self) -> int:
+        """For how long nothing needs to be launched or collected; 0: now is the time."""
+        now_s = time.monotonic()
+        spare_ms = int(self._slack.spare_s(now_s, prompts=self._scheduler.has_prompts) * 1e3)
+        if spare_ms <= 0 and self._due_s is None:
+            self._due_s = now_s
+        return max(0, spare_ms)
+
     def turn(self, plan: list[Work]) -> Iterator[Collected]:
         """Launches a plan and collects the step before it, or where it computes at once this one."""
         try:
             if plan:
                 self._launch(plan)
+            self._due_s = None
         except Exception:
+            self._due_s = None
             yield from self.collect()
             yield from self._compute_apart(plan)
         else:
@@ -62,18 +77,25 @@ class Pipeline:
             yield from self._collect()
 
     def _launch(self, works: list[Work]) -> None:
+        began_s = time.monotonic() if self._due_s is None else self._due_s
         with self._busy(works, self._executor.depth == 0):
             self._launched.append((works, self._executor.launch(self._builder.build(works))))
+        if self._executor.depth:
+            self._slack.launched(Kind.of(*_tokens(works)), began_s, time.monotonic())
 
     def _collect(self, *, again: bool = False) -> Iterator[Collected]:
         works, launched = self._launched.popleft()
+        waited = not self._executor.done(launched)
         try:
             with self._busy(works, self._executor.depth > 0):
                 sampled = self._executor.collect(launched)
         except Exception:
+            self._slack = Slack()
             self._drop()
             yield from self._compute_apart(works, again=again)
         else:
+            if self._executor.depth:
+                self._slack.collected(time.monotonic(), waited=waited)
             yield Collected(works, sampled)
 
     def _busy(self, works: list[Work], computes: bool) -> AbstractContextManager[None]:
@@ -114,3 +136,9 @@ class Pipeline:
                 yield from self._compute_apart(part, again=True)
             else:
                 yield from self._collect(again=True)
+
+
+def _tokens(works: list[Work]) -> tuple[int, int]:
+    """Of sequences that decode, and of prompts."""
+    decodes = sum(work.num_tokens == 1 for work in works)
+    return decodes, sum(work.num_tokens for work in works) - decodes

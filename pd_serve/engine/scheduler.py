@@ -262,6 +262,11 @@ class Scheduler:
             self.close_blocks(seq)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether the next plan may have more in it than decodes."""
+        return bool(self.waiting) or any(_is_prompt(s, s.num_scheduled) for s in self.running)
+
+    @property
     def waiting_tokens(self) -> int:
         """Tokens still to be computed before the sequences here can decode."""
         return sum(s.num_tokens - s.num_computed for s in self.waiting) + sum(

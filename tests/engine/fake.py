@@ -115,6 +115,9 @@ class FakeExecutor:
         assert launched.result is not None
         return launched.result
 
+    def done(self, launched: InFlight) -> bool:
+        return True
+
     @property
     def touched(self) -> set[Place]:
         """What no transfer may write to now, and nobody may take for free."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Collection
 
 import zmq
@@ -73,6 +74,9 @@ class ScriptedExecutor:
     def collect(self, launched: Sampled) -> Sampled:
         return launched
 
+    def done(self, launched: Sampled) -> bool:
+        return True
+
     def memory(self) -> list[PoolMemory]:
         raise AssertionError("roles here have no peers")
 
@@ -101,18 +105,41 @@ class ScriptedExecutor:
         self._said.append("end")
 
 
+class DeviceExecutor(ScriptedExecutor):
+    """Steps run one after the other by themselves, each for ``step_s``."""
+
+    depth = 1
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(said)
+        self._ends_s = 0.0  # of all that is launched
+        self._ends: deque[float] = deque()
+
+    def launch(self, step: Step) -> Sampled:
+        self._ends_s = max(self._ends_s, time.monotonic()) + self.step_s
+        self._ends.append(self._ends_s)
+        return Sampled([7] * len(step.sampled_rows), [None] * len(step.sampled_rows), [])
+
+    def done(self, launched: Sampled) -> bool:
+        return time.monotonic() >= self._ends[0]
+
+    def collect(self, launched: Sampled) -> Sampled:
+        time.sleep(max(0.0, self._ends.popleft() - time.monotonic()))
+        return launched
+
+
 class Node:
     """An engine on a thread, and the node's end of its socket. Makes its roles, too."""
 
     lets_in = False
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, executor: type[ScriptedExecutor] = ScriptedExecutor) -> None:
         self.said: list[str] = []
         self.heard: list[wire.FromEngine] = []
         self.outputs: list[link.Output] = []
         self.role: ScriptedRole
         self.lets_go = True
-        self.executor = ScriptedExecutor(self.said)
+        self.executor = executor(self.said)
         layout = KVLayout(4, "float32", (kv_group((0,), 1, 8),))
         self.kv = KVManager(layout, (64,), 128)
         self._opened = 0

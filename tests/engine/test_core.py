@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from array import array
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
-from tests.engine.harness import VOCAB, Node
+from tests.engine.harness import VOCAB, DeviceExecutor, Node
 
 PARAMS = link.SamplingParams(max_tokens=4, seed=0, temperature=0)
 
@@ -98,6 +100,18 @@ def test_an_answer_does_not_wait_for_the_next_step(node: Node) -> None:
     node.submit("bad", 2, temperature=-1.0)
     assert node.output("bad").failure is not None
     assert node.outputs[-1].id == "bad"  # by itself, not with the tokens of a step after it
+
+
+def test_what_comes_while_a_step_runs_is_in_the_next_one(tmp_path: Path) -> None:
+    """With an executor that is a step ahead: the next step is launched when the running one is about to end."""
+    with closing(Node(f"ipc://{tmp_path}/ahead", DeviceExecutor)) as node:
+        node.executor.step_s = 0.1
+        node.submit("a", 30)
+        node.listen(lambda: len(node.outputs) == 8, "some steps")
+        node.submit("b", 2)  # the step after the one of the eighth token has begun
+        node.output("b")
+        assert [output.id for output in node.outputs[8:]].index("b") <= 2
+        node.finished("b")
 
 
 def test_the_pulse_goes_on_during_a_step_and_says_how_long_it_may_take(node: Node) -> None:

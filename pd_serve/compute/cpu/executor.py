@@ -40,6 +40,9 @@ class LocalExecutor:
     def collect(self, launched: Sampled) -> Sampled:
         return launched
 
+    def done(self, launched: Sampled) -> bool:
+        return True
+
     def memory(self) -> list[PoolMemory]:
         return [self._pool.memory()]
 

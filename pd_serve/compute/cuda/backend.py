@@ -35,8 +35,8 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
             )
 
     settings = Settings(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.batch_limit,
+        max_num_batched_tokens=config.token_budget,
         max_model_len=fit.max_model_len,
         enforce_eager=config.enforce_eager,
         num_blocks=fit.num_blocks,

@@ -287,6 +287,9 @@ class CudaExecutor:
         ]
         return Sampled(tokens, own, prompts)
 
+    def done(self, launched: Launched) -> bool:
+        return bool(launched.arrived.query())  # type: ignore[no-untyped-call]
+
     def memory(self) -> list[PoolMemory]:
         return [self._pool.memory()]
 
