@@ -20,6 +20,8 @@ from pd_serve.errors import ModelError
 from pd_serve.kv.layout import LayerGroup, kv_group
 from pd_serve.models.end_tokens import tokenizer_end_ids
 from pd_serve.models.fields import flag, mapping, number, token_ids, whole
+from pd_serve.models.quantization import Quantization
+from pd_serve.models.quantization import parse as parse_quantization
 from pd_serve.models.rope_config import RopeConfig, parse_rope, scaled_positions
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     experts: ExpertsConfig | None = None
+    quantization: Quantization | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -148,7 +151,7 @@ class ModelConfig:
         if family == "gemma3" and raw.get("text_config") is not None:
             text = mapping(raw, "text_config")
             eos = (*eos, *token_ids(text, "eos_token_id"))
-            raw = {**_top_level_ids(raw), **text}
+            raw = {**_top_level(raw), **text}
         c = {**_DEFAULTS[family], **{k: v for k, v in raw.items() if v is not None or k in _NULLABLE}}
         _refuse_unsupported(c, architecture)
 
@@ -204,6 +207,7 @@ class ModelConfig:
             logit_softcap=number(c, "final_logit_softcapping", 0.0) or None,
             tie_word_embeddings=flag(c, "tie_word_embeddings"),
             experts=_experts(c, num_layers) if family == "qwen3_moe" else None,
+            quantization=parse_quantization(c),
             eos_token_ids=_end_ids([*(eos or token_ids(c, "eos_token_id")), *end_ids], vocab_size),
         )
 
@@ -271,14 +275,13 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     raise ModelError(f"config.json names {what}; pd-serve supports {', '.join(ARCHITECTURES)}.")
 
 
-def _top_level_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("eos_token_id", "tie_word_embeddings")
+def _top_level(raw: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("eos_token_id", "tie_word_embeddings", "quantization_config")
     return {k: raw[k] for k in keys if raw.get(k) is not None}
 
 
 def _refuse_unsupported(c: Mapping[str, Any], architecture: str) -> None:
     refused = {
-        "quantization_config": "quantized weights",
         "attn_logit_softcapping": "soft-capped attention scores",
         "use_bidirectional_attention": "bidirectional attention",
     }

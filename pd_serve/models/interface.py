@@ -12,6 +12,15 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
+class Fp8Weight(NamedTuple):
+    """A matrix, or one for each expert, of FP8 numbers (e4m3), each to be multiplied with its scale."""
+
+    values: Tensor  # [..., out, in] float8_e4m3fn
+    scale: Tensor  # float32, of rows: [..., out], or of blocks of 128 x 128: [..., out / 128, in / 128], rounded up
+    blocks: bool
+    input_scale: float | None = None  # of inputs that become FP8 too; None: found anew for each row, or 128 of it
+
+
 class Linear(Protocol):
     """``x @ weight.T + bias``; how the weight lies in memory is the device's."""
 
@@ -54,10 +63,16 @@ class Upload(Protocol):
 class Ops(Protocol):
     """A device's primitives; a module can be one. Rows of inputs may be apart, their elements not."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, /) -> Linear:
+    @property
+    def fp8_weights(self) -> bool:
+        """Whether it takes matrices in FP8; else they come dequantised."""
+
+    def linear(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None, /) -> Linear:
         """Of ``weight [out, in]``, ``bias [out]``; may keep them or copies."""
 
-    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str, /) -> Experts:
+    def experts(
+        self, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, routing: Routing, activation: str, /
+    ) -> Experts:
         """Of ``gate_up [experts, 2 I, hidden]``, in each all rows of gate and then all of up, and
         ``down [experts, hidden, I]``; may keep them or copies. ``activation``: "silu" or "gelu_tanh".
         """
@@ -85,6 +100,8 @@ class HeadTransform(NamedTuple):
     q_norm: Tensor | None = None  # [D]; both norms or none
     k_norm: Tensor | None = None
     eps: float = 0.0
+    k_scale: float = 1.0  # where K and V are kept in FP8: what numbers there are to be multiplied with
+    v_scale: float = 1.0
 
 
 class Attention(Protocol):

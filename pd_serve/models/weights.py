@@ -2,8 +2,9 @@
 
 Called once at start by :func:`pd_serve.models.decoder.load_decoder`. Owns the names of HuggingFace's tensors and
 the fusion of q, k, v, of gate, up and of experts. Files are mapped, not read: matrices are packed straight out of the
-page cache, and the embedding stays there, shared by the nodes of one machine. Must never serve a model of which a
-tensor is missing, unknown or of the wrong shape.
+page cache, and the embedding stays there, shared by the nodes of one machine. Matrices in FP8 stay FP8 on devices that
+multiply them, and are dequantised elsewhere. Must never serve a model of which a tensor is missing, unknown or of the
+wrong shape.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pd_serve.errors import ModelError
+from pd_serve.models import fp8
 from pd_serve.models.config import ExpertsConfig, ModelConfig
-from pd_serve.models.interface import HeadTransform, Linear, Ops, Routing, Upload
+from pd_serve.models.interface import Fp8Weight, HeadTransform, Linear, Ops, Routing, Upload
 from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention, Mlp, SparseMoe
 from pd_serve.models.progress import bar
 from pd_serve.models.rope import cos_sin_table
@@ -34,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _IGNORED_PARTS = ("rotary_emb.", "vision_tower.", "multi_modal_projector.")
 _DUMMY_VALUES = 4 << 20
 _DUMMY_STD = 0.02
+_DUMMY_FP8_STD = 16.0  # of numbers in FP8, before they are multiplied with their scale
 _NAMES_SHOWN = 8
 
 
@@ -62,8 +65,11 @@ class TensorSource(Protocol):
 
     names: set[str] | None  # None: whatever is asked for exists
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor on the CPU, perhaps mapped from a file; it may have another dtype. Not to be written to."""
+    def get(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor:
+        """The tensor on the CPU, perhaps mapped from a file; it may have another dtype. Not to be written to.
+
+        ``in_fp8``: so a tensor that has to be made up shall be.
+        """
 
 
 def load_weights(
@@ -147,6 +153,8 @@ class _Loader:
             self._norm(f"{at}q_norm", c.head_dim) if c.qk_norm else None,
             self._norm(f"{at}k_norm", c.head_dim) if c.qk_norm else None,
             c.rms_norm_eps,
+            self._kv_scale(f"{at}k_scale", f"{at}k_proj.k_scale"),
+            self._kv_scale(f"{at}v_scale", f"{at}v_proj.v_scale"),
         )
         return GroupedQueryAttention(
             number,
@@ -174,22 +182,77 @@ class _Loader:
         router = self._linear([(f"{at}gate", experts.count)], hidden, False)
         fused = f"{at}experts.gate_up_proj"  # as transformers 5 has them in memory, and in some files
         if fused in (self.source.names or ()):
-            gate_up = self._tensor(fused, (experts.count, 2 * size, hidden))
-            down = self._tensor(f"{at}experts.down_proj", (experts.count, hidden, size))
+            gate_up: Tensor | Fp8Weight = self._tensor(fused, (experts.count, 2 * size, hidden))
+            down: Tensor | Fp8Weight = self._tensor(f"{at}experts.down_proj", (experts.count, hidden, size))
         else:
             each = [f"{at}experts.{i}." for i in range(experts.count)]
-            rows = [(f"{name}{x}_proj.weight", (size, hidden)) for name in each for x in ("gate", "up")]
-            gate_up = self._joined(rows).view(experts.count, 2 * size, hidden)
-            down = self._joined([(f"{name}down_proj.weight", (hidden, size)) for name in each])
-            down = down.view(experts.count, hidden, size)
+            gate_up = self._matrices([(f"{name}{x}_proj", size) for name in each for x in ("gate", "up")], hidden)
+            gate_up = _of_each(gate_up, experts.count)
+            down = _of_each(self._matrices([(f"{name}down_proj", hidden) for name in each], size), experts.count)
         routing = Routing(experts.per_token, experts.normalise)
         return SparseMoe(router, self.ops.experts(gate_up, down, routing, self.config.activation))
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """A linear layer of the parts' rows, one after another."""
-        weight = self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts])
+        weight = self._matrices(parts, columns)
         bias = self._joined([(f"{name}.bias", (rows,)) for name, rows in parts]) if has_bias else None
         return self.ops.linear(weight, bias)
+
+    def _matrices(self, parts: Sequence[tuple[str, int]], columns: int) -> Tensor | Fp8Weight:
+        """The parts' rows, one after another: in FP8, where they are that and the device multiplies it."""
+        q = self.config.quantization
+        if q is None or not self.ops.fp8_weights or not all(self._is_quantised(name) for name, _ in parts):
+            return self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts])
+        found = []
+        for name, rows in parts:
+            values = self._checked(f"{name}.weight", (rows, columns), in_fp8=True)
+            part = None if values is None else self._quantised(name, values)
+            if part is not None:
+                found.append(part)
+        if len(found) < len(parts):
+            return torch.empty(0)  # what is missing is named soon
+        total = sum(rows for _, rows in parts)
+        whole = fp8.joinable(found)
+        out = torch.empty((total, columns), dtype=fp8.FP8 if whole else self.dtype, device=self.device)
+        at = 0
+        for part in found:
+            rows = len(part.values)
+            self._copy(out[at : at + rows], part.values if whole else part.dequantised(self.dtype))
+            at += rows
+        if not whole:
+            return out
+        scale, input_scale = fp8.joined_scale(found)
+        return Fp8Weight(out, scale.to(self.device), q.blocks, input_scale)
+
+    def _is_quantised(self, module: str) -> bool:
+        q = self.config.quantization
+        assert q is not None  # asked for quantised models alone
+        return q.covers(module) if self.source.names is None else f"{module}.{q.scale}" in self.source.names
+
+    def _quantised(self, module: str, values: Tensor) -> fp8.Quantised | None:
+        """A matrix in FP8 with its scales; None where they are missing."""
+        q = self.config.quantization
+        if q is None or values.dim() != 2 or values.dtype is not fp8.FP8:
+            raise ModelError(
+                f"The tensor {module}.weight is {values.dtype}, but config.json has no quantization_config for it: "
+                "config.json and the weights are of two different models."
+            )
+        rows, columns = values.shape
+        scale = self._any(f"{module}.{q.scale}", fp8.scale_shape(rows, columns, q.blocks))
+        inputs = self._any(f"{module}.input_scale", ()) if q.static_inputs else None
+        if scale is None:
+            return None
+        return fp8.Quantised(
+            values,
+            fp8.to_scale(f"{module}.{q.scale}", scale, rows, columns, q.blocks),
+            None if inputs is None else fp8.to_number(f"{module}.input_scale", inputs),
+        )
+
+    def _kv_scale(self, *names: str) -> float:
+        """Of K or V in an FP8 cache, from the first of these tensors that there is; 1 where there is none."""
+        there = [name for name in names if name in (self.source.names or ())]
+        tensor = self._any(there[0], ()) if there else None
+        return 1.0 if tensor is None else fp8.to_number(there[0], tensor)
 
     def _joined(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> Tensor:
         if len(parts) == 1:
@@ -229,13 +292,24 @@ class _Loader:
         return torch.empty(0) if tensor is None else tensor.to(self.device, torch.float32) + self.config.norm_offset
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """None for a missing tensor, so that all missing ones can be named at once."""
+        """Dequantised; None for a missing tensor, so that all missing ones can be named at once."""
+        tensor = self._checked(name, shape)
+        if tensor is None or tensor.dtype is not fp8.FP8:
+            return tensor
+        quantised = self._quantised(name.removesuffix(".weight"), tensor)
+        return None if quantised is None else quantised.dequantised(self.dtype)
+
+    def _any(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor | None:
+        """None for a missing tensor. ``shape``: of one that has to be made up."""
         self.used.add(name)
         if self.source.names is not None and name not in self.source.names:
             self.missing.append(name)
             return None
-        tensor = self.source.get(name, shape)
-        if tuple(tensor.shape) != shape:
+        return self.source.get(name, shape, in_fp8=in_fp8)
+
+    def _checked(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor | None:
+        tensor = self._any(name, shape, in_fp8=in_fp8)
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ModelError(
                 f"The tensor {name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}: "
                 "config.json and the weights are of two different models."
@@ -256,6 +330,15 @@ class _Loader:
             )
 
 
+def _of_each(weight: Tensor | Fp8Weight, count: int) -> Tensor | Fp8Weight:
+    """Rows of all experts as a matrix for each."""
+    if isinstance(weight, Tensor):
+        return weight.view(count, -1, weight.shape[-1])
+    values, scale = weight.values, weight.scale
+    scale = scale.view(count, -1, scale.shape[-1]) if weight.blocks else scale.view(count, -1)
+    return weight._replace(values=values.view(count, -1, values.shape[-1]), scale=scale)
+
+
 def _shown(names: Sequence[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
@@ -274,10 +357,10 @@ class _Safetensors:
             self._files.update(dict.fromkeys(file.keys(), file))
         self.names: set[str] | None = set(self._files)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ModelError(f"The tensor {name} is {tensor.dtype}: quantised checkpoints are not supported.")
+        if tensor.dtype is not fp8.FP8 and (not tensor.is_floating_point() or tensor.element_size() < 2):
+            raise ModelError(f"The tensor {name} is {tensor.dtype}; of small numbers only float8_e4m3fn is supported.")
         return tensor
 
 
@@ -309,14 +392,18 @@ class _Dummy:
         self.names: set[str] | None = None
         values = np.random.default_rng(0).standard_normal(_DUMMY_VALUES, dtype=np.float32) * np.float32(_DUMMY_STD)
         self._values = torch.from_numpy(values).to(dtype)
+        self._in_fp8 = torch.from_numpy(values * (_DUMMY_FP8_STD / _DUMMY_STD)).to(fp8.FP8)
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def get(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor:
         if "norm" in name:
             return torch.ones(shape)
+        if name.endswith(("scale", "scale_inv")):
+            return torch.full(shape, _DUMMY_STD / _DUMMY_FP8_STD)
         *leading, columns = shape
         rows, values = math.prod(leading), len(self._values) - columns
         step = values // (2 * rows)
         if step < 1:
             raise ModelError(f"The tensor {name} of shape {shape} is too large for dummy weights.")
         at = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % (values - step * rows)
-        return self._values.as_strided((rows, columns), (step, 1), at).view(shape)
+        source = self._in_fp8 if in_fp8 else self._values
+        return source.as_strided((rows, columns), (step, 1), at).view(shape)

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from pd_serve.jit import element_of, exp, kernel, load, load_int, store
-from pd_serve.models.interface import HeadTransform, Routing
+from pd_serve.models.interface import Fp8Weight, HeadTransform, Routing
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise
 _INT64 = np.int64(0)
 
+fp8_weights = False  # no core multiplies them: they are dequantised when they are loaded
+
 
 class Linear:
     """``x @ weight.T + bias``. The weight is packed once for oneDNN, which doubles the speed of small batches."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> None:
         # The packed form is the same whatever number of rows is named here, and serves any number.
-        self._weight = _reorder(weight, 1)
+        self._weight = _reorder(_plain(weight), 1)
         self._bias = bias
 
     @property
@@ -38,6 +40,12 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``."""
         return _linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _plain(weight: Tensor | Fp8Weight) -> Tensor:
+    if isinstance(weight, Fp8Weight):
+        raise TypeError("matrices come dequantised (fp8_weights)")
+    return weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,10 +76,12 @@ linear = Linear
 class Experts:
     """Gated MLPs, one after another, of which each row of a step goes to a few."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> None:
+    def __init__(
+        self, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, routing: Routing, activation: str
+    ) -> None:
         """See :meth:`pd_serve.models.interface.Ops.experts`."""
-        self._gate_up = [Linear(weight) for weight in gate_up]
-        self._down = [Linear(weight) for weight in down]
+        self._gate_up = [Linear(weight) for weight in _plain(gate_up)]
+        self._down = [Linear(weight) for weight in _plain(down)]
         self._routing = routing
         self._mul = silu_mul if activation == "silu" else gelu_tanh_mul
 

@@ -8,24 +8,30 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda import experts, kernels, linears, splitk
-from pd_serve.models.interface import Routing
+from pd_serve.models.interface import Fp8Weight, Routing
 
 
 class CudaOps:
     """Of one model: it remembers the layers that it made, so that all of them can be timed when all are there."""
 
+    fp8_weights = False
+
     def __init__(self) -> None:
         self._linears: list[linears.Linear] = []
         self._experts: list[experts.Experts] = []
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> linears.Linear:
+    def linear(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> linears.Linear:
         """Of ``weight [out, in]``, contiguous, which it keeps."""
+        assert isinstance(weight, Tensor)
         layer = linears.Linear(weight, bias)
         self._linears.append(layer)
         return layer
 
-    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> experts.Experts:
+    def experts(
+        self, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, routing: Routing, activation: str
+    ) -> experts.Experts:
         """Of contiguous weights, which it keeps."""
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         layer = experts.Experts(gate_up, down, routing, activation)
         self._experts.append(layer)
         return layer
