@@ -1,9 +1,9 @@
 """How long the loop may wait before the device needs its next step: what comes until then is in that step.
 
 With an executor of depth 1 the next step could be launched as soon as one is collected. Whatever came while a step
-runs, a prompt's KV for instance, would then miss the step after it too, and wait for almost two. So the next step is launched
-shortly before the running one ends. When that is, is what a step of that kind took the last time. A wait that was too
-long leaves the device idle and shows when the step is collected: the next is shorter.
+runs, a prompt's KV for instance, would then miss the step after it too, and wait for almost two. So the next step is
+launched shortly before the running one ends. When that is, is what a step of that kind took the last time. A wait that
+was too long leaves the device idle and shows when the step is collected: the next is shorter.
 
 Used by :class:`pd_serve.engine.pipeline.Pipeline`; reads no clock.
 """
