@@ -18,7 +18,7 @@ failed=0
 part() {
     local name=$1 limit=$2 start=$SECONDS status=0
     shift 2
-    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+    timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
     grep -a '^RESULT' "$OUT/$name.log"
     echo "RESULT part $name: $([ $status = 0 ] && echo ok || echo "FAILED ($status)") in $((SECONDS - start)) s"
     [ $status = 0 ] || { failed=1; tail -n 15 "$OUT/$name.log" | cut -c1-200; }
@@ -27,18 +27,22 @@ part() {
 pytest() { # NAME SECONDS TESTS...: on the GPU that CUDA_VISIBLE_DEVICES names
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$python" -m pytest -q -s -p no:cacheprovider -m gpu --tb=short "$@"
+    part "$name" "$limit" "$python" -m pytest -q -s -p no:cacheprovider -m gpu --tb=short --durations=8 "$@"
+    grep -aE '^(FAILED|ERROR) ' "$OUT/$name.log" | cut -c1-200 | sed "s/^/RESULT $name: /"
     tail -n 1 "$OUT/$name.log" | sed "s/^/RESULT $name: /"
 }
 
 real="tests/e2e/test_gpu_real.py"
 [ "${REAL_MODELS:-}" = none ] && real=""
+kernels=$(ls tests/compute/cuda/test_*.py | grep -v test_executor)
+# shellcheck disable=SC2086 # lists of files
 for each in $parts; do
     case $each in
-        tests) # what needs one GPU runs on both at once, then what needs two
-            (CUDA_VISIBLE_DEVICES=0 pytest tests-engine 200 tests/compute tests/memory tests/doctor) &
-            # shellcheck disable=SC2086
-            (CUDA_VISIBLE_DEVICES=1 pytest tests-served 200 tests/e2e/test_gpu.py $real) &
+        tests) # kernels and servers by several processes on a GPU each; then what measures memory, alone, and what needs two
+            (CUDA_VISIBLE_DEVICES=0 pytest tests-kernels 150 $kernels -n 6 --dist loadfile
+             CUDA_VISIBLE_DEVICES=0 pytest tests-memory 150 tests/compute/cuda/test_executor.py tests/memory tests/doctor) &
+            CUDA_VISIBLE_DEVICES=1 pytest tests-served 240 tests/e2e/test_gpu.py tests/e2e/test_experts.py $real \
+                -n 3 --dist loadfile
             wait
             pytest tests-pairs 120 tests/transfer tests/distributed $(ls tests/e2e/test_gpu_tp.py 2>/dev/null) ;;
         engine) CUDA_VISIBLE_DEVICES=0 part engine 90 "$python" -m benchmarks.gpu_engine ;;
