@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from pd_serve.decode.incoming import I32, Check, Incoming, Part, Stage
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
@@ -53,16 +54,14 @@ SLOW_BYTES_PER_S = FLOOR_BYTES_PER_S
 SLOW_PULLS_TOLERATED = 5
 
 
-@dataclass(frozen=True)
-class Offered:
+class Offered(msgspec.Struct, frozen=True, tag=True):
     """The first blocks are ready: set blocks aside and call ``accept``."""
 
     key: str
     num_tokens: int  # ready so far
 
 
-@dataclass(frozen=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True, tag=True):
     """The prompt's KV is in the blocks set aside and may be used."""
 
     key: str
@@ -72,8 +71,7 @@ class Arrived:
     whole_from: tuple[int, ...] = ()  # a group: blocks before it may not be whole and must not be offered to others
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, tag=True):
     """Nothing of what was pulled may be used. ``Drained`` follows."""
 
     key: str
@@ -81,8 +79,7 @@ class Failed:
     message: str
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(msgspec.Struct, frozen=True, tag=True):
     """No transfer can write the key's blocks any more."""
 
     key: str

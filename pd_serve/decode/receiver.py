@@ -16,6 +16,7 @@ from bisect import insort_right
 from collections.abc import Iterator
 
 from pd_serve.decode.inbox import Arrived, Drained, Failed, Inbox, Offered
+from pd_serve.decode.ranks import RankedInbox
 from pd_serve.engine.scheduler import Scheduler, by_age
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
@@ -25,7 +26,9 @@ STUCK_S = 2.0  # of a node that has no room but for what others are to read
 
 
 class InboxReceiver:
-    def __init__(self, kv: KVManager, scheduler: Scheduler, inbox: Inbox, local_prefill_tokens: int) -> None:
+    def __init__(
+        self, kv: KVManager, scheduler: Scheduler, inbox: Inbox | RankedInbox, local_prefill_tokens: int
+    ) -> None:
         self._kv = kv
         self._scheduler = scheduler
         self._inbox = inbox

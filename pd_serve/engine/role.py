@@ -38,8 +38,8 @@ class Transfer(Protocol):
 class Sender(Protocol):
     """For sequences with ``handoff``: others decode what is computed here."""
 
-    def listen(self, timeout_s: float) -> str:
-        """Lets readers in; returns the address they dial. Idempotent. Raises TransferError."""
+    def listen(self, timeout_s: float) -> tuple[str, ...]:
+        """Lets readers in; returns the addresses they dial, one a rank. Idempotent. Raises TransferError."""
 
     def fileno(self) -> int: ...
 
@@ -115,7 +115,7 @@ class Role:
 
     def listen(self, timeout_s: float) -> tuple[str, ...]:
         """Lets readers in; the addresses they dial. Idempotent. Raises TransferError."""
-        return () if self._sender is None else (self._sender.listen(timeout_s),)
+        return () if self._sender is None else self._sender.listen(timeout_s)
 
     def fileno(self) -> int:
         """Readable while :meth:`events` has something; the engine sleeps on it."""

@@ -11,10 +11,10 @@ claimed end with it.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future
-from dataclasses import dataclass
 
-from pd_serve.errors import TransferError
+import msgspec
+
+from pd_serve.errors import FailureKind, TransferError
 from pd_serve.prefill.leases import Claimed, Ended, Holder, LeaseBook, Party
 from pd_serve.transfer.mailbox import Mailbox
 from pd_serve.transfer.poller import look_s
@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 ANSWER_S = 2e-3
 
 
-@dataclass(frozen=True)
-class LeaseEnded:
+class LeaseEnded(msgspec.Struct, frozen=True):
     """To the main thread, once for each key it opened and did not cancel: free the blocks, stop computing."""
 
     key: str
@@ -90,9 +89,12 @@ class Outbox:
 
     # --- main thread
 
-    def listen(self) -> Future[str]:
-        """Lets readers in, from now on; answers with the address that they dial, or a TransferError. Idempotent."""
-        return self._worker.ask(self._door.open)
+    def listen(self, timeout_s: float) -> tuple[str, ...]:
+        """Lets readers in, from now on: the address that they dial. Idempotent. Raises TransferError."""
+        try:
+            return (self._worker.ask(self._door.open).result(timeout_s),)
+        except TimeoutError:
+            raise TransferError(FailureKind.TRANSFER, f"readers could not be let in within {timeout_s:g} s") from None
 
     def open(self, key: str) -> None:
         """The request is admitted here; its lease starts."""

@@ -11,26 +11,23 @@ from collections.abc import Iterator
 
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
-from pd_serve.errors import FailureKind, TransferError
 from pd_serve.kv.manager import KVManager, SequenceBlocks
 from pd_serve.prefill.outbox import LeaseEnded, Outbox
+from pd_serve.prefill.ranks import RankedOutbox
 from pd_serve.wire.link import Failure, Output
 from pd_serve.wire.peer import Blocks
 
 
 class OutboxSender:
-    def __init__(self, kv: KVManager, scheduler: Scheduler, outbox: Outbox) -> None:
+    def __init__(self, kv: KVManager, scheduler: Scheduler, outbox: Outbox | RankedOutbox) -> None:
         self._kv = kv
         self._scheduler = scheduler
         self._outbox = outbox
         self._open: dict[str, tuple[Sequence, list[int]]] = {}  # being computed; blocks announced so far, a group
         self._leased: dict[str, tuple[int, SequenceBlocks]] = {}  # router and blocks
 
-    def listen(self, timeout_s: float) -> str:
-        try:
-            return self._outbox.listen().result(timeout_s)
-        except TimeoutError:
-            raise TransferError(FailureKind.TRANSFER, f"readers could not be let in within {timeout_s:g} s") from None
+    def listen(self, timeout_s: float) -> tuple[str, ...]:
+        return self._outbox.listen(timeout_s)
 
     def fileno(self) -> int:
         return self._outbox.fileno()

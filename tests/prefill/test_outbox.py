@@ -36,6 +36,15 @@ def test_chunks_go_out_as_they_come_and_the_release_is_valid(end: PrefillEnd, cl
     assert end.outbox.num_leases == 0
 
 
+def test_a_door_that_does_not_open_in_time_is_an_error(end: PrefillEnd) -> None:
+    go_on = threading.Event()
+    end.worker.call(go_on.wait)
+    with pytest.raises(TransferError, match=r"could not be let in within 0\.01 s"):
+        end.outbox.listen(0.01)
+    go_on.set()
+    assert end.outbox.listen(10) == end.source.addresses
+
+
 def test_claim_before_the_request(end: PrefillEnd, client: Client) -> None:
     client.say(wire.Claim("k"))
     assert client.sync(["k"]) == []

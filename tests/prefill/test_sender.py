@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-
 import numpy as np
-import pytest
 
 from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.engine.sequence import Sequence, State
-from pd_serve.errors import TransferError
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.prefill.outbox import LeaseEnded
@@ -28,7 +24,6 @@ class NotedOutbox:
         self.published: list[tuple[str, int, list[Blocks], int | None]] = []
         self.cancelled: list[tuple[str, str]] = []
         self.coming: list[LeaseEnded] = []
-        self.address: Future[str] = Future()
 
     def open(self, key: str) -> None:
         self.opened.append(key)
@@ -42,9 +37,6 @@ class NotedOutbox:
     def events(self) -> list[LeaseEnded]:
         coming, self.coming = self.coming, []
         return coming
-
-    def listen(self) -> Future[str]:
-        return self.address
 
 
 class Prefill:
@@ -149,11 +141,3 @@ def test_a_router_that_is_gone_leaves_no_lease() -> None:
     assert (p.sender.leases, p.outbox.cancelled) == (1, [("mine", "aborted")])
     p.sender.dropped(2)
     assert p.sender.leases == 0 and p.used() == [0]
-
-
-def test_a_door_that_does_not_open_is_an_error_of_the_transfer() -> None:
-    p = Prefill()
-    with pytest.raises(TransferError, match=r"could not be let in within 0\.01 s"):
-        p.sender.listen(0.01)
-    p.outbox.address.set_result("tcp://here")
-    assert p.sender.listen(0.01) == "tcp://here"

@@ -110,7 +110,7 @@ class PrefillEnd:
         self.outbox = Outbox(self.identity, self.worker, host="127.0.0.1", lease_s=lease_s, tls=tls)
         self.worker.start()
         self.worker.wait_ready()
-        self.address = self.outbox.listen().result(10)
+        (self.address,) = self.outbox.listen(10)
         self.ended: list[LeaseEnded] = []
 
     @property
