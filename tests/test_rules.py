@@ -50,7 +50,8 @@ _FURTHER = {
     "config": {"api.chat_template"},  # a template that a user gives is checked where settings are read
     "engine.__main__": {"decode", "prefill", "transfer"},  # gives it its abilities
     "compute.backend": {"compute.cpu", "compute.cuda", "models"},  # chooses a device
-    "engine.boot": {"transfer"},  # puts an engine together and gives it its lanes
+    "engine.boot": {"transfer"},  # puts an engine together
+    "engine.ends": {"decode", "prefill", "transfer"},  # a rank's transfer end
     "node.main": {"memory.choice", "memory.switches", "models.source", "transfer.session.tls"},  # how engines start
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
     "up": {"memory.choice", "memory.visible", "models.sizes", "models.source", "wire.model"},  # the same for a machine

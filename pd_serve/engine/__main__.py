@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import sys
 
-from pd_serve.decode.inbox import Inbox
+from pd_serve.decode.ranks import RankedInbox
 from pd_serve.decode.receiver import InboxReceiver
 from pd_serve.engine.boot import Parts, main
+from pd_serve.engine.ends import open_ends
 from pd_serve.engine.role import Role
-from pd_serve.prefill.outbox import Outbox
+from pd_serve.prefill.ranks import RankedOutbox
 from pd_serve.prefill.sender import OutboxSender
-from pd_serve.transfer.session.tls import Tls
-from pd_serve.transfer.worker import TransferWorker
+from pd_serve.transfer.relay import RankedThread
 
 
 def make_role(parts: Parts) -> Role:
-    """Starts the transfer thread; the door stays closed."""
-    config = parts.config
-    tls = Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca)
-    worker = TransferWorker(parts.lanes())
-    outbox = Outbox(
-        parts.identity,
-        worker,
-        host=config.peer_host,
-        lease_s=config.lease_s,
-        handshake_s=config.peer_handshake_s,
-        tls=tls,
-        unclaimed_s=config.lease_s + config.step_timeout_s,
-    )
-    inbox = Inbox(
-        parts.identity,
-        worker,
-        pull_timeout_s=config.pull_timeout_s,
-        handshake_s=config.peer_handshake_s,
-        tls=tls,
-        allow_insecure=config.allow_insecure_nodes,
-    )
-    worker.start()
-    sender = OutboxSender(parts.kv, parts.scheduler, outbox)
-    return Role(worker, sender, InboxReceiver(parts.kv, parts.scheduler, inbox, config.local_prefill_tokens))
+    """Starts the transfer threads of all ranks; the doors stay closed."""
+    config, kv, scheduler, relays = parts.config, parts.kv, parts.scheduler, parts.relays
+    if relays is not None:
+        relays.open(parts.identity.epoch, config.transport_timeout_s)
+    ends = open_ends(config, parts.identity, parts.memory)
+    if relays is None:
+        sender = OutboxSender(kv, scheduler, ends.outbox)
+        return Role(ends.worker, sender, InboxReceiver(kv, scheduler, ends.inbox, config.local_prefill_tokens))
+    sender = OutboxSender(kv, scheduler, RankedOutbox(ends.outbox, relays))
+    receiver = InboxReceiver(kv, scheduler, RankedInbox(ends.inbox, relays), config.local_prefill_tokens)
+    return Role(RankedThread(ends.worker, relays), sender, receiver)
 
 
 if __name__ == "__main__":

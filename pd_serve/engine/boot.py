@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.region import PoolMemory
     from pd_serve.models.sizes import Sizes
-    from pd_serve.transfer.lanes import Lanes
+    from pd_serve.transfer.relay import Relays
     from pd_serve.transfer.session.handshake import Identity
 
 log = logging.getLogger(__name__)
@@ -58,21 +58,7 @@ class Parts:
     kv: KVManager
     scheduler: Scheduler
     memory: PoolMemory
-
-    def lanes(self) -> Lanes:
-        """What the role's transfer thread will start. A decode node may take another role later (docs/api.md, Role)."""
-        from pd_serve.transfer.choice import lanes_for
-
-        config = self.config
-        return lanes_for(
-            config.transport,
-            f"{self.identity.node_id}-{self.identity.epoch}",
-            self.memory,
-            reads_only=config.role == "decode",
-            nixl_backend=config.nixl_backend,
-            nixl_options=config.nixl_backend_options(),
-            nvlink_socket_dir=config.nvlink_socket_dir,
-        )
+    relays: Relays | None = None  # where there are other ranks
 
 
 # Starts the role's transfer thread; Role.wait_ready is called when the model is loaded.

@@ -22,7 +22,8 @@ Events = Iterator[tuple[Sequence, Output]]
 class Transfer(Protocol):
     """The transfer thread."""
 
-    internal_errors: int
+    @property
+    def internal_errors(self) -> int: ...
 
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until it serves. Raises TransferError."""
