@@ -110,8 +110,10 @@ def vllm_pair(prefill: Client, decode: Client) -> Send:
     return one
 
 
-def bodies_of(input_len: int, output_len: int, model: str, seed: int) -> Bodies:
-    return Bodies(BenchConfig(input_len=input_len, output_len=output_len, max_token_id=100_000), model, seed)
+def bodies_of(count: int, input_len: int, output_len: int, model: str, seed: int) -> Iterator[bytes]:
+    """Made beforehand: to make one of 8,192 tokens would keep the clock of all streams waiting for some milliseconds."""
+    bodies = Bodies(BenchConfig(input_len=input_len, output_len=output_len, max_token_id=100_000), model, seed)
+    return iter([bodies.next() for _ in range(count)])
 
 
 def gaps_ms(records: list[Record]) -> list[float]:
@@ -128,8 +130,7 @@ def checked(records: list[Record]) -> list[Record]:
 
 async def single(name: str, ask: Send, model: str) -> None:
     for length in LENGTHS:
-        bodies = bodies_of(length, 33, model, length)
-        records = checked([await ask(bodies.next()) for _ in range(12)][2:])
+        records = checked([await ask(body) for body in bodies_of(12, length, 33, model, length)][2:])
         if not records:
             continue
         ttft = statistics.median(record.ttft_s for record in records) * 1e3
@@ -141,8 +142,8 @@ async def single(name: str, ask: Send, model: str) -> None:
 
 
 async def streams(name: str, ask: Send, model: str, seconds: float, rate: float) -> None:
-    short, long = bodies_of(512, 256, model, 1), bodies_of(8192, 2, model, 2)
-    await asyncio.gather(*(ask(body.next()) for body in (short, short, long, long)))
+    short, long = bodies_of(2000, 512, 256, model, 1), bodies_of(2 + int(seconds * rate), 8192, 2, model, 2)
+    await asyncio.gather(*(ask(next(body)) for body in (short, short, long, long)))
     end = time.perf_counter() + seconds
     decoded: list[Record] = []
     arrived: list[Record] = []
@@ -150,11 +151,11 @@ async def streams(name: str, ask: Send, model: str, seconds: float, rate: float)
     async def stream(delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         while time.perf_counter() < end:
-            decoded.append(await ask(short.next()))
+            decoded.append(await ask(next(short)))
 
     async def prompt(delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        arrived.append(await ask(long.next()))
+        arrived.append(await ask(next(long)))
 
     gaps = random.Random(4)
     due = list(itertools.accumulate(gaps.expovariate(rate) for _ in range(int(seconds * rate))))
@@ -180,12 +181,12 @@ def within(record: Record, gap_s: float) -> bool:
 async def goodput(name: str, ask: Send, model: str, seconds: float) -> list[dict[str, float]]:
     curve = []
     for rate in RATES:
-        bodies, gaps = bodies_of(2048, 128, model, rate), random.Random(rate)
+        bodies, gaps = bodies_of(int(rate * seconds), 2048, 128, model, rate), random.Random(rate)
         tasks: list[asyncio.Task[Record]] = []
         due = time.perf_counter()
-        for _ in range(int(rate * seconds)):
+        for body in bodies:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.ensure_future(ask(bodies.next())))
+            tasks.append(asyncio.ensure_future(ask(body)))
             due += gaps.expovariate(rate)
         records = checked(list(await asyncio.gather(*tasks)))
         good = [rate * sum(within(record, gap_s) for record in records) / len(tasks) for gap_s in GAPS_S]

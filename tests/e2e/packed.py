@@ -10,6 +10,7 @@ far from one, outliers in activations, sharp and flat attention. Tests compare o
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -79,9 +80,9 @@ def prompts_of(directory: Path) -> list[list[int]]:
 
 
 def _prompts(directory: Path) -> list[list[int]]:
-    """Of real text, without the tokens that are cut off."""
+    """Of real text, without the tokens that are cut off; and one longer than Gemma's window, of all of it."""
     found = [[token for token in prompt if token < VOCAB] for prompt in prompts_of(directory)]
-    return [prompt for prompt in found if len(prompt) > 2]
+    return [*(prompt for prompt in found if len(prompt) > 2), list(itertools.chain(*found))[:900]]
 
 
 def _layer(key: str) -> int:
