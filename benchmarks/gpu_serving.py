@@ -111,7 +111,7 @@ def vllm_pair(prefill: Client, decode: Client) -> Send:
 
 
 def bodies_of(count: int, input_len: int, output_len: int, model: str, seed: int) -> Iterator[bytes]:
-    """Made beforehand: to make one of 8,192 tokens would keep the clock of all streams waiting for some milliseconds."""
+    """Made beforehand: to make one of 8,192 tokens would keep the clocks of all streams waiting for milliseconds."""
     bodies = Bodies(BenchConfig(input_len=input_len, output_len=output_len, max_token_id=100_000), model, seed)
     return iter([bodies.next() for _ in range(count)])
 
