@@ -1,10 +1,10 @@
 """Steps of the executor on one GPU: a model's shape in bfloat16 with made-up weights, by batch size and context.
 
 ``python -m benchmarks.gpu_engine [--shape llama-3.1-8b | qwen3-30b-a3b] [--weights bfloat16 | fp8-rows | ...]
-[--kv bfloat16 | float8_e4m3fn] [--layers 32] [--eager] [--few]``. Of a mixture of experts the bytes of weights are those
-of the experts that so many rows go to where each of them is as likely. Prints lines that begin with RESULT: seconds of
-a start, milliseconds of a decode step as the engine's loop would see them (launch, then collect the one before), beside
-what the bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
+[--kv bfloat16 | float8_e4m3fn] [--layers 32] [--eager] [--few]``. Of a mixture of experts the bytes of weights are
+those of the experts that so many rows go to where each of them is as likely. Prints lines that begin with RESULT:
+seconds of a start, milliseconds of a decode step as the engine's loop would see them (launch, then collect the one
+before), beside what the bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
 """
 
 from __future__ import annotations
