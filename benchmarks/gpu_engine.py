@@ -1,10 +1,10 @@
 """Steps of the executor on one GPU: a model's shape in bfloat16 with made-up weights, by batch size and context.
 
-``python -m benchmarks.gpu_engine [--shape llama-3.1-8b | qwen3-30b-a3b] [--layers 32] [--eager]``. Of a mixture of
-experts the bytes of weights are those of the experts that so many rows go to where each of them is as likely. Prints
-lines that begin with RESULT: seconds of a start, milliseconds of a decode step as the engine's loop would see them
-(launch, then collect the one before), beside what the bytes of weights and KV take at the read rate measured here, and
-milliseconds of a prefill.
+``python -m benchmarks.gpu_engine [--shape llama-3.1-8b | qwen3-30b-a3b] [--weights bfloat16 | fp8-rows | ...]
+[--kv bfloat16 | float8_e4m3fn] [--layers 32] [--eager] [--few]``. Of a mixture of experts the bytes of weights are
+those of the experts that so many rows go to where each of them is as likely. Prints lines that begin with RESULT:
+seconds of a start, milliseconds of a decode step as the engine's loop would see them (launch, then collect the one
+before), beside what the bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, WEIGHTS
 from pd_serve.compute.cuda.executor import CudaExecutor, Launched, Settings
 from pd_serve.compute.step import SAMPLING, SamplingRow, Step
 from pd_serve.kv.layout import KVLayout
@@ -90,14 +90,20 @@ def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarr
 
 
 def make_executor(
-    layers: int | None = None, *, eager: bool = False, shape: str = "llama-3.1-8b"
+    layers: int | None = None,
+    *,
+    eager: bool = False,
+    shape: str = "llama-3.1-8b",
+    weights: str = "bfloat16",
+    kv: str = "bfloat16",
 ) -> tuple[CudaExecutor, KVLayout]:
     """Of this shape with made-up weights."""
     with tempfile.TemporaryDirectory() as folder:
         model = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+        model = {**model, "quantization_config": WEIGHTS[weights]}
         (Path(folder) / "config.json").write_text(json.dumps(model))
         config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN)
-        layout = KVLayout(BLOCK, "bfloat16", config.layer_groups())
+        layout = KVLayout(BLOCK, kv, config.layer_groups())
 
         def load(ops: Ops, device: str) -> Decoder:
             with Upload(torch.device(device)) as upload:
@@ -126,10 +132,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16")
+    parser.add_argument("--kv", choices=("bfloat16", "float8_e4m3fn"), default="bfloat16")
+    parser.add_argument("--few", action="store_true", help="fewer batches, contexts and prompts")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     begin = time.perf_counter()
-    executor, layout = make_executor(options.layers, eager=options.eager, shape=options.shape)
+    executor, layout = make_executor(
+        options.layers, eager=options.eager, shape=options.shape, weights=options.weights, kv=options.kv
+    )
     print(f"RESULT start {time.perf_counter() - begin:.1f} s, {executor.num_blocks} blocks", flush=True)
     weights = executor._runner.model.weights.size_bytes
     each = layout.block_bytes(0) / BLOCK
@@ -137,7 +148,8 @@ def main() -> None:
     print(f"RESULT read {rate / 1e9:.0f} GB/s, weights {weights / 1e9:.2f} GB", flush=True)
     rng = np.random.default_rng(1)
     nucleus = ROW._replace(temperature=0.8, top_p=0.95, seed=3)
-    for batch, context in ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024), (1, 8192)):
+    few, many = ((1, 1024), (32, 1024), (256, 1024)), ((8, 1024), (64, 1024), (128, 1024), (1, 8192))
+    for batch, context in few if options.few else sorted(few + many, key=lambda size: (size[1], size[0])):
         blocks = -(-(context + 64) // BLOCK)
         if batch * blocks >= executor.num_blocks:
             continue
@@ -149,7 +161,7 @@ def main() -> None:
             f"top-p {sampled:.2f} ms",
             flush=True,
         )
-    for tokens in (512, 2048, 8192):
+    for tokens in (2048, 8192) if options.few else (512, 2048, 8192):
         tables = (np.arange(-(-tokens // BLOCK)) + 1).astype(np.int32)[None]
         times = []
         for _ in range(5):

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pd_serve.compute.cuda import experts, kernels, linears
+from pd_serve.compute.cuda import experts, kernels, linears, matrix
 from pd_serve.compute.cuda.sampler import Sampler, logprobs
 from pd_serve.compute.cuda.timing import graph_us
 from pd_serve.models.interface import Routing
@@ -67,15 +67,25 @@ def read_rate() -> float:
 
 
 def bench_linears(rate: float) -> None:
+    forms = {"": matrix.PLAIN, " fp8 rows": matrix.ROWS, " fp8 blocks": matrix.BLOCKS}
+    shapes = {
+        (form, name): linears.Shape(*size, code)
+        for form, code in forms.items()
+        for name, size in SHAPES.items()
+        if not form or name != "lm_head"  # which checkpoints leave as it is
+    }
     with tempfile.TemporaryDirectory() as folder:
         for attempt in ("first", "cached"):
             begin = time.perf_counter()
-            chosen = linears.choose(SHAPES.values(), torch.bfloat16, DEVICE, cache=Path(folder))
+            chosen = linears.choose(shapes.values(), torch.bfloat16, DEVICE, cache=Path(folder))
             result(f"linears choose {attempt} s={time.perf_counter() - begin:.1f}")
-    for name, (n, k) in SHAPES.items():
-        for t in chosen[n, k]:
-            share, torchs = (2 * n * k / us / rate for us in (t.us, t.library_us))
-            result(f"linear {name} rows={t.rows} us={t.us:.1f} share={share:.2f} torch={torchs:.2f} way={t.way}")
+    for (scales, name), shape in shapes.items():
+        for t in chosen[shape]:
+            size = (1 if scales else 2) * shape.outputs * shape.inputs
+            share, torchs = (size / us / rate for us in (t.us, t.library_us))
+            result(
+                f"linear {name}{scales} rows={t.rows} us={t.us:.1f} share={share:.2f} torch={torchs:.2f} way={t.way}"
+            )
 
 
 def bench_experts(rate: float) -> None:
@@ -92,7 +102,7 @@ def bench_experts(rate: float) -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        experts.choose(layers, cache=Path(folder))
+        experts.choose(layers, torch.bfloat16, cache=Path(folder))
         result(f"experts choose s={time.perf_counter() - begin:.1f}")
     for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192):
         x = torch.randn(rows, hidden, device=DEVICE, dtype=torch.bfloat16)

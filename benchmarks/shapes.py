@@ -20,6 +20,20 @@ QWEN3_MOE = {
     "eos_token_id": 151645, "torch_dtype": "bfloat16", "num_hidden_layers": 48,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, object]] = {"llama-3.1-8b": LLAMA, "qwen3-30b-a3b": QWEN3_MOE}
+_NOT = ["lm_head", "mlp.gate"]
+_SCALES = {"num_bits": 8, "type": "float", "symmetric": True}
+_ROWS = {
+    "targets": ["Linear"],
+    "weights": {**_SCALES, "strategy": "channel", "dynamic": False},
+    "input_activations": {**_SCALES, "strategy": "token", "dynamic": True},
+}
+# how weights are quantised, as config.json says it
+WEIGHTS: dict[str, dict[str, object] | None] = {
+    "bfloat16": None,
+    "fp8-tensor": {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": _NOT},
+    "fp8-rows": {"quant_method": "compressed-tensors", "config_groups": {"0": _ROWS}, "ignore": _NOT},
+    "fp8-blocks": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": _NOT},
+}
 
 
 def write_model(folder: Path, layers: int) -> Path:

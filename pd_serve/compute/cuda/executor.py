@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pd_serve.compute.cuda import attention
 from pd_serve.compute.cuda.inputs import Inputs
-from pd_serve.compute.cuda.ops import CudaOps
+from pd_serve.compute.cuda.ops import CudaOps, multiplies_fp8
 from pd_serve.compute.cuda.paged import PagedAttention, shapes
 from pd_serve.compute.cuda.pieces import piece_sizes
 from pd_serve.compute.cuda.runner import Limits, Runner, ladder
@@ -116,7 +116,7 @@ class CudaExecutor:
 
     def _start(self) -> None:
         dtype = DTYPES[self._layout.dtype]
-        ops = CudaOps()
+        ops = CudaOps(fp8_weights=multiplies_fp8(dtype, self._device))
         with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
             self._model = self._read_weights(ops, str(self._device))
         self._shapes = shapes(self._config, self._layout, dtype)
@@ -321,7 +321,8 @@ class CudaExecutor:
 
     def _read_again(self) -> None:
         """Into the tensors of before, whose addresses are in graphs."""
-        fresh = self._read_weights(CudaOps(), "cpu")
+        fp8_weights = multiplies_fp8(self._model.dtype, self._device)
+        fresh = self._read_weights(CudaOps(fp8_weights=fp8_weights), "cpu")
         with torch.inference_mode():
             for ours, theirs in zip(self._model.weights.tensors, fresh.weights.tensors, strict=True):
                 ours.copy_(theirs)

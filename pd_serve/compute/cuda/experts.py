@@ -22,7 +22,7 @@ from pd_serve import timings
 from pd_serve.compute.cuda import grouped, routing
 from pd_serve.compute.cuda.grouped import GroupTile
 from pd_serve.compute.cuda.timing import cache_folder, graph_us
-from pd_serve.models.interface import Routing
+from pd_serve.models.interface import Fp8Weight, Routing
 from pd_serve.timings import Timed, by_rows
 
 log = logging.getLogger(__name__)
@@ -40,31 +40,47 @@ class Shape(NamedTuple):
     per_token: int
     hidden: int
     intermediate: int
+    dtypes: str  # of both matrices, as far as files are named
+
+
+def _dtype(weight: Tensor | Fp8Weight) -> str:
+    if isinstance(weight, Fp8Weight):
+        return "fp8-blocks" if weight.blocks else "fp8-rows"
+    return str(weight.dtype).removeprefix("torch.")
 
 
 class Experts:
     """See :class:`pd_serve.models.interface.Experts`."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> None:
+    def __init__(
+        self, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, routing: Routing, activation: str
+    ) -> None:
         """``gate_up [experts, 2 I, hidden]``, ``down [experts, hidden, I]``, contiguous. See :meth:`use`."""
-        if not (gate_up.is_contiguous() and down.is_contiguous()):
-            raise ValueError("weights of experts must be contiguous")
         self.gate_up = gate_up
         self.down = down
+        if not all(tensor.is_contiguous() for tensor in self.tensors):
+            raise ValueError("weights of experts must be contiguous")
+        self._hidden, self._intermediate = _values(down).shape[1:]
         self._routing = routing
         self._activation = grouped.SILU if activation == "silu" else grouped.GELU_TANH
-        first = grouped.EXACT if gate_up.dtype is torch.float32 else grouped.TILES[0]
+        exact = torch.float32 in (_values(gate_up).dtype, _values(down).dtype)
+        first = grouped.EXACT if exact else grouped.candidates(1, gate_up, down)[0]
         self._gate_up_tiles = self._down_tiles = [first]
 
     @property
     def shape(self) -> Shape:
-        experts, hidden, intermediate = self.down.shape
-        return Shape(experts, self._routing.per_token, hidden, intermediate)
+        dtypes = "-".join(dict.fromkeys((_dtype(self.gate_up), _dtype(self.down))))
+        experts = len(_values(self.down))
+        return Shape(experts, self._routing.per_token, self._hidden, self._intermediate, dtypes)
 
     @property
     def tensors(self) -> list[Tensor]:
         """What it holds in memory."""
-        return [self.gate_up, self.down]
+        return [
+            tensor
+            for weight in (self.gate_up, self.down)
+            for tensor in ([weight] if isinstance(weight, Tensor) else [weight.values, weight.scale])
+        ]
 
     def use(self, gate_up: Sequence[Timed[GroupTile]], down: Sequence[Timed[GroupTile]]) -> None:
         """From now on goes the ways that :func:`choose` found for its shape."""
@@ -76,9 +92,9 @@ class Experts:
         if not rows:
             return out
         routed, per_token = self.route(logits), self._routing.per_token
-        act = x.new_empty((rows * per_token, self.down.shape[2]))
+        act = x.new_empty((rows * per_token, self._intermediate))
         self.compute_gate_up(x, routed, act, self._gate_up_tiles[min(rows, len(self._gate_up_tiles) - 1)])
-        made = x.new_empty((rows * per_token, self.down.shape[1]))
+        made = x.new_empty((rows * per_token, self._hidden))
         self.compute_down(act, routed, made, self._down_tiles[min(rows, len(self._down_tiles) - 1)])
         routing.combine(made, per_token, out)
         return out
@@ -101,8 +117,13 @@ class Experts:
         grouped.down(x, self.down, routed, self._routing.per_token, out, tile, compile_only=compile_only)
 
 
+def _values(weight: Tensor | Fp8Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.values
+
+
 def choose(
     layers: Sequence[Experts],
+    dtype: torch.dtype,
     *,
     ladder: Sequence[int] = LADDER,
     cache: Path | None = None,
@@ -110,21 +131,22 @@ def choose(
 ) -> None:
     """Each goes the fastest ways for its shape from now on: from ``cache``, else timed now and kept there.
 
+    ``dtype``: of activations.
+
     ``cache``: a folder, by default one for this GPU and these versions. Takes some seconds for a shape.
     """
     for shape in dict.fromkeys(layer.shape for layer in layers):
         alike = [layer for layer in layers if layer.shape == shape]
-        weight = alike[0].down
-        if weight.dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in (torch.bfloat16, torch.float16):
             continue
-        folder = cache or cache_folder("experts", weight.device, grouped, routing)
-        name = f"{'x'.join(map(str, shape))}-{str(weight.dtype).removeprefix('torch.')}"
+        folder = cache or cache_folder("experts", _values(alike[0].down).device, grouped, routing)
+        name = f"{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}"
         files = [folder / f"{name}-{part}.json" for part in ("gate-up", "down")]
         found = [timings.read(file, ladder, lambda _, text: _NAMES[text]) for file in files]
         if found[0] is None or found[1] is None:
             if progress:
                 progress(f"timing {shape.experts} experts of {shape.intermediate} x {shape.hidden}")
-            found = list(_time(alike, ladder))
+            found = list(_time(alike, ladder, dtype))
             for file, timed in zip(files, found, strict=True):
                 timings.write(file, timed or ())
         for layer in alike:
@@ -135,20 +157,20 @@ Tried = Callable[[int, GroupTile], None]  # launches the nth of some multiplicat
 
 
 def _time(
-    layers: Sequence[Experts], ladder: Sequence[int]
+    layers: Sequence[Experts], ladder: Sequence[int], dtype: torch.dtype
 ) -> tuple[tuple[Timed[GroupTile], ...], tuple[Timed[GroupTile], ...]]:
     """Of the multiplications with gate and up, and of those with down."""
     shape = layers[0].shape
     gate_ups: list[Timed[GroupTile]] = []
     downs: list[Timed[GroupTile]] = []
-    _compile(layers[0], ladder)
+    _compile(layers[0], ladder, dtype)
     for rows in ladder:
-        x = torch.randn((rows, shape.hidden), dtype=layers[0].down.dtype, device=layers[0].down.device)
+        x = torch.randn((rows, shape.hidden), dtype=dtype, device=_values(layers[0].down).device)
         turns = [layers[i % len(layers)] for i in range(_LAUNCHES)]
         routed = [layer.route(x.new_empty((rows, shape.experts)).normal_()) for layer in turns]
         act = x.new_empty((rows * shape.per_token, shape.intermediate)).normal_()
         made = x.new_empty((rows * shape.per_token, shape.hidden))
-        tiles = grouped.candidates(rows * shape.per_token / shape.experts)
+        tiles = grouped.candidates(rows * shape.per_token / shape.experts, layers[0].gate_up, layers[0].down)
 
         def gate_up(nth: int, tile: GroupTile) -> None:
             turns[nth].compute_gate_up(x, routed[nth], act, tile)  # noqa: B023
@@ -184,11 +206,11 @@ def _all(launch: Tried, tile: GroupTile) -> None:
         launch(nth, tile)
 
 
-def _compile(layer: Experts, ladder: Sequence[int]) -> None:
+def _compile(layer: Experts, ladder: Sequence[int], dtype: torch.dtype) -> None:
     """Compiles what will be timed on all cores."""
-    shape = layer.shape
-    tiles = {t for rows in ladder for t in grouped.candidates(rows * shape.per_token / shape.experts)}
-    x = layer.down.new_empty((1, shape.hidden))
+    shape, weights = layer.shape, (layer.gate_up, layer.down)
+    tiles = {t for rows in ladder for t in grouped.candidates(rows * shape.per_token / shape.experts, *weights)}
+    x = torch.empty((1, shape.hidden), dtype=dtype, device=_values(layer.down).device)
     routed = layer.route(x.new_zeros((1, shape.experts)))
     act, made = x.new_empty((shape.per_token, shape.intermediate)), x.new_empty((shape.per_token, shape.hidden))
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):

@@ -1,7 +1,8 @@
 """``y = x @ weight.T`` for one to four rows: each program reads some rows of the weight, as fast as it can.
 
 Called by :mod:`pd_serve.compute.cuda.linears`, which decides by timing where it is used. On an H100 it reads weights at
-0.83 to 0.97 of the rate of a plain read where cuBLAS reaches 0.66 to 0.89 (docs/benchmarks.md).
+0.83 to 0.97 of the rate of a plain read where cuBLAS reaches 0.66 to 0.89 (docs/benchmarks.md). Weights may be in FP8,
+half the bytes; inputs stay what they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pd_serve.compute.cuda import matrix
+from pd_serve.compute.cuda.matrix import Matrix, block_scale
 
 MAX_ROWS = 4
 
@@ -32,19 +36,39 @@ TILES = (  # each is the fastest for some shape; without more of them nothing me
     GemvTile(8, 256, 4, 4),
     GemvTile(8, 512, 2, 8),
 )
+FP8_TILES = (
+    GemvTile(1, 2048, 2, 4),
+    GemvTile(2, 1024, 2, 4),
+    GemvTile(4, 512, 4, 4),
+    GemvTile(8, 512, 2, 4),
+    GemvTile(16, 128, 4, 4),
+)
+BLOCK_TILES = (  # a step's inputs have one scale
+    GemvTile(8, 128, 4, 2),
+    GemvTile(8, 128, 8, 4),
+    GemvTile(16, 128, 4, 4),
+    GemvTile(16, 128, 8, 4),
+    GemvTile(32, 128, 4, 4),
+)
+
+
+def tiles(scales: int) -> tuple[GemvTile, ...]:
+    """For weights with such scales."""
+    return {matrix.PLAIN: TILES, matrix.ROWS: FP8_TILES, matrix.BLOCKS: BLOCK_TILES}[scales]
 
 
 def gemv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: GemvTile, *, compile_only: bool = False
+    x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor, tile: GemvTile, *, compile_only: bool = False
 ) -> None:
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias [N]``, 1 <= M <= 4, summed in float32.
 
-    ``weight`` is contiguous; rows of ``x`` and ``out`` may be apart.
+    Rows of ``x`` and ``out`` may be apart.
     """
-    (rows, k), n = x.shape, weight.shape[0]
+    (rows, k), n, values = x.shape, weight.values.shape[0], weight.values
     _gemv.run(
-        x, weight, weight if bias is None else bias, out, n, k, x.stride(0), out.stride(0),
-        ROWS=rows, BIAS=bias is not None, EVEN=k % (tile.inputs * tile.loads) == 0,
+        x, values, values if weight.scale is None else weight.scale, values if bias is None else bias, out, n, k,
+        x.stride(0), out.stride(0), weight.scale_row,
+        ROWS=rows, SCALES=weight.scales, BIAS=bias is not None, EVEN=k % (tile.inputs * tile.loads) == 0,
         OUTPUTS=tile.outputs, INPUTS=tile.inputs, LOADS=tile.loads, num_warps=tile.warps,
         grid=(triton.cdiv(n, tile.outputs),), warmup=compile_only,
     )  # fmt: skip
@@ -52,10 +76,10 @@ def gemv(
 
 @triton.jit
 def _gemv(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, n: tl.tensor, k: tl.tensor, x_stride: tl.tensor,
-    out_stride: tl.tensor,
-    ROWS: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    LOADS: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, scale: tl.tensor, bias: tl.tensor, out: tl.tensor, n: tl.tensor, k: tl.tensor,
+    x_stride: tl.tensor, out_stride: tl.tensor, scale_row: tl.tensor,
+    ROWS: tl.constexpr, SCALES: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr, LOADS: tl.constexpr,
 ) -> None:  # fmt: skip
     rows = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     columns = tl.arange(0, INPUTS)
@@ -74,6 +98,8 @@ def _gemv(
                 values = tl.load(w + at, (at + columns < k)[None, :], other=0.0, eviction_policy="evict_first").to(
                     tl.float32
                 )
+            if SCALES == 2:
+                values *= block_scale(scale, scale_row, tl.program_id(0) * OUTPUTS, tl.minimum(at, k - 1))
             sum0 += values * _part(x + at, columns, k - at, EVEN)[None, :]
             if ROWS > 1:
                 sum1 += values * _part(x + x_stride + at, columns, k - at, EVEN)[None, :]
@@ -81,18 +107,22 @@ def _gemv(
                 sum2 += values * _part(x + 2 * x_stride + at, columns, k - at, EVEN)[None, :]
             if ROWS > 3:
                 sum3 += values * _part(x + 3 * x_stride + at, columns, k - at, EVEN)[None, :]
+    if SCALES == 1:
+        factor = tl.load(scale + rows, rows < n, other=0.0)
+    else:
+        factor = tl.full([OUTPUTS], 1.0, tl.float32)
     if BIAS:
         added = tl.load(bias + rows, rows < n, other=0.0).to(tl.float32)
     else:
         added = tl.zeros([OUTPUTS], tl.float32)
     element = out.dtype.element_ty
-    tl.store(out + rows, (tl.sum(sum0, 1) + added).to(element), rows < n)
+    tl.store(out + rows, (tl.sum(sum0, 1) * factor + added).to(element), rows < n)
     if ROWS > 1:
-        tl.store(out + out_stride + rows, (tl.sum(sum1, 1) + added).to(element), rows < n)
+        tl.store(out + out_stride + rows, (tl.sum(sum1, 1) * factor + added).to(element), rows < n)
     if ROWS > 2:
-        tl.store(out + 2 * out_stride + rows, (tl.sum(sum2, 1) + added).to(element), rows < n)
+        tl.store(out + 2 * out_stride + rows, (tl.sum(sum2, 1) * factor + added).to(element), rows < n)
     if ROWS > 3:
-        tl.store(out + 3 * out_stride + rows, (tl.sum(sum3, 1) + added).to(element), rows < n)
+        tl.store(out + 3 * out_stride + rows, (tl.sum(sum3, 1) * factor + added).to(element), rows < n)
 
 
 @triton.jit

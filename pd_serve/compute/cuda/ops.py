@@ -11,18 +11,22 @@ from pd_serve.compute.cuda import experts, kernels, linears, splitk
 from pd_serve.models.interface import Fp8Weight, Routing
 
 
+def multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights in FP8 stay that: with activations in ``dtype``, on GPUs that have instructions for it."""
+    return dtype is not torch.float32 and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class CudaOps:
     """Of one model: it remembers the layers that it made, so that all of them can be timed when all are there."""
 
-    fp8_weights = False
-
-    def __init__(self) -> None:
+    def __init__(self, *, fp8_weights: bool = False) -> None:
+        """``fp8_weights``: see :func:`multiplies_fp8`."""
+        self.fp8_weights = fp8_weights
         self._linears: list[linears.Linear] = []
         self._experts: list[experts.Experts] = []
 
     def linear(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> linears.Linear:
         """Of ``weight [out, in]``, contiguous, which it keeps."""
-        assert isinstance(weight, Tensor)
         layer = linears.Linear(weight, bias)
         self._linears.append(layer)
         return layer
@@ -31,7 +35,6 @@ class CudaOps:
         self, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, routing: Routing, activation: str
     ) -> experts.Experts:
         """Of contiguous weights, which it keeps."""
-        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
         layer = experts.Experts(gate_up, down, routing, activation)
         self._experts.append(layer)
         return layer
@@ -39,11 +42,13 @@ class CudaOps:
     def choose(self, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None] | None = None) -> None:
         """Each linear and each mixture of experts goes the fastest ways for its shape from now on."""
         chosen = linears.choose([layer.shape for layer in self._linears], dtype, device, progress=progress)
-        split = [n for (n, _), timed in chosen.items() if any(isinstance(t.way.tile, splitk.SplitTile) for t in timed)]
+        split = [
+            s.outputs for s, timed in chosen.items() if any(isinstance(t.way.tile, splitk.SplitTile) for t in timed)
+        ]
         workspace = splitk.Workspace(max(split), device) if split else None
         for layer in self._linears:
             layer.use(chosen[layer.shape], workspace)
-        experts.choose(self._experts, progress=progress)
+        experts.choose(self._experts, dtype, progress=progress)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :func:`pd_serve.compute.cuda.kernels.rms_norm`."""

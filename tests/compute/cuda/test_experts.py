@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pd_serve.models.interface import Routing
+from pd_serve.models.interface import Fp8Weight, Routing
 from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_gpu, tolerance
 
 skip_without_gpu()
@@ -17,6 +17,7 @@ skip_without_gpu()
 from pd_serve.compute.cuda import experts, grouped, routing  # noqa: E402
 from pd_serve.compute.cuda.experts import Experts  # noqa: E402
 from pd_serve.timings import Timed  # noqa: E402
+from tests.compute.cuda.fp8_weights import meant, random_fp8  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +101,37 @@ def test_tiles(count: int, per_token: int, hidden: int, intermediate: int, tile:
         assert error(layer(x, logits), expected(x, gate_up, down, shares_of(logits, how))) < 2 * tolerance(DTYPE)
 
 
+def of_each(count: int, outputs: int, inputs: int, blocks: bool) -> tuple[Fp8Weight, Tensor]:
+    """And the float32 matrices that it stands for."""
+    each = [random_fp8(outputs, inputs, blocks=blocks) for _ in range(count)]
+    values, scale = (torch.stack(parts) for parts in zip(*((w.values, w.scale) for w in each), strict=True))
+    return each[0]._replace(values=values, scale=scale), torch.stack([meant(weight) for weight in each])
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("tile", [TILES[1]] if INTERPRETED else grouped.TILES, ids=str)
+@pytest.mark.parametrize(
+    ("count", "per_token", "hidden", "intermediate"),
+    [(6, 2, 200, 128)] if INTERPRETED else [(6, 2, 200, 128), (64, 8, 2048, 768)],
+)
+def test_matrices_in_fp8(
+    count: int, per_token: int, hidden: int, intermediate: int, tile: grouped.GroupTile, blocks: bool
+) -> None:
+    gate_up, its_gate_up = of_each(count, 2 * intermediate, hidden, blocks)
+    down, its_down = of_each(count, hidden, intermediate, blocks)
+    how = Routing(per_token, True)
+    layer = Experts(gate_up, down, how, "silu")
+    assert len(layer.tensors) == 4
+    if tile not in grouped.candidates(tile.rows, gate_up, down):
+        assert blocks and tile.inputs > 128
+        tile = layer._down_tiles[0]
+    layer.use([Timed(1, tile, 1.0, 1.0)], [Timed(1, tile, 1.0, 1.0)])
+    for rows in ROWS:
+        x, logits = operands(rows, count, hidden)
+        wanted = expected(x, its_gate_up, its_down, shares_of(logits, how))
+        assert error(layer(x, logits), wanted) < 2 * tolerance(DTYPE)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPE])
 def test_as_it_is_made(dtype: torch.dtype, activation: str) -> None:
@@ -150,13 +182,13 @@ def test_choosing_and_choosing_again(tmp_path: Path) -> None:
     said: list[str] = []
     how = Routing(4, True)
     layers = [Experts(*weights(16, 512, 256), how, "silu") for _ in range(2)]
-    experts.choose(layers, ladder=(1, 64), cache=tmp_path, progress=said.append)
+    experts.choose(layers, DTYPE, ladder=(1, 64), cache=tmp_path, progress=said.append)
     assert len(said) == 1
     for layer in layers:
         x, logits = operands(100, 16, 512)
         assert error(layer(x, logits), expected(x, *layer.tensors, shares_of(logits, how))) < 2 * tolerance(DTYPE)
     tiles = [layer._gate_up_tiles for layer in layers]
     again = [Experts(*layer.tensors, how, "silu") for layer in layers]
-    experts.choose(again, ladder=(1, 64), cache=tmp_path, progress=said.append)
+    experts.choose(again, DTYPE, ladder=(1, 64), cache=tmp_path, progress=said.append)
     assert len(said) == 1
     assert [layer._gate_up_tiles for layer in again] == tiles

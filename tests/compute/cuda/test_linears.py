@@ -1,4 +1,4 @@
-"""Both kernels in all their tiles against torch in float32, the choice, and its cache."""
+"""Both kernels in all their tiles against torch in float32, weights plain and in FP8, the choice, and its cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_g
 skip_without_gpu()
 
 from pd_serve import timings  # noqa: E402
-from pd_serve.compute.cuda import gemv, linears, splitk  # noqa: E402
-from pd_serve.compute.cuda.linears import TORCH, Linear, Way, _named  # noqa: E402
+from pd_serve.compute.cuda import fp8, gemv, linears, matrix, splitk  # noqa: E402
+from pd_serve.compute.cuda.linears import TORCH, Linear, Shape, Way, _named  # noqa: E402
+from pd_serve.compute.cuda.matrix import Matrix  # noqa: E402
 from pd_serve.timings import Timed  # noqa: E402
+from tests.compute.cuda.fp8_weights import meant, random_fp8  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +35,12 @@ def operands(n: int, k: int, rows: int, bias: bool) -> tuple[Tensor, Tensor, Ten
     return weight, x, added, out
 
 
+def in_fp8(n: int, k: int, scales: int) -> tuple[Matrix, Tensor]:
+    """And the float32 matrix that it stands for."""
+    weight = random_fp8(n, k, blocks=scales == matrix.BLOCKS)
+    return Matrix.of(weight), meant(weight)
+
+
 def expected(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     y = x.float() @ weight.float().t()
     return y if bias is None else y + bias.float()
@@ -44,8 +52,37 @@ def expected(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 def test_gemv(n: int, k: int, tile: gemv.GemvTile, bias: bool) -> None:
     for rows in range(1, gemv.MAX_ROWS + 1):
         weight, x, added, out = operands(n, k, rows, bias)
-        gemv.gemv(x, weight, added, out, tile)
+        gemv.gemv(x, Matrix.of(weight), added, out, tile)
         assert error(out, expected(weight, x, added)) < tolerance(DTYPE)
+
+
+FP8_GEMV = [(matrix.ROWS, tile) for tile in gemv.FP8_TILES] + [(matrix.BLOCKS, tile) for tile in gemv.BLOCK_TILES]
+
+
+@pytest.mark.parametrize(("scales", "tile"), FP8_GEMV if not INTERPRETED else [FP8_GEMV[2], FP8_GEMV[-1]], ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_gemv_of_fp8(n: int, k: int, scales: int, tile: gemv.GemvTile) -> None:
+    weight, its = in_fp8(n, k, scales)
+    for rows in range(1, gemv.MAX_ROWS + 1):
+        _, x, added, out = operands(n, k, rows, bias=rows % 2 == 1)
+        gemv.gemv(x, weight, added, out, tile)
+        assert error(out, expected(its, x, added)) < tolerance(DTYPE)
+
+
+@pytest.mark.parametrize("scales", [matrix.ROWS, matrix.BLOCKS])
+@pytest.mark.parametrize("tile", splitk.FP8_TILES if not INTERPRETED else splitk.FP8_TILES[7:8], ids=str)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_split_k_of_fp8(n: int, k: int, tile: splitk.SplitTile, scales: int) -> None:
+    workspace = splitk.Workspace(n, DEVICE)
+    weight, its = in_fp8(n, k, scales)
+    for rows in (1, 7, 16, 33, 64) if not INTERPRETED else (7,):
+        _, x, added, out = operands(n, k, rows, bias=rows % 2 == 1)
+        for _ in range(2):
+            out.fill_(torch.nan)
+            splitk.split_k(x, weight, added, out, tile, workspace)
+            # the weight's numbers are rounded to what x is, which is exact: they have 4 bits
+            assert error(out, expected(its, x, added)) < tolerance(DTYPE)
+    assert not workspace.arrived.any()
 
 
 @pytest.mark.parametrize("tile", splitk.TILES if not INTERPRETED else splitk.TILES[3:5], ids=str)
@@ -56,7 +93,7 @@ def test_split_k(n: int, k: int, tile: splitk.SplitTile) -> None:
         weight, x, added, out = operands(n, k, rows, bias=rows % 2 == 1)
         for _ in range(2):  # the second time on counters that the first left behind
             out.fill_(torch.nan)
-            splitk.split_k(x, weight, added, out, tile, workspace)
+            splitk.split_k(x, Matrix.of(weight), added, out, tile, workspace)
             assert error(out, expected(weight, x, added)) < tolerance(DTYPE)
     assert not workspace.arrived.any()
 
@@ -112,7 +149,7 @@ def test_a_way_is_kept_by_its_name(tmp_path: Path) -> None:
 @on_gpu
 def test_choosing_and_choosing_again(tmp_path: Path) -> None:
     said: list[str] = []
-    shapes = [(4096, 4096), (1000, 520)]
+    shapes = [Shape(4096, 4096), Shape(1000, 520)]
     first = linears.choose(shapes, DTYPE, DEVICE, ladder=(1, 16), cache=tmp_path, progress=said.append)
     assert len(said) == 2
     for shape in shapes:
@@ -148,4 +185,27 @@ def test_a_linear_in_a_graph() -> None:
 
 
 def test_float32_stays_with_torch() -> None:
-    assert linears.choose([(64, 64)], torch.float32, DEVICE) == {(64, 64): ()}
+    assert linears.choose([Shape(64, 64)], torch.float32, DEVICE) == {Shape(64, 64): ()}
+
+
+@on_gpu
+@pytest.mark.parametrize("blocks", [False, True])
+def test_choosing_for_fp8(blocks: bool, tmp_path: Path) -> None:
+    scales = matrix.BLOCKS if blocks else matrix.ROWS
+    shapes = [Shape(4096, 4096, scales), Shape(1000, 4104, scales)]  # the second is not cuBLAS'
+    chosen = linears.choose(shapes, DTYPE, DEVICE, cache=tmp_path)
+    assert linears.choose(shapes, DTYPE, DEVICE, cache=tmp_path) == chosen
+    workspace = splitk.Workspace(4096, DEVICE)
+    for shape in shapes:
+        timed = chosen[shape]
+        assert [t.rows for t in timed] == [*linears.LADDER, *linears._FP8_LADDER]
+        weight = random_fp8(shape.outputs, shape.inputs, blocks=blocks)
+        layer, its = Linear(weight), meant(weight)
+        assert [tensor is mine for tensor, mine in zip(layer.tensors, weight[:2], strict=True)] == [True, True]
+        for use in (False, True):
+            if use:
+                layer.use(timed, workspace)
+            for rows in (1, 3, 40, 130, 3000):
+                x = torch.randn(rows, shape.inputs, device=DEVICE).to(DTYPE)
+                assert error(layer(x), expected(its, x, None)) < 0.05  # the largest round x to FP8
+    assert isinstance(chosen[shapes[1]][-1].way.tile, fp8.GemmTile)
