@@ -230,6 +230,13 @@ class EngineSettings(Guarded):
     prefix_caching: bool = setting(
         True, values.FLAG, "KV cache", "Keep the KV of finished requests for prompts that begin alike."
     )
+    tp: int = setting(
+        1,
+        integer(1),
+        "Model",
+        "Ranks that share a model's weights and KV cache (tensor parallelism): GPUs of a node, or processes on a CPU.",
+        reason="Nodes of a deployment may have different numbers of them.",
+    )
     max_num_seqs: int = setting(
         0, integer(0), "Scheduling", "Sequences in one batch.", reason="0: 64 on a CPU, 256 on a GPU."
     )

@@ -70,11 +70,11 @@ def run(config: UpConfig) -> int:
 
 
 def _on_device(config: UpConfig, device: str) -> UpConfig:
-    """A single GPU gets one node that does both, unless the nodes were counted."""
+    """GPUs for a single node get one that does both, unless the nodes were counted."""
     config = replace(config, device=device)
     counted = config.prefill is not None or config.decode is not None or config.both or config.kv_cache_memory
-    if config.device == "cuda" and not counted and count_gpus() == 1:
-        log.info("there is one GPU: one node computes prompts and decodes (as with --both 1)")
+    if config.device == "cuda" and not counted and count_gpus() // config.tp == 1:
+        log.info("there are GPUs for one node: it computes prompts and decodes (as with --both 1)")
         config = replace(config, both=1)
     return config
 
@@ -88,7 +88,7 @@ def _plan(config: UpConfig, directory: Path) -> list[Supervised]:
     counts = config.counts()
     roles = [(role, index) for role, number in counts.items() for index in range(number)]
     count = len(roles)
-    gpus = deal_gpus(count, may_share=config.kv_cache_memory > 0) if config.device == "cuda" else []
+    gpus = deal_gpus(count, config.tp, may_share=config.kv_cache_memory > 0) if config.device == "cuda" else []
     cores = config.cpus or tuple(sorted(os.sched_getaffinity(0)))
     ports = _free_ports(count)
     urls = tuple(f"http://{netloc(_LOCAL, port)}" for port in ports)

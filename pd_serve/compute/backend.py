@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pd_serve.compute.executor import Executor
 from pd_serve.config import EngineConfig
+from pd_serve.distributed.group import Group
 from pd_serve.models.sizes import Sizes
+
+if TYPE_CHECKING:
+    import torch
+
+
+Meet = Callable[["torch.device"], Group]
 
 
 class Backend(Protocol):
@@ -14,8 +22,11 @@ class Backend(Protocol):
 
     SATURATING_TOKENS: int  # in a step: from so many on, more of them cost in proportion
 
-    def make_executor(self, config: EngineConfig, fit: Sizes, /) -> Executor[Any]:
-        """Allocates the KV cache; weights come with ``Executor.load`` at the latest. Raises PDServeError."""
+    def make_executor(self, config: EngineConfig, fit: Sizes, meet: Meet | None, /) -> Executor[Any]:
+        """Of a rank. Allocates the KV cache; weights come with ``Executor.load`` at the latest.
+
+        ``meet``: finds the other ranks, where there are some. Raises PDServeError.
+        """
 
 
 def backend_for(config: EngineConfig) -> Backend:

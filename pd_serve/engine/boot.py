@@ -32,6 +32,7 @@ from pd_serve.wire.link import Load, ModelInfo
 
 if TYPE_CHECKING:
     from pd_serve.engine.core import Engine
+    from pd_serve.engine.ranks import Ranks
     from pd_serve.engine.role import Role
     from pd_serve.engine.scheduler import Scheduler
     from pd_serve.kv.layout import KVLayout
@@ -127,7 +128,8 @@ def main(make_role: RoleFactory) -> int:
         pulse.start()  # before all that takes time
         channel = stack.enter_context(Channel(context, config.address))
         try:
-            engine, ready = build(config, channel, pulse, make_role)
+            ranks = start_ranks(config, stack)
+            engine, ready = build(config, channel, pulse, make_role, ranks)
         except PDServeError as error:
             channel.send_node(EngineFailed(str(error)))
             return 1
@@ -147,14 +149,25 @@ def main(make_role: RoleFactory) -> int:
     return 0
 
 
+def start_ranks(config: EngineConfig, stack: contextlib.ExitStack) -> Ranks | None:
+    """The engine's other ranks, side by side with this one; they end with ``stack``."""
+    if config.tp == 1:
+        return None
+    from pd_serve.engine.ranks import Ranks
+
+    return stack.enter_context(contextlib.closing(Ranks(config)))
+
+
 def bound_caches() -> None:
     """Bounds what torch's matrix kernels keep for each batch size that ever came. Before torch is imported."""
     for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KERNELS_KEPT))
 
 
-def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory) -> tuple[Engine, EngineReady]:
-    """Loads the model, allocates the pool, starts the transfer thread. Raises PDServeError."""
+def build(
+    config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleFactory, ranks: Ranks | None
+) -> tuple[Engine, EngineReady]:
+    """Loads the model, allocates the pool, starts the transfer thread. ``ranks``: the others. Raises PDServeError."""
     watch = Stopwatch()
     import torch
 
@@ -163,23 +176,27 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     from pd_serve.compute.backend import backend_for
     from pd_serve.engine.core import Engine
     from pd_serve.engine.lifecycle import Lifecycle
+    from pd_serve.engine.ranks import RankedExecutor
     from pd_serve.models.sizes import sizes
 
     backend = backend_for(config)
     watch.lap("import")
     fit = sizes(config, Path(config.model), config.template)
-    executor = backend.make_executor(config, fit)
+    executor = backend.make_executor(config, fit, None if ranks is None else ranks.meet)
     parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS)
+    if ranks is not None:
+        parts = replace(parts, relays=ranks.relays())
+        executor = RankedExecutor(executor, ranks)
     roles = Roles(make_role, parts, info)
     role = roles.open()  # the transport starts on its own thread while the model loads
     try:
         watch.lap("pool")
         executor.load()
         watch.lap("load")
-        role.wait_ready(config.transport_timeout_s)
-        watch.lap("transfer")
         executor.warm_up()
         watch.lap("warm_up")
+        role.wait_ready(config.transport_timeout_s)
+        watch.lap("transfer")
     except BaseException:
         role.close()
         raise
@@ -201,8 +218,6 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
     from pd_serve.engine.scheduler import Limits, Scheduler
     from pd_serve.kv.manager import KVManager
     from pd_serve.memory.switches import check_expandable_segments
-    from pd_serve.models.config import fingerprint
-    from pd_serve.transfer.session.handshake import Identity
 
     check_expandable_segments(on_gpu=memory.device is not None, cumem=bool(config.enable_cumem_allocator))
     model, layout = fit.model, fit.layout
@@ -216,21 +231,30 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
         max_queue_wait_s=config.max_queue_wait_s,
         max_model_len=fit.max_model_len,
     )
-    long_rope = any(rope.long for rope in model.ropes)
+    identity = identity_of(config, fit, rank=0)
     info = ModelInfo(
         name=config.served_model_name,
-        fingerprint=fingerprint(Path(config.model), config.dtype, config.load_format, long_rope=long_rope),
+        fingerprint=identity.model,
         max_model_len=fit.max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=list(model.eos_token_ids),
     )
-    # every role opens under an epoch of its own
-    identity = Identity(
+    return Parts(config, identity, layout, kv, Scheduler(kv, limits), memory), info
+
+
+def identity_of(config: EngineConfig, fit: Sizes, *, rank: int) -> Identity:
+    """What a rank says of itself to peers. Every role opens under an epoch of its own."""
+    from pd_serve.models.config import fingerprint
+    from pd_serve.transfer.session.handshake import Identity
+
+    long_rope = any(rope.long for rope in fit.model.ropes)
+    return Identity(
         node_id=config.node_id,
         epoch="",
-        model=info.fingerprint,
-        layout=layout,
+        model=fingerprint(Path(config.model), config.dtype, config.load_format, long_rope=long_rope),
+        layout=fit.layout,
         secret=config.secret.encode(),
         checksums=config.checksums,
+        rank=rank,
+        ranks=config.tp,
     )
-    return Parts(config, identity, layout, kv, Scheduler(kv, limits), memory), info

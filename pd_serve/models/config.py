@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pd_serve.errors import ModelError
+from pd_serve.errors import ConfigError, ModelError
 from pd_serve.kv.layout import LayerGroup, kv_group
 from pd_serve.models.end_tokens import tokenizer_end_ids
 from pd_serve.models.fields import flag, mapping, number, token_ids, whole
-from pd_serve.models.quantization import Quantization
+from pd_serve.models.quantization import BLOCK, Quantization
 from pd_serve.models.quantization import parse as parse_quantization
 from pd_serve.models.rope_config import RopeConfig, parse_rope, scaled_positions
 
@@ -128,6 +128,13 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     quantization: Quantization | None = None
     eos_token_ids: tuple[int, ...] = ()
+    rank: int = 0  # under tensor parallelism sizes are this rank's (:mod:`pd_serve.models.shard`)
+    ranks: int = 1
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens whose logits this rank computes."""
+        return self.vocab_size // (1 if self.vocab_size % self.ranks else self.ranks)
 
     @classmethod
     def from_directory(cls, directory: Path, chat_template: str = "") -> ModelConfig:
@@ -215,13 +222,43 @@ class ModelConfig:
         """The model as it is computed where sequences have up to so many tokens."""
         return replace(self, ropes=tuple(rope.for_length(max_model_len) for rope in self.ropes))
 
+    def for_rank(self, rank: int, ranks: int) -> ModelConfig:
+        """The model as this rank computes it, which has its part of heads and of MLPs. Raises ConfigError where it
+        cannot be dealt evenly.
+        """
+        if ranks == 1:
+            return self
+        experts = self.experts
+        sizes = {"KV heads": self.num_kv_heads, "attention heads": self.num_heads}
+        if experts is None or len(experts.layers) < self.num_layers:
+            sizes["intermediate size"] = self.intermediate_size
+        if experts is not None:
+            sizes["intermediate size of experts"] = experts.intermediate_size
+        for what, size in sizes.items():
+            if size % ranks:
+                raise ConfigError(f"--tp {ranks} does not divide the model's {what}, {size}")
+            rows = size * self.head_dim if "heads" in what else size
+            if self.quantization is not None and self.quantization.blocks and rows // ranks % BLOCK:
+                raise ConfigError(f"--tp {ranks} would cut FP8 blocks of {BLOCK} rows in two ({what}: {size})")
+        return replace(
+            self,
+            rank=rank,
+            ranks=ranks,
+            num_heads=self.num_heads // ranks,
+            num_kv_heads=self.num_kv_heads // ranks,
+            intermediate_size=self.intermediate_size // ranks,
+            experts=experts and replace(experts, intermediate_size=experts.intermediate_size // ranks),
+        )
+
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         """Layers that remember the same span share block tables; groups in the order of their first layer."""
         spans: dict[int | None, list[int]] = {}
         for layer, window in enumerate(self.windows):
             spans.setdefault(window, []).append(layer)
+        heads = self.num_kv_heads
+        first, total = (self.rank * heads, self.ranks * heads) if self.ranks > 1 else (0, 0)
         return tuple(
-            kv_group(tuple(layers), self.num_kv_heads, self.head_dim, window) for window, layers in spans.items()
+            kv_group(tuple(layers), heads, self.head_dim, window, first, total) for window, layers in spans.items()
         )
 
 

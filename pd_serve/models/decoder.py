@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.models.config import ModelConfig
-from pd_serve.models.interface import Attention, Ops, Upload
+from pd_serve.models.interface import Attention, Ops, Ranks, Upload
 from pd_serve.models.weights import ModelWeights, load_weights
 
 
@@ -73,13 +73,17 @@ def load_decoder(
     max_positions: int | None = None,
     device: str = "cpu",
     upload: Upload | None = None,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """Loads weights (``safetensors``) or makes them up (``dummy``) in ``dtype``, for positions below
     ``max_positions`` (default: as many as the model takes). Raises ``ModelError``.
 
-    ``upload``: how weights come to ``device``; None: by plain copies.
+    ``upload``: how weights come to ``device``; None: by plain copies. ``ranks``: ``config`` is a rank's
+    (:meth:`ModelConfig.for_rank`).
     """
     positions = min(max_positions or config.default_model_len, config.max_model_len)
     with torch.inference_mode():
-        weights = load_weights(directory, config, dtype, load_format, torch.device(device), ops, positions, upload)
+        weights = load_weights(
+            directory, config, dtype, load_format, torch.device(device), ops, positions, upload, ranks
+        )
         return Decoder(config, weights, ops)

@@ -50,6 +50,21 @@ class Experts(Protocol):
         """``x [T, hidden]``, ``logits [T, experts]``: the sum of what a token's experts make of it, by their shares."""
 
 
+class Ranks(Protocol):
+    """All ranks of a model under tensor parallelism. Each calls the same layers in the same order; all get the same
+    bits.
+    """
+
+    def summed(self, linear: Linear, /) -> Linear:
+        """The sum over ranks of what each one's layer makes of its own input."""
+
+    def summed_experts(self, experts: Experts, /) -> Experts:
+        """The same for a mixture of experts."""
+
+    def gathered(self, linear: Linear, /) -> Linear:
+        """All ranks' outputs ``[T, out]`` side by side, by rank: ``[T, ranks * out]``."""
+
+
 class Upload(Protocol):
     """Brings weights to a device, faster than copies one after another; a device may have none."""
 

@@ -26,12 +26,12 @@ class Sizes:
     max_model_len: int  # tokens
 
 
-def sizes(settings: EngineSettings, directory: Path, template: str) -> Sizes:
-    """For the model in ``directory``, with ``dtype`` resolved. ``template``: see ``EngineConfig``.
+def sizes(settings: EngineSettings, directory: Path, template: str, *, rank: int = 0) -> Sizes:
+    """Of a rank, for the model in ``directory``, with ``dtype`` resolved. ``template``: see ``EngineConfig``.
 
     Raises ConfigError, ModelError.
     """
-    model = ModelConfig.from_directory(directory, template)
+    model = ModelConfig.from_directory(directory, template).for_rank(rank, settings.tp)
     layout = KVLayout(settings.block_tokens, settings.dtype, model.layer_groups())
     size = settings.kv_cache_bytes
     num_blocks = _num_blocks(layout, size) if size else 0

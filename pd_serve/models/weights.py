@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from torch import Tensor
 from pd_serve.errors import ModelError
 from pd_serve.models import fp8
 from pd_serve.models.config import ExpertsConfig, ModelConfig
-from pd_serve.models.interface import Fp8Weight, HeadTransform, Linear, Ops, Routing, Upload
+from pd_serve.models.interface import Fp8Weight, HeadTransform, Linear, Ops, Ranks, Routing, Upload
 from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention, Mlp, SparseMoe
 from pd_serve.models.progress import bar
 from pd_serve.models.rope import cos_sin_table
+from pd_serve.models.shard import Shard, TensorSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in some checkpoints, but computed here; and the half of Gemma 3 that sees
@@ -60,18 +61,6 @@ class ModelWeights:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
-class TensorSource(Protocol):
-    """Named tensors of a checkpoint."""
-
-    names: set[str] | None  # None: whatever is asked for exists
-
-    def get(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor:
-        """The tensor on the CPU, perhaps mapped from a file; it may have another dtype. Not to be written to.
-
-        ``in_fp8``: so a tensor that has to be made up shall be.
-        """
-
-
 def load_weights(
     directory: Path,
     config: ModelConfig,
@@ -81,11 +70,14 @@ def load_weights(
     ops: Ops,
     positions: int,
     upload: Upload | None,
+    ranks: Ranks | None,
 ) -> ModelWeights:
     """For positions below ``positions``. Raises ``ModelError`` naming missing, unexpected and misshapen tensors."""
     with ExitStack() as stack:
-        source = _Dummy(DTYPES[dtype]) if load_format == "dummy" else _Safetensors(directory, stack)
-        weights = _Loader(source, config, DTYPES[dtype], device, ops, positions, upload).load()
+        source: TensorSource = _Dummy(DTYPES[dtype]) if load_format == "dummy" else _Safetensors(directory, stack)
+        if ranks is not None:
+            source = Shard(source, config)
+        weights = _Loader(source, config, DTYPES[dtype], device, ops, positions, upload, ranks).load()
         if upload is not None:
             with bar("loading weights") as update:
                 upload.finish(update)
@@ -104,7 +96,9 @@ class _Loader:
         ops: Ops,
         positions: int,
         upload: Upload | None,
+        ranks: Ranks | None,
     ) -> None:
+        self.ranks = ranks
         self.source = source
         self.upload = upload
         self.ops = ops
@@ -128,9 +122,14 @@ class _Loader:
         if c.tie_word_embeddings:
             self.used.add(head_name)  # some checkpoints hold the tied copy too
         else:
-            lm_head = self._tensor(head_name, (c.vocab_size, c.hidden_size))
+            lm_head = self._tensor(head_name, (c.head_rows, c.hidden_size))
         self._check()
-        return ModelWeights(embedding, layers, norm, self.ops.linear(lm_head))
+        if len(lm_head) > c.head_rows:  # the embedding, which is whole on every rank
+            lm_head = lm_head[c.rank * c.head_rows :][: c.head_rows]
+        logits: Linear = self.ops.linear(lm_head)
+        if self.ranks is not None and c.head_rows < c.vocab_size:
+            logits = self.ranks.gathered(logits)
+        return ModelWeights(embedding, layers, norm, logits)
 
     def _layer(self, number: int, at: str) -> DecoderLayer:
         hidden, sandwich = self.config.hidden_size, self.config.sandwich_norms
@@ -159,7 +158,7 @@ class _Loader:
         return GroupedQueryAttention(
             number,
             self._linear(qkv, c.hidden_size, c.qkv_bias),
-            self._linear([(f"{at}o_proj", c.hidden_size)], q, c.output_bias),
+            self._summed(self._linear([(f"{at}o_proj", c.hidden_size)], q, c.output_bias)),
             transform,
             c.num_heads,
             c.head_dim,
@@ -173,7 +172,7 @@ class _Loader:
         return GatedMlp(
             self.ops,
             self._linear(gate_up, c.hidden_size, c.mlp_bias),
-            self._linear([(f"{at}down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+            self._summed(self._linear([(f"{at}down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias)),
             c.activation,
         )
 
@@ -190,7 +189,12 @@ class _Loader:
             gate_up = _of_each(gate_up, experts.count)
             down = _of_each(self._matrices([(f"{name}down_proj", hidden) for name in each], size), experts.count)
         routing = Routing(experts.per_token, experts.normalise)
-        return SparseMoe(router, self.ops.experts(gate_up, down, routing, self.config.activation))
+        mixture = self.ops.experts(gate_up, down, routing, self.config.activation)
+        return SparseMoe(router, mixture if self.ranks is None else self.ranks.summed_experts(mixture))
+
+    def _summed(self, linear: Linear) -> Linear:
+        """A linear layer of which each rank has some columns."""
+        return linear if self.ranks is None else self.ranks.summed(linear)
 
     def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
         """A linear layer of the parts' rows, one after another."""

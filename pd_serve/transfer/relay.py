@@ -160,7 +160,6 @@ class Relays:
     def wait_opened(self, timeout_s: float) -> None:
         """Raises TransferError."""
         self._wait(lambda: len(self._reported) == len(self._ranks), lambda: self.said(THREAD), timeout_s)
-        self._reported.clear()
 
     def close(self) -> bool:
         """Ends all other ranks' transfer threads. False: one may still touch its pool, or does not answer."""

@@ -45,7 +45,8 @@ class Side:
         self.relays = Relays(relays)
         self.thread = RankedThread(ends[0].worker, self.relays)
         self.relays.open("e", 10.0)
-        self.thread.wait_ready(10.0)
+        for _ in range(2):  # as an engine does
+            self.thread.wait_ready(10.0)
 
     @staticmethod
     def _opened(end: RankEnds) -> Callable[[str], RankEnds]:

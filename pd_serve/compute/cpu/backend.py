@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from pd_serve.compute.backend import Meet
 from pd_serve.compute.cpu import ops
 from pd_serve.compute.cpu.executor import LocalExecutor
+from pd_serve.compute.cpu.ranks import CpuRanks
 from pd_serve.compute.cpu.runner import Runner
 from pd_serve.compute.cpu.sampler import Sampler
 from pd_serve.config import EngineConfig
@@ -17,8 +21,9 @@ from pd_serve.models.sizes import Sizes
 SATURATING_TOKENS = 256
 
 
-def make_executor(config: EngineConfig, fit: Sizes) -> LocalExecutor:
+def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> LocalExecutor:
     """Its memory is filled with pages by ``warm_up``."""
+    ranks = None if meet is None else CpuRanks(meet(torch.device("cpu")))
     pool = HostPool(fit.layout, (fit.num_blocks,) * len(fit.layout.groups))
     runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads)
 
@@ -30,6 +35,7 @@ def make_executor(config: EngineConfig, fit: Sizes) -> LocalExecutor:
             config.load_format,
             ops=ops,
             max_positions=fit.max_model_len + 1,
+            ranks=ranks,
         )
 
     return LocalExecutor(pool, runner, Sampler(fit.model.vocab_size), read_weights)

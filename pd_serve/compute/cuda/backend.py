@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
+from pd_serve.compute.backend import Meet
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings
 from pd_serve.config import EngineConfig
 from pd_serve.memory.upload import Upload
 from pd_serve.models.decoder import Decoder, load_decoder
-from pd_serve.models.interface import Ops
+from pd_serve.models.interface import Ops, Ranks
 from pd_serve.models.sizes import Sizes
 
 # Up to here a matrix is read from memory for as long as it is multiplied with: 295 rows of bfloat16 on an H100.
 SATURATING_TOKENS = 512
 
 
-def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
-    """All of a start: weights, kernels, graphs, and then the KV cache."""
+def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> CudaExecutor:
+    """All of a start: weights, kernels, graphs, and then the KV cache. A rank has the visible GPU of its number."""
 
-    def read_weights(ops: Ops, device: str) -> Decoder:
+    def read_weights(ops: Ops, device: str, ranks: Ranks | None) -> Decoder:
         with Upload(torch.device(device)) if device != "cpu" else nullcontext() as upload:
             return load_decoder(
                 Path(config.model),
@@ -32,6 +33,7 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
                 max_positions=fit.max_model_len + 1,
                 device=device,
                 upload=upload,
+                ranks=ranks,
             )
 
     settings = Settings(
@@ -43,5 +45,6 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
         gpu_memory_utilization=config.gpu_memory_utilization,
         cumem=bool(config.enable_cumem_allocator),
         profile_cuda_graphs=config.profile_cuda_graphs,
+        device=fit.model.rank,
     )
-    return CudaExecutor(fit.model, fit.layout, read_weights, settings)
+    return CudaExecutor(fit.model, fit.layout, read_weights, settings, meet)

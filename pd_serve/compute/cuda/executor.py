@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pd_serve.compute.backend import Meet
 from pd_serve.compute.cuda import attention
 from pd_serve.compute.cuda.inputs import Inputs
 from pd_serve.compute.cuda.ops import CudaOps, multiplies_fp8
 from pd_serve.compute.cuda.paged import PagedAttention, shapes
 from pd_serve.compute.cuda.pieces import piece_sizes
+from pd_serve.compute.cuda.ranks import CudaRanks
 from pd_serve.compute.cuda.runner import Limits, Runner, ladder
 from pd_serve.compute.cuda.sampler import Logprobs
 from pd_serve.compute.step import SAMPLING, PromptRows, Sampled, SamplingRow, Step
@@ -39,7 +41,7 @@ from pd_serve.memory.sleep import DeviceMemory
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder
-from pd_serve.models.interface import Ops
+from pd_serve.models.interface import Ops, Ranks
 from pd_serve.models.weights import DTYPES
 from pd_serve.values import readable_size
 from pd_serve.wire.link import TokenLogprob
@@ -86,10 +88,14 @@ class CudaExecutor:
         self,
         config: ModelConfig,
         layout: KVLayout,
-        read_weights: Callable[[Ops, str], Decoder],
+        read_weights: Callable[[Ops, str, Ranks | None], Decoder],
         settings: Settings,
+        meet: Meet | None = None,
     ) -> None:
-        """``read_weights(ops, device)``: at the start, and after a deep sleep. Raises PDServeError or OSError."""
+        """``read_weights(ops, device, ranks)``: at the start, and after a deep sleep. Raises PDServeError or OSError.
+
+        ``meet``: finds the other ranks, where there are some.
+        """
         self._device = torch.device("cuda", settings.device)
         self._config, self._layout, self._settings = config, layout, settings
         self._read_weights = read_weights
@@ -107,6 +113,11 @@ class CudaExecutor:
         else:
             self._memory = PlainDeviceMemory(settings.device)
         self._ledger = None if settings.num_blocks else Ledger(gauge.read, books=self._booked, before=before)
+        self._ranks: CudaRanks | None = None
+        if meet is not None:
+            with self._phase("ranks", LIBRARIES):
+                group, rows = meet(self._device), max(settings.max_num_batched_tokens, settings.max_num_seqs)
+                self._ranks = CudaRanks(group, rows, config.hidden_size, DTYPES[layout.dtype])
         self._start()
         gauge.close()
 
@@ -118,9 +129,10 @@ class CudaExecutor:
         dtype = DTYPES[self._layout.dtype]
         ops = CudaOps(fp8_weights=multiplies_fp8(dtype, self._device))
         with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
-            self._model = self._read_weights(ops, str(self._device))
+            self._model = self._read_weights(ops, str(self._device), self._ranks)
         self._shapes = shapes(self._config, self._layout, dtype)
-        with self._phase("kernels", LIBRARIES):
+        turn = nullcontext() if self._ranks is None else self._ranks.first_rank_first()
+        with self._phase("kernels", LIBRARIES), turn:
             attention.compile_kernels(self._shapes, self._device, log.info)
             ops.choose(dtype, self._device, log.info)
             torch.cuda.empty_cache()
@@ -205,7 +217,8 @@ class CudaExecutor:
         least = (self._layout.blocks_for(settings.max_model_len + 1) + 1) * each + _RESIZE_BYTES
         plan = ledger.plan(settings.gpu_memory_utilization, least)
         log.info("%s", plan.line(str(self._device)))
-        blocks = self._blocks((plan.kv_bytes - _RESIZE_BYTES) // each)
+        number = (plan.kv_bytes - _RESIZE_BYTES) // each
+        blocks = self._blocks(number if self._ranks is None else self._ranks.least(number))
         if settings.cumem:
             with self._phase("KV cache", KV_CACHE, booked=True):
                 self._pool.resize(blocks)
@@ -273,7 +286,10 @@ class CudaExecutor:
         return launched
 
     def collect(self, launched: Launched) -> Sampled:
-        launched.arrived.synchronize()
+        if self._ranks is None:
+            launched.arrived.synchronize()
+        else:
+            self._ranks.group.wait(launched.arrived)
         tokens = launched.tokens.tolist()
         wanted = launched.step.sampling["logprobs"].tolist()
         if launched.logprobs is None:
@@ -322,7 +338,7 @@ class CudaExecutor:
     def _read_again(self) -> None:
         """Into the tensors of before, whose addresses are in graphs."""
         fp8_weights = multiplies_fp8(self._model.dtype, self._device)
-        fresh = self._read_weights(CudaOps(fp8_weights=fp8_weights), "cpu")
+        fresh = self._read_weights(CudaOps(fp8_weights=fp8_weights), "cpu", self._ranks)
         with torch.inference_mode():
             for ours, theirs in zip(self._model.weights.tensors, fresh.weights.tensors, strict=True):
                 ours.copy_(theirs)

@@ -1,0 +1,224 @@
+"""Rank 0's view of the engine's other ranks: their processes, and an executor that is all of them.
+
+Every rank has its part of the weights and of each KV block (:mod:`pd_serve.models.shard`), computes every step and
+samples the same tokens, so that nothing but sums and logits travels between ranks (:mod:`pd_serve.distributed`) and
+nothing but steps from rank 0 to them. A rank that fails or dies takes the engine with it, by ``os._exit``: a device may
+be waiting for it for ever. Nodes and routers know how to go on without an engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from pd_serve.compute.executor import Executor
+from pd_serve.compute.step import Sampled, Step, encode
+from pd_serve.config import EngineConfig
+from pd_serve.engine import line
+from pd_serve.engine.line import Kind, Line, LineClosed
+from pd_serve.errors import ConfigError, PDServeError
+from pd_serve.memory.region import PoolMemory
+from pd_serve.transfer.relay import Relays
+from pd_serve.wire.memory import MemoryReport
+
+if TYPE_CHECKING:
+    import torch
+
+    from pd_serve.distributed.group import Group
+
+log = logging.getLogger(__name__)
+
+START_S = 600.0  # a rank may compile kernels
+ORDER_S = 120.0
+END_S = 5.0
+
+
+class RankConfig(msgspec.Struct):
+    """What a rank's process reads from its standard input. File descriptors are inherited."""
+
+    config: EngineConfig
+    rank: int
+    directory: str  # where ranks meet
+    line_fd: int
+    relay_fd: int
+
+
+def cores_of(config: EngineConfig, rank: int) -> tuple[int, ...]:
+    """The engine's cores, dealt; all of them where there are not enough."""
+    cpus: tuple[int, ...] = tuple(config.cpus)
+    return cpus[rank :: config.tp] if len(cpus) >= config.tp else cpus
+
+
+def threads_of(config: EngineConfig) -> int:
+    return max(1, config.threads // config.tp)
+
+
+def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
+    """Waits for the other ranks."""
+    from pd_serve.distributed.group import Group
+
+    return Group(Path(directory), rank, ranks, device, timeout_s=START_S)
+
+
+class Ranks:
+    """Starts the other ranks' processes, and ends them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._count = config.tp
+        self._folder = tempfile.TemporaryDirectory(prefix="pd-serve-ranks-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lines: list[Line] = []
+        self._relays: list[socket.socket] = []
+        self._started = False
+        for rank in range(1, config.tp):
+            self._start(config, rank)
+
+    def _start(self, config: EngineConfig, rank: int) -> None:
+        (ours, theirs), (our_relay, their_relay) = socket.socketpair(), socket.socketpair()
+        with theirs, their_relay:
+            fds = (theirs.fileno(), their_relay.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pd_serve.engine.worker"], stdin=subprocess.PIPE, pass_fds=fds
+            )
+        assert process.stdin is not None
+        self._processes.append(process)
+        self._lines.append(Line(ours))
+        self._relays.append(our_relay)
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(msgspec.json.encode(RankConfig(config, rank, self._folder.name, *fds)))
+
+    def relays(self) -> Relays:
+        """Their transfer ends."""
+        sends = [partial(each.send, Kind.TRANSFER) for each in self._lines]
+        return Relays(list(zip(sends, self._relays, strict=True)))
+
+    def meet(self, device: torch.device) -> Group:
+        return meet(self._folder.name, 0, self._count, device)
+
+    def wait_started(self) -> None:
+        """Raises ConfigError for what a user can mend, else PDServeError."""
+        self._answers(START_S)
+        self._started = True
+
+    def tell(self, kind: Kind, payload: bytes) -> None:
+        for each in self._lines:
+            each.send(kind, payload)
+
+    @contextmanager
+    def order(self, message: line.Sleep | line.Wake) -> Iterator[None]:
+        """All ranks do it while this one does, within the block. Raises PDServeError where one cannot."""
+        self.tell(Kind.ORDER, line.encode(message))
+        yield
+        self._answers(ORDER_S)
+
+    def _answers(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        for rank, each in enumerate(self._lines, 1):
+            try:
+                _, payload = each.receive(max(0.001, deadline_s - time.monotonic()))
+            except TimeoutError:
+                raise PDServeError(f"rank {rank} did not answer within {timeout_s:g} s; see its log") from None
+            except LineClosed:
+                raise PDServeError(f"rank {rank} has ended; its log says why") from None
+            answer = line.decode_answer(payload)
+            if answer.error:
+                kind = ConfigError if answer.mendable else PDServeError
+                raise kind(f"rank {rank}: {answer.error}")
+
+    def close(self) -> None:
+        with contextlib.suppress(LineClosed):
+            if self._started:
+                self.tell(Kind.ORDER, line.encode(line.Stop()))
+        for each in self._lines:
+            each.close()
+        deadline_s = time.monotonic() + (END_S if self._started else 0.0)
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for relay in self._relays:
+            relay.close()
+        self._folder.cleanup()
+
+
+class RankedExecutor:
+    """See :class:`pd_serve.compute.executor.Executor`. ``own``: rank 0's."""
+
+    def __init__(self, own: Executor[Any], ranks: Ranks) -> None:
+        self._own = own
+        self._ranks = ranks
+
+    @property
+    def depth(self) -> int:
+        return self._own.depth
+
+    def launch(self, step: Step) -> Any:
+        with self._fatal():
+            self._ranks.tell(Kind.STEP, encode(step))
+            return self._own.launch(step)
+
+    def collect(self, launched: Any) -> Sampled:
+        with self._fatal():
+            return self._own.collect(launched)
+
+    def done(self, launched: Any) -> bool:
+        return self._own.done(launched)
+
+    @contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """What fails at one rank the others wait for, or have done."""
+        try:
+            yield
+        except Exception as error:
+            self._end(error)
+
+    @staticmethod
+    def _end(error: Exception) -> NoReturn:
+        log.critical("a step failed, and with it the ranks of this engine: %r", error, exc_info=error)
+        logging.shutdown()
+        os._exit(1)
+
+    def memory(self) -> list[PoolMemory]:
+        return self._own.memory()
+
+    def load(self) -> None:
+        self._own.load()
+
+    def warm_up(self) -> None:
+        self._own.warm_up()
+        self._ranks.wait_started()
+
+    @property
+    def asleep(self) -> list[str]:
+        return self._own.asleep
+
+    def sleep(self, level: int) -> None:
+        with self._ranks.order(line.Sleep(level)):
+            self._own.sleep(level)
+
+    def wake(self, tags: Collection[str]) -> None:
+        with self._ranks.order(line.Wake(list(tags))):
+            self._own.wake(tags)
+
+    def report(self) -> MemoryReport:
+        """Rank 0's: the others hold as much."""
+        return self._own.report()
+
+    def close(self) -> None:
+        self._ranks.close()
+        self._own.close()
