@@ -112,7 +112,7 @@ def make_executor(
                     upload=upload,
                 )  # fmt: skip
 
-        settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88)
+        settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88, dtype="bfloat16")
         return CudaExecutor(config, layout, load, settings), layout
 
 

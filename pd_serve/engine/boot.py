@@ -168,6 +168,8 @@ def build(config: EngineConfig, channel: Channel, pulse: Pulse, make_role: RoleF
     backend = backend_for(config)
     watch.lap("import")
     fit = sizes(config, Path(config.model), config.template)
+    weights = "in FP8" if fit.model.quantization else f"in {config.dtype}"
+    log.info("the checkpoint's weights are %s, activations %s, K and V %s", weights, config.dtype, fit.layout.dtype)
     executor = backend.make_executor(config, fit)
     parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS)
     roles = Roles(make_role, parts, info)

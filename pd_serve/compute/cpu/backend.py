@@ -20,7 +20,7 @@ SATURATING_TOKENS = 256
 def make_executor(config: EngineConfig, fit: Sizes) -> LocalExecutor:
     """Its memory is filled with pages by ``warm_up``."""
     pool = HostPool(fit.layout, (fit.num_blocks,) * len(fit.layout.groups))
-    runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads)
+    runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads, config.dtype)
 
     def read_weights() -> Decoder:
         return load_decoder(

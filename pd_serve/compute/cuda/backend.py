@@ -43,5 +43,6 @@ def make_executor(config: EngineConfig, fit: Sizes) -> CudaExecutor:
         gpu_memory_utilization=config.gpu_memory_utilization,
         cumem=bool(config.enable_cumem_allocator),
         profile_cuda_graphs=config.profile_cuda_graphs,
+        dtype=config.dtype,
     )
     return CudaExecutor(fit.model, fit.layout, read_weights, settings)
