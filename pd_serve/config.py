@@ -222,7 +222,7 @@ class EngineSettings(Guarded):
     )
     kv_cache_dtype: str = setting(
         "auto",
-        choice("auto", "fp8", "fp8_e4m3", "bfloat16"),
+        choice("auto", "fp8", "fp8_e4m3", "bfloat16", "float32"),
         "KV cache",
         "Number format of K and V in the cache; the same on nodes that work together. fp8 and fp8_e4m3 are one format, "
         "half the size of bfloat16.",

@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda.plain import PlainRows, attend
+from pd_serve.compute.cuda.unpack import pages_of, unpack
 from pd_serve.models.fp8 import FP8
 
 _XQA_BLOCK_SIZES = (16, 32, 64, 128)
@@ -31,6 +33,7 @@ _XQA_MAX_GROUP = 32  # query heads of a KV head
 _XQA_SEMAPHORE_BYTES = 8 << 20
 _WORKSPACE_BYTES = 256 << 20
 _PLAN_BYTES = 8 << 20
+_UNPACKED_BYTES = 128 << 20  # 32,768 tokens of an 8B Llama's layer
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,14 @@ class Workspaces:
     """Scratch memory of a device, shared by all that computes attention there, on one stream."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.xqa = torch.zeros(_XQA_SEMAPHORE_BYTES + _WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.planned = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    @cached_property
+    def unpacked(self) -> Tensor:
+        """For K and V of chunks that come out of FP8, of one layer at a time."""
+        return torch.empty(_UNPACKED_BYTES, dtype=torch.uint8, device=self._device)
 
 
 class Decode(Protocol):
@@ -368,7 +377,8 @@ class FlashPrefill:
     """By FlashInfer.
 
     Chunks without a prefix read their own K and V, where they are given. Others read all from the pool: on an H100 to
-    read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md).
+    read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md). Out of FP8 it is
+    unpacked first, where there is room for that.
     """
 
     def __init__(self, shape: AttentionShape, device: torch.device, workspaces: Workspaces) -> None:
@@ -379,7 +389,12 @@ class FlashPrefill:
         paged = "fa2" if shape.fp8_kv else backend  # FA3 wants queries in FP8, too
         self._paged = BatchPrefillWithPagedKVCacheWrapper(workspaces.planned, "HND", backend=paged)
         self._ragged = BatchPrefillWithRaggedKVCacheWrapper(workspaces.planned, "NHD", backend=backend)
+        self._device = device
         self._own = False
+        self._pages: Tensor | None = None  # to be unpacked
+        self._unpacked = workspaces.planned.new_empty(0).view(shape.dtype)
+        if shape.fp8_kv:
+            self._unpacked = workspaces.unpacked.view(shape.dtype)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
@@ -388,14 +403,18 @@ class FlashPrefill:
             "causal": True, "sm_scale": s.scale, "window_left": s.window_left, "logits_soft_cap": s.soft_cap,
             "q_data_type": s.dtype,
         }  # fmt: skip
-        self._own = not pool_only and torch.equal(query_start.diff(), lens)
+        self._own, self._pages = not pool_only and torch.equal(query_start.diff(), lens), None
         self._copied.synchronize()  # as in PlannedDecode
         if self._own:
-            self._ragged.plan(
-                query_start, query_start, s.num_heads, s.num_kv_heads, s.head_dim, kv_data_type=s.dtype, **common
-            )
+            self._plan_ragged(query_start, query_start, common)
         else:
             starts, indices, last = _pages(tables, lens, s.block_size)
+            if int(lens.sum()) <= self.unpacks:
+                first, pages = pages_of(lens, starts, indices, s.block_size)
+                self._pages = pages.to(self._device, non_blocking=True)
+                self._plan_ragged(query_start, first, common)
+                self._copied.record()
+                return
             self._paged.plan(
                 query_start, starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size,
                 kv_data_type=s.kv_dtype, **common,
@@ -413,8 +432,25 @@ class FlashPrefill:
     ) -> None:
         if self._own and own is not None:
             self._ragged.run(q, *own, out=out)
+        elif self._pages is not None:
+            s = self._shape
+            k, v = self._unpacked[: 2 * self._tokens * s.num_kv_heads * s.head_dim].view(
+                2, self._tokens, s.num_kv_heads, s.head_dim
+            )
+            unpack(k_cache, v_cache, self._pages, k, v, scales)
+            self._ragged.run(q, k, v, out=out)
         else:
             self._paged.run(q, (k_cache, v_cache), k_scale=scales.k, v_scale=scales.v, out=out)
+
+    @property
+    def unpacks(self) -> int:
+        """Tokens of a step that there is room for."""
+        return self._unpacked.numel() // (2 * self._shape.num_kv_heads * self._shape.head_dim)
+
+    def _plan_ragged(self, query_start: Tensor, first: Tensor, common: dict[str, Any]) -> None:
+        s = self._shape
+        self._tokens = int(first[-1])
+        self._ragged.plan(query_start, first, s.num_heads, s.num_kv_heads, s.head_dim, kv_data_type=s.dtype, **common)
 
 
 def _pages(tables: Tensor, lens: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
