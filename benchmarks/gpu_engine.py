@@ -1,8 +1,8 @@
 """Steps of the executor on one GPU: a model's shape in bfloat16 with made-up weights, by batch size and context.
 
 ``python -m benchmarks.gpu_engine [--shape llama-3.1-8b | qwen3-30b-a3b] [--weights bfloat16 | fp8-rows | ...]
-[--kv bfloat16 | float8_e4m3fn] [--layers 32] [--eager] [--few]``. Of a mixture of experts the bytes of weights are
-those of the experts that so many rows go to where each of them is as likely. Prints lines that begin with RESULT:
+[--kv bfloat16 | float8_e4m3fn] [--layers 32] [--eager] [--few] [--tp 2]``. Of a mixture of experts the bytes of weights
+are those of the experts that so many rows go to where each of them is as likely. Prints lines that begin with RESULT:
 seconds of a start, milliseconds of a decode step as the engine's loop would see them (launch, then collect the one
 before), beside what the bytes of weights and KV take at the read rate measured here, and milliseconds of a prefill.
 """
@@ -14,8 +14,11 @@ import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +27,12 @@ import torch
 from benchmarks.shapes import SHAPES, WEIGHTS
 from pd_serve.compute.cuda.executor import CudaExecutor, Launched, Settings
 from pd_serve.compute.step import SAMPLING, SamplingRow, Step
+from pd_serve.engine.ranks import meet
 from pd_serve.kv.layout import KVLayout
 from pd_serve.memory.upload import Upload
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
-from pd_serve.models.interface import Ops
+from pd_serve.models.interface import Ops, Ranks
 from pd_serve.models.layers import SparseMoe
 
 BLOCK, MAX_LEN = int(os.environ.get("PD_SERVE_BLOCK_SIZE", "64")), 10_240
@@ -96,24 +100,28 @@ def make_executor(
     shape: str = "llama-3.1-8b",
     weights: str = "bfloat16",
     kv: str = "bfloat16",
+    rank: int = 0,
+    ranks: int = 1,
+    directory: str = "",
 ) -> tuple[CudaExecutor, KVLayout]:
-    """Of this shape with made-up weights."""
+    """Of this shape with made-up weights. ``directory``: where ranks meet."""
     with tempfile.TemporaryDirectory() as folder:
         model = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
         model = {**model, "quantization_config": WEIGHTS[weights]}
         (Path(folder) / "config.json").write_text(json.dumps(model))
-        config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN)
+        config = ModelConfig.from_directory(Path(folder), None).for_length(MAX_LEN).for_rank(rank, ranks)
         layout = KVLayout(BLOCK, kv, config.layer_groups())
 
-        def load(ops: Ops, device: str) -> Decoder:
+        def load(ops: Ops, device: str, others: Ranks | None) -> Decoder:
             with Upload(torch.device(device)) as upload:
                 return load_decoder(
                     Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device,
-                    upload=upload,
+                    upload=upload, ranks=others,
                 )  # fmt: skip
 
-        settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88)
-        return CudaExecutor(config, layout, load, settings), layout
+        settings = Settings(256, 8192, MAX_LEN, eager, gpu_memory_utilization=0.88, dtype="bfloat16", device=rank)
+        find = partial(meet, directory, rank, ranks) if ranks > 1 else None
+        return CudaExecutor(config, layout, load, settings, find), layout
 
 
 def weight_bytes(executor: CudaExecutor, rows: int) -> float:
@@ -135,12 +143,32 @@ def main() -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16")
     parser.add_argument("--kv", choices=("bfloat16", "float8_e4m3fn"), default="bfloat16")
     parser.add_argument("--few", action="store_true", help="fewer batches, contexts and prompts")
+    parser.add_argument("--tp", type=int, default=1, help="ranks: GPUs")
+    parser.add_argument("--rank", type=int, default=0, help="of this process; the first starts the others")
+    parser.add_argument("--directory", default="", help="where ranks meet")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    with tempfile.TemporaryDirectory() as folder:
+        options.directory = options.directory or folder
+        others = [] if options.rank else [start_rank(rank, folder) for rank in range(1, options.tp)]
+        measure(options)
+        for other in others:
+            other.wait(20)
+
+
+def start_rank(rank: int, directory: str) -> subprocess.Popen[bytes]:
+    """It does as this one does, and says nothing."""
+    more = ["--rank", str(rank), "--directory", directory]
+    command = [sys.executable, "-m", "benchmarks.gpu_engine", *sys.argv[1:], *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def measure(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     executor, layout = make_executor(
-        options.layers, eager=options.eager, shape=options.shape, weights=options.weights, kv=options.kv
-    )
+        options.layers, eager=options.eager, shape=options.shape, weights=options.weights, kv=options.kv,
+        rank=options.rank, ranks=options.tp, directory=options.directory,
+    )  # fmt: skip
     print(f"RESULT start {time.perf_counter() - begin:.1f} s, {executor.num_blocks} blocks", flush=True)
     weights = executor._runner.model.weights.size_bytes
     each = layout.block_bytes(0) / BLOCK
@@ -169,6 +197,7 @@ def main() -> None:
             executor.collect(executor.launch(step([tokens], 0, tables, False)))
             times.append((time.perf_counter() - start) * 1e3)
         print(f"RESULT prefill {tokens} {statistics.median(times):.1f} ms", flush=True)
+    executor.close()
 
 
 if __name__ == "__main__":

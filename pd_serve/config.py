@@ -220,6 +220,14 @@ class EngineSettings(Guarded):
         "Memory for KV blocks of one node.",
         reason="0: 1GiB on a CPU; on a GPU what --gpu-memory-utilization leaves.",
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        choice("auto", "fp8", "fp8_e4m3", "bfloat16", "float32"),
+        "KV cache",
+        "Number format of K and V in the cache; the same on nodes that work together. fp8 and fp8_e4m3 are one format, "
+        "half the size of bfloat16.",
+        reason="auto: that of dtype, or FP8 where the checkpoint asks for it (kv_cache_scheme) and has scales for it.",
+    )
     gpu_memory_utilization: float = setting(
         0.92,
         decimal(0.01),

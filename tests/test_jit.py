@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from pd_serve.jit import exp, kernel, load, store
+from pd_serve.jit import element_of, exp, kernel, load, store
 
 RUN = """
 import json, sys
@@ -68,3 +69,31 @@ def test_exp() -> None:
     expected = np.exp(np.maximum(x, -87).astype(np.float64))
     exp_of_each(np.float32(0), x.ctypes.data, len(x))
     assert np.max(np.abs(x - expected) / np.spacing(expected.astype(np.float32))) <= 2
+
+
+@kernel
+def copy(source: Any, target: Any, x: int, y: int, size: int) -> None:
+    for i in range(size):
+        store(target, y, i, load(source, x, i))
+
+
+def test_numbers_in_fp8() -> None:
+    fp8, f32 = element_of(torch.float8_e4m3fn), element_of(torch.float32)
+    codes = torch.arange(256).to(torch.uint8)
+    found = torch.empty(256)
+    copy(fp8, f32, codes.data_ptr(), found.data_ptr(), 256)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit(), expected.signbit())
+
+    torch.manual_seed(0)
+    halves = (expected[:127][1:] + expected[:127][:-1]) / 2  # between neighbours: to the even one
+    x = torch.cat([torch.randn(100_000), torch.randn(10_000) * 0.004, torch.randn(10_000) * 100, halves, -halves])
+    x = torch.cat([x.clamp(-448, 448), torch.tensor([0.0, -0.0, 1e-30, 447.9, torch.nan])])
+    stored = torch.empty(len(x), dtype=torch.uint8)
+    copy(f32, fp8, x.data_ptr(), stored.data_ptr(), len(x))
+    torch.testing.assert_close(stored, x.to(torch.float8_e4m3fn).view(torch.uint8), rtol=0, atol=0)
+    beyond = torch.tensor([449.0, 1e30, torch.inf, -500.0])  # the largest, as GPUs do
+    stored = torch.empty(4, dtype=torch.uint8)
+    copy(f32, fp8, beyond.data_ptr(), stored.data_ptr(), 4)
+    assert stored.tolist() == [0x7E, 0x7E, 0x7E, 0xFE]

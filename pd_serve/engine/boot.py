@@ -182,6 +182,8 @@ def build(
     backend = backend_for(config)
     watch.lap("import")
     fit = sizes(config, Path(config.model), config.template)
+    weights = "in FP8" if fit.model.quantization else f"in {config.dtype}"
+    log.info("the checkpoint's weights are %s, activations %s, K and V %s", weights, config.dtype, fit.layout.dtype)
     executor = backend.make_executor(config, fit, None if ranks is None else ranks.meet)
     parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS)
     if ranks is not None:

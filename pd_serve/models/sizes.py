@@ -32,12 +32,25 @@ def sizes(settings: EngineSettings, directory: Path, template: str, *, rank: int
     Raises ConfigError, ModelError.
     """
     model = ModelConfig.from_directory(directory, template).for_rank(rank, settings.tp)
-    layout = KVLayout(settings.block_tokens, settings.dtype, model.layer_groups())
+    layout = KVLayout(settings.block_tokens, _kv_dtype(settings, model), model.layer_groups())
     size = settings.kv_cache_bytes
     num_blocks = _num_blocks(layout, size) if size else 0
     capacity = (num_blocks - 1) * settings.block_tokens if size else model.max_model_len
     max_model_len = _max_model_len(settings, model, capacity)
     return Sizes(model.for_length(max_model_len), layout, num_blocks, max_model_len)
+
+
+def _kv_dtype(settings: EngineSettings, model: ModelConfig) -> str:
+    """As a layout has it."""
+    asked = settings.kv_cache_dtype
+    if asked.startswith("fp8") or (asked == "auto" and model.quantization and model.quantization.kv_cache):
+        return "float8_e4m3fn"
+    if asked not in ("auto", settings.dtype):
+        raise ConfigError(
+            f"--kv-cache-dtype {asked} does not go with --dtype {settings.dtype}: the cache is in the same format, or "
+            "in FP8"
+        )
+    return settings.dtype
 
 
 def _max_model_len(settings: EngineSettings, model: ModelConfig, capacity: int) -> int:

@@ -33,6 +33,7 @@ from pd_serve.models.rope import cos_sin_table
 from pd_serve.models.shard import Shard, TensorSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = {**DTYPES, "float8_e4m3fn": fp8.FP8}
 # in some checkpoints, but computed here; and the half of Gemma 3 that sees
 _IGNORED_PARTS = ("rotary_emb.", "vision_tower.", "multi_modal_projector.")
 _DUMMY_VALUES = 4 << 20

@@ -97,6 +97,7 @@ class Node:
             transport=ready.transport,
             local_prefill_tokens=self._config.local_prefill_tokens,
             load=self._load() or ready.load,
+            layout_text=ready.layout_text,
         )
 
     def describe(self) -> dict[str, object]:

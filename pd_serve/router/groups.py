@@ -134,7 +134,7 @@ class Group:
         partners = [other for other in others if other.hello.layout == node.hello.layout]
         if not partners:
             # a decode node serves alone
-            return f"no decode node has its KV layout ({node.hello.layout})" if others and source else None
+            return _no_partner(node, others) if others and source else None
         reasons = [unfit.get((node.id, p.id) if source else (p.id, node.id)) for p in partners]
         return reasons[0] if all(reasons) else None
 
@@ -171,6 +171,18 @@ class Group:
         for node in list(self.decode.values()):
             sources = [p for p in self.prefill.values() if p is not node and p.hello.layout == node.hello.layout]
             node.tell(link.Peers([source.source for source in sources]))
+
+
+def _no_partner(node: Node, others: list[Node]) -> str:
+    theirs = " and ".join(dict.fromkeys(_layout(other) for other in others))
+    return (
+        f"no decode node has its KV layout, {_layout(node)}, but {theirs}: start all nodes with the same --dtype and "
+        "--kv-cache-dtype"
+    )
+
+
+def _layout(node: Node) -> str:
+    return node.hello.layout_text or node.hello.layout
 
 
 def _text_key(info: link.ModelInfo) -> tuple[object, ...]:

@@ -152,7 +152,7 @@ def _same(what: str, source: object, reader: object, advice: str) -> None:
 
 def _check(source: KVLayout, reader: KVLayout) -> None:
     """Raises HandshakeError for layouts of different models, and for what no rank can have."""
-    _same("KV data types", source.dtype, reader.dtype, "start both with the same --dtype")
+    _same("KV data types", source.dtype, reader.dtype, "start both with the same --dtype and --kv-cache-dtype")
     if source.dtype not in DTYPE_BYTES:
         raise HandshakeError(f"KV data type {source.dtype} is unknown here; run the same version on both nodes")
     sizes = sorted((source.block_size, reader.block_size))

@@ -233,6 +233,7 @@ class Hello(msgspec.Struct, tag="hello"):
     transport: str
     local_prefill_tokens: Count  # decode: prompts up to so many uncached tokens are computed here
     load: Load
+    layout_text: str = ""  # what the fingerprint is of, in words
 
 
 class Role(msgspec.Struct, tag="role"):

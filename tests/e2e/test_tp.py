@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e import tiny_model
 from tests.e2e.cluster import HTTP, Cluster, Server, children, cluster, wait_for
@@ -17,7 +18,7 @@ from tests.e2e.test_failures import Stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
-SIZE = tiny_model.Size(256, 3, 8, 2, 32, 512, 1024)
+SIZE = tiny_model.Size(256, 3, 8, 2, 64, 512, 1024)  # heads for which FlashInfer's kernels need no compiler
 PROMPTS = [*raw_prompts()[:6], list(range(5, 400))]
 TOKENS = 24
 
@@ -27,10 +28,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model.write(tmp_path_factory.mktemp("model"), SIZE)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Cluster]:
+def nodes(tmp_path_factory: pytest.TempPathFactory, model: Path, device: str) -> Iterator[Cluster]:
     """A prefill and a decode node of one rank, and one each of two."""
-    flags: dict[str, object] = {"kv_cache_memory": "64MiB", "enable_sleep_mode": True, "lease_s": 6}
+    flags: dict[str, object] = {"kv_cache_memory": "64MiB", "enable_sleep_mode": True, "lease_s": 6, "device": device}
     with cluster(tmp_path_factory.mktemp("tp"), model=model, **flags) as running:
         running.prefills.append(running.start_node("prefill", tp=2))
         running.decodes.append(running.start_node("decode", tp=2))

@@ -25,7 +25,7 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> LocalE
     """Its memory is filled with pages by ``warm_up``."""
     ranks = None if meet is None else CpuRanks(meet(torch.device("cpu")))
     pool = HostPool(fit.layout, (fit.num_blocks,) * len(fit.layout.groups))
-    runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads)
+    runner = Runner(None, fit.model, fit.layout, pool.tensors(), config.threads, config.dtype)
 
     def read_weights() -> Decoder:
         return load_decoder(

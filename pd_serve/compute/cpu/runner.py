@@ -16,18 +16,26 @@ from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder
+from pd_serve.models.weights import DTYPES
 
 _WARM_UP_TOKENS = 4
 
 
 class Runner:
     """``regions``: one uint8 tensor a layer group, ``[num_blocks * block_bytes]``. ``threads``: compute threads.
+    ``dtype``: of activations; by default the pool's.
 
     ``model`` is None while the weights are not in memory; nothing can be computed then.
     """
 
     def __init__(
-        self, model: Decoder | None, config: ModelConfig, layout: KVLayout, regions: list[Tensor], threads: int
+        self,
+        model: Decoder | None,
+        config: ModelConfig,
+        layout: KVLayout,
+        regions: list[Tensor],
+        threads: int,
+        dtype: str = "",
     ) -> None:
         torch.set_num_threads(threads)
         if threads > 1:
@@ -35,7 +43,12 @@ class Runner:
         self.model = model
         self._layout = layout
         self._attention = PagedAttention(
-            layout, regions, config.num_heads, config.attention_scale, parallel=threads > 1
+            layout,
+            regions,
+            config.num_heads,
+            config.attention_scale,
+            DTYPES[dtype or layout.dtype],
+            parallel=threads > 1,
         )
 
     @torch.inference_mode()

@@ -3,7 +3,9 @@
 Called by the engine, an object for each kind of layer (:class:`AttentionShape`) and each phase: :func:`make_decode`
 gives :class:`XqaDecode` where XQA has the shape, else :class:`PlannedDecode`; :func:`make_prefill` is for chunks, and
 float32 is for a plain kernel of our own. Owns the choice of kernels, their metadata on the device and when they are
-compiled. A layer's K and V are views of the pool (``kv/layout.py``), strided and in place: nothing is copied.
+compiled. A layer's K and V are views of the pool (``kv/layout.py``), strided and in place: nothing is copied. They may
+be in FP8, to be multiplied with the layer's two scales: XQA rounds queries and weights to FP8 then, other kernels
+convert what they read.
 
 A decode step is prepared once and run by each layer, or captured into a CUDA graph for a number of rows and then
 prepared for each replay. Block 0 of the pool must hold finite numbers: rows that fill up a graph read it, and so do
@@ -15,18 +17,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda.plain import PlainRows, attend
+from pd_serve.compute.cuda.unpack import pages_of, unpack
+from pd_serve.models.fp8 import FP8
 
 _XQA_BLOCK_SIZES = (16, 32, 64, 128)
+_XQA_FP8_DIMS = (64, 128)
 _XQA_MAX_GROUP = 32  # query heads of a KV head
 _XQA_SEMAPHORE_BYTES = 8 << 20
 _WORKSPACE_BYTES = 256 << 20
 _PLAN_BYTES = 8 << 20
+_UNPACKED_BYTES = 128 << 20  # 32,768 tokens of an 8B Llama's layer
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,12 @@ class AttentionShape:
     window: int | None = None
     soft_cap: float | None = None  # of scores: cap * tanh(score / cap)
     dtype: torch.dtype = torch.bfloat16
+    fp8_kv: bool = False  # the pool is in FP8
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the pool."""
+        return FP8 if self.fp8_kv else self.dtype
 
     @property
     def window_left(self) -> int:
@@ -56,7 +69,7 @@ def xqa_has(shape: AttentionShape, device: torch.device) -> bool:
         and shape.dtype in (torch.bfloat16, torch.float16)
         and shape.block_size in _XQA_BLOCK_SIZES
         and shape.head_dim % 16 == 0
-        and shape.head_dim <= 256
+        and (shape.head_dim in _XQA_FP8_DIMS if shape.fp8_kv else shape.head_dim <= 256)
         and shape.num_heads // shape.num_kv_heads <= _XQA_MAX_GROUP
     )
 
@@ -85,13 +98,13 @@ def _specs(shape: AttentionShape, device: torch.device) -> list[Any]:
     from flashinfer.jit import gen_batch_prefill_module
     from flashinfer.jit.xqa import gen_xqa_module
 
-    t, s = shape.dtype, shape
+    t, kept, s = shape.dtype, shape.kv_dtype, shape
 
-    def planned(backend: str) -> Any:
+    def planned(backend: str, kv_dtype: torch.dtype) -> Any:
         return gen_batch_prefill_module(
             backend,
             t,
-            t,
+            kv_dtype,
             t,
             torch.int32,
             s.head_dim,
@@ -102,12 +115,12 @@ def _specs(shape: AttentionShape, device: torch.device) -> list[Any]:
             False,
         )
 
-    specs = [planned(_prefill_backend(shape, device))]
+    specs = [planned(_prefill_backend(shape, device), t)]
     if xqa_has(shape, device):
         group = s.num_heads // s.num_kv_heads
-        specs.append(gen_xqa_module(t, t, s.block_size, s.head_dim, group, s.window is not None, t, 1))
-    else:
-        specs.append(planned("fa2"))
+        specs.append(gen_xqa_module(t, kept, s.block_size, s.head_dim, group, s.window is not None, t, 1))
+    if s.fp8_kv or not xqa_has(shape, device):
+        specs.append(planned("fa2", kept))
     return specs
 
 
@@ -117,12 +130,28 @@ def _prefill_backend(shape: AttentionShape, device: torch.device) -> str:
     return "fa3" if plain and torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
 
 
+class Scales(NamedTuple):
+    """What a layer's numbers in FP8 are multiplied with."""
+
+    k: float = 1.0
+    v: float = 1.0
+
+
+UNSCALED = Scales()
+
+
 class Workspaces:
     """Scratch memory of a device, shared by all that computes attention there, on one stream."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.xqa = torch.zeros(_XQA_SEMAPHORE_BYTES + _WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.planned = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    @cached_property
+    def unpacked(self) -> Tensor:
+        """For K and V of chunks that come out of FP8, of one layer at a time."""
+        return torch.empty(_UNPACKED_BYTES, dtype=torch.uint8, device=self._device)
 
 
 class Decode(Protocol):
@@ -131,7 +160,7 @@ class Decode(Protocol):
     def prepare(self, tables: Tensor, lens: Tensor) -> None:
         """For a step without a graph. ``tables [B, blocks]``, ``lens [B]`` int32: tokens, the new ones included."""
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, scales: Scales = UNSCALED) -> None:
         """``q``, ``out [B, Hq, D]`` contiguous; ``k_cache``, ``v_cache [blocks, Hkv, block_size, D]``, one layer's."""
 
     def begin_capture(self, sizes: Sequence[int]) -> None:
@@ -195,11 +224,11 @@ class XqaDecode(_DeviceTables):
         self._xqa = xqa_batch_decode_with_kv_cache
         self._workspace = workspaces.xqa
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, scales: Scales = UNSCALED) -> None:
         tables = self.tables[: self._size]
         self._xqa(
             q, (k_cache, v_cache), self._workspace, tables, self.lens[: self._size],
-            tables.shape[1] * self._shape.block_size, bmm1_scale=self._shape.scale,
+            tables.shape[1] * self._shape.block_size, bmm1_scale=self._shape.scale * scales.k, bmm2_scale=scales.v,
             window_left=self._shape.window_left, out=out, kv_layout="HND", enable_pdl=False,
         )  # fmt: skip
 
@@ -211,9 +240,10 @@ class PlainDecode(_DeviceTables):
         super().__init__(shape, max_batch, max_blocks, device)
         self._sequences = torch.arange(max_batch, dtype=torch.int32, device=device)
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, scales: Scales = UNSCALED) -> None:
         n = self._size
-        attend(self._shape, q, k_cache, v_cache, out, PlainRows(self.tables[:n], self._sequences[:n], self.lens[:n]))
+        rows = PlainRows(self.tables[:n], self._sequences[:n], self.lens[:n])
+        attend(self._shape, q, k_cache, v_cache, out, rows, scales)
 
 
 class PlannedDecode:
@@ -240,8 +270,8 @@ class PlannedDecode:
         self._current = self._eager
         self._plan(self._eager, tables, lens)
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        self._current.run(q, (k_cache, v_cache), out=out)
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, scales: Scales = UNSCALED) -> None:
+        self._current.run(q, (k_cache, v_cache), k_scale=scales.k, v_scale=scales.v, out=out)
 
     def begin_capture(self, sizes: Sequence[int]) -> None:
         for size in sizes:
@@ -281,7 +311,7 @@ class PlannedDecode:
         self._copied.synchronize()  # the plan before is on its way from pinned memory, which this one overwrites
         wrapper.plan(
             starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size, window_left=s.window_left,
-            logits_soft_cap=s.soft_cap, q_data_type=s.dtype, kv_data_type=s.dtype, sm_scale=s.scale,
+            logits_soft_cap=s.soft_cap, q_data_type=s.dtype, kv_data_type=s.kv_dtype, sm_scale=s.scale,
         )  # fmt: skip
         self._copied.record()
 
@@ -297,7 +327,15 @@ class Prefill(Protocol):
         ``tables [B, blocks]``. ``pool_only``: :meth:`run` gets no K and V but the pool's.
         """
 
-    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(
+        self,
+        q: Tensor,
+        own: KeysValues | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        out: Tensor,
+        scales: Scales = UNSCALED,
+    ) -> None:
         """``q``, ``out [T, Hq, D]``; ``own``: the chunks' own; the caches as in :class:`Decode`.
 
         Rows of ``q`` and ``own`` may be apart.
@@ -322,16 +360,25 @@ class PlainPrefill:
     def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
         self._rows = PlainRows.of_chunks(query_start, lens, tables, self._device)
 
-    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(
+        self,
+        q: Tensor,
+        own: KeysValues | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        out: Tensor,
+        scales: Scales = UNSCALED,
+    ) -> None:
         assert self._rows is not None  # prepared
-        attend(self._shape, q, k_cache, v_cache, out, self._rows)
+        attend(self._shape, q, k_cache, v_cache, out, self._rows, scales)
 
 
 class FlashPrefill:
     """By FlashInfer.
 
     Chunks without a prefix read their own K and V, where they are given. Others read all from the pool: on an H100 to
-    read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md).
+    read the chunk's own and the prefix apart and to merge the two is no faster (docs/benchmarks.md). Out of FP8 it is
+    unpacked first, where there is room for that.
     """
 
     def __init__(self, shape: AttentionShape, device: torch.device, workspaces: Workspaces) -> None:
@@ -339,33 +386,71 @@ class FlashPrefill:
 
         self._shape = shape
         backend = _prefill_backend(shape, device)
-        self._paged = BatchPrefillWithPagedKVCacheWrapper(workspaces.planned, "HND", backend=backend)
+        paged = "fa2" if shape.fp8_kv else backend  # FA3 wants queries in FP8, too
+        self._paged = BatchPrefillWithPagedKVCacheWrapper(workspaces.planned, "HND", backend=paged)
         self._ragged = BatchPrefillWithRaggedKVCacheWrapper(workspaces.planned, "NHD", backend=backend)
+        self._device = device
         self._own = False
+        self._pages: Tensor | None = None  # to be unpacked
+        self._unpacked = workspaces.planned.new_empty(0).view(shape.dtype)
+        if shape.fp8_kv:
+            self._unpacked = workspaces.unpacked.view(shape.dtype)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def prepare(self, query_start: Tensor, lens: Tensor, tables: Tensor, *, pool_only: bool = False) -> None:
         s = self._shape
         common = {
             "causal": True, "sm_scale": s.scale, "window_left": s.window_left, "logits_soft_cap": s.soft_cap,
-            "q_data_type": s.dtype, "kv_data_type": s.dtype,
+            "q_data_type": s.dtype,
         }  # fmt: skip
-        self._own = not pool_only and torch.equal(query_start.diff(), lens)
+        self._own, self._pages = not pool_only and torch.equal(query_start.diff(), lens), None
         self._copied.synchronize()  # as in PlannedDecode
         if self._own:
-            self._ragged.plan(query_start, query_start, s.num_heads, s.num_kv_heads, s.head_dim, **common)
+            self._plan_ragged(query_start, query_start, common)
         else:
             starts, indices, last = _pages(tables, lens, s.block_size)
+            if int(lens.sum()) <= self.unpacks:
+                first, pages = pages_of(lens, starts, indices, s.block_size)
+                self._pages = pages.to(self._device, non_blocking=True)
+                self._plan_ragged(query_start, first, common)
+                self._copied.record()
+                return
             self._paged.plan(
-                query_start, starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size, **common
-            )
+                query_start, starts, indices, last, s.num_heads, s.num_kv_heads, s.head_dim, s.block_size,
+                kv_data_type=s.kv_dtype, **common,
+            )  # fmt: skip
         self._copied.record()
 
-    def run(self, q: Tensor, own: KeysValues | None, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+    def run(
+        self,
+        q: Tensor,
+        own: KeysValues | None,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        out: Tensor,
+        scales: Scales = UNSCALED,
+    ) -> None:
         if self._own and own is not None:
             self._ragged.run(q, *own, out=out)
+        elif self._pages is not None:
+            s = self._shape
+            k, v = self._unpacked[: 2 * self._tokens * s.num_kv_heads * s.head_dim].view(
+                2, self._tokens, s.num_kv_heads, s.head_dim
+            )
+            unpack(k_cache, v_cache, self._pages, k, v, scales)
+            self._ragged.run(q, k, v, out=out)
         else:
-            self._paged.run(q, (k_cache, v_cache), out=out)
+            self._paged.run(q, (k_cache, v_cache), k_scale=scales.k, v_scale=scales.v, out=out)
+
+    @property
+    def unpacks(self) -> int:
+        """Tokens of a step that there is room for."""
+        return self._unpacked.numel() // (2 * self._shape.num_kv_heads * self._shape.head_dim)
+
+    def _plan_ragged(self, query_start: Tensor, first: Tensor, common: dict[str, Any]) -> None:
+        s = self._shape
+        self._tokens = int(first[-1])
+        self._ragged.plan(query_start, first, s.num_heads, s.num_kv_heads, s.head_dim, kv_data_type=s.dtype, **common)
 
 
 def _pages(tables: Tensor, lens: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,5 +46,6 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> CudaEx
         cumem=bool(config.enable_cumem_allocator),
         profile_cuda_graphs=config.profile_cuda_graphs,
         device=fit.model.rank,
+        dtype=config.dtype,
     )
     return CudaExecutor(fit.model, fit.layout, read_weights, settings, meet)

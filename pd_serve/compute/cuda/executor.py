@@ -55,7 +55,9 @@ _RESIZE_BYTES = 4 << 20  # what a pool may take beyond its blocks
 
 @dataclass(frozen=True)
 class Settings:
-    """``num_blocks``: of each layer group, the null block included; 0: what ``gpu_memory_utilization`` leaves."""
+    """``num_blocks``: of each layer group, the null block included; 0: what ``gpu_memory_utilization`` leaves.
+    ``dtype``: of activations; empty: the KV cache's.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -66,6 +68,7 @@ class Settings:
     cumem: bool = True
     profile_cuda_graphs: bool = True  # False: the pool gets what graphs will take as well
     device: int = 0
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,12 @@ class CudaExecutor:
         return self._memory.outside_torch() + torch.cuda.memory_reserved(self._device)
 
     def _start(self) -> None:
-        dtype = DTYPES[self._layout.dtype]
+        dtype = DTYPES[self._settings.dtype or self._layout.dtype]
+        if self._layout.dtype not in DTYPES and torch.cuda.get_device_capability(self._device) < (8, 9):
+            raise ConfigError(
+                "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later; give "
+                "--kv-cache-dtype bfloat16"
+            )
         ops = CudaOps(fp8_weights=multiplies_fp8(dtype, self._device))
         with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
             self._model = self._read_weights(ops, str(self._device), self._ranks)

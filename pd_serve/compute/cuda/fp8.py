@@ -18,6 +18,7 @@ from pd_serve.compute.cuda.matrix import BLOCKS, Matrix, block_scale
 from pd_serve.models.quantization import BLOCK
 
 _GROUPS = 8  # of 128 inputs, of a program
+_CUBLAS_ROWS = 4  # with blocks it wants a multiple of these: columns of scales begin at a multiple of 16 bytes
 _TOGETHER = 8  # tiles of rows that read the same tile of the weight
 
 
@@ -36,25 +37,25 @@ TILES = (  # the first works everywhere
     GemmTile(64, 64, 128, 3, 4),
     GemmTile(64, 128, 128, 4, 4),
     GemmTile(128, 128, 128, 3, 4),
-    GemmTile(128, 128, 128, 4, 8),
 )
 
 
-def quantise(x: Tensor, weight: Matrix, *, compile_only: bool = False) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, weight: Matrix, *, pad: int = 1, compile_only: bool = False) -> tuple[Tensor, Tensor]:
     """``x [M, K]`` in FP8 and its scales: float32 ``[M, 1]``, or ``[M, K / 128]``, column by column.
 
-    Rows of ``x`` may be apart.
+    Rows of ``x`` may be apart. With groups of 128, rows of anything are added until they are a multiple of ``pad``.
     """
     rows, k = x.shape
-    values = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device)
     if weight.scales == BLOCKS:
-        groups = triton.cdiv(k, BLOCK)
-        scales = torch.empty((groups, rows), dtype=torch.float32, device=x.device).t()
+        groups, padded = triton.cdiv(k, BLOCK), triton.cdiv(rows, pad) * pad
+        values = torch.empty((padded, k), dtype=torch.float8_e4m3fn, device=x.device)
+        scales = torch.empty((groups, padded), dtype=torch.float32, device=x.device).t()
         _quantise_groups.run(
-            x, values, scales, rows, k, x.stride(0), GROUPS=_GROUPS, num_warps=4,
+            x, values, scales, padded, k, x.stride(0), GROUPS=_GROUPS, num_warps=4,
             grid=(rows, triton.cdiv(groups, _GROUPS)), warmup=compile_only,
         )  # fmt: skip
         return values, scales
+    values = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     across = triton.next_power_of_2(k)
     _quantise_rows.run(
@@ -70,8 +71,9 @@ def by_torch(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor) -> Non
     ``x`` and ``out`` bfloat16 or float16; rows of ``x`` may be apart.
     """
     assert weight.scale is not None
-    values, scales = quantise(x, weight)
     blocks = weight.scales == BLOCKS
+    values, scales = quantise(x, weight, pad=_CUBLAS_ROWS)
+    whole = out if len(values) == len(out) else out.new_empty((len(values), out.shape[1]))
     torch._scaled_mm(
         values,
         weight.transposed,
@@ -80,8 +82,10 @@ def by_torch(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor) -> Non
         bias=bias,
         out_dtype=out.dtype,
         use_fast_accum=not blocks,
-        out=out,
+        out=whole,
     )
+    if whole is not out:
+        out.copy_(whole[: len(out)])
 
 
 def multiply(
@@ -119,9 +123,9 @@ def _quantise_rows(
     tl.store(scales + row, scale)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["pitch"])
 def _quantise_groups(
-    x: tl.tensor, values: tl.tensor, scales: tl.tensor, rows: tl.tensor, k: tl.tensor, x_row: tl.tensor,
+    x: tl.tensor, values: tl.tensor, scales: tl.tensor, pitch: tl.tensor, k: tl.tensor, x_row: tl.tensor,
     GROUPS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -130,7 +134,7 @@ def _quantise_groups(
     value = tl.load(x + row * x_row + i, i < k, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / 448.0
     tl.store(values + row * k + i, to_fp8(value, (1.0 / scale)[:, None]), i < k)
-    tl.store(scales + group.to(tl.int64) * rows + row, scale, group * 128 < k)
+    tl.store(scales + group.to(tl.int64) * pitch + row, scale, group * 128 < k)
 
 
 @triton.jit(do_not_specialize=["rows"])  # one kernel for all numbers of rows, so that no step waits for a compiler

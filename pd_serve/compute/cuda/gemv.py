@@ -36,25 +36,17 @@ TILES = (  # each is the fastest for some shape; without more of them nothing me
     GemvTile(8, 256, 4, 4),
     GemvTile(8, 512, 2, 8),
 )
-FP8_TILES = (
+FP8_TILES = (  # of outputs that have one row of scales where blocks have theirs
     GemvTile(1, 2048, 2, 4),
     GemvTile(2, 1024, 2, 4),
     GemvTile(4, 512, 4, 4),
     GemvTile(8, 512, 2, 4),
-    GemvTile(16, 128, 4, 4),
-)
-BLOCK_TILES = (  # a step's inputs have one scale
-    GemvTile(8, 128, 4, 2),
-    GemvTile(8, 128, 8, 4),
-    GemvTile(16, 128, 4, 4),
-    GemvTile(16, 128, 8, 4),
-    GemvTile(32, 128, 4, 4),
 )
 
 
 def tiles(scales: int) -> tuple[GemvTile, ...]:
     """For weights with such scales."""
-    return {matrix.PLAIN: TILES, matrix.ROWS: FP8_TILES, matrix.BLOCKS: BLOCK_TILES}[scales]
+    return TILES if scales == matrix.PLAIN else FP8_TILES
 
 
 def gemv(
@@ -98,15 +90,17 @@ def _gemv(
                 values = tl.load(w + at, (at + columns < k)[None, :], other=0.0, eviction_policy="evict_first").to(
                     tl.float32
                 )
-            if SCALES == 2:
-                values *= block_scale(scale, scale_row, tl.program_id(0) * OUTPUTS, tl.minimum(at, k - 1))
-            sum0 += values * _part(x + at, columns, k - at, EVEN)[None, :]
+            if SCALES == 2:  # of a column for all outputs here: it goes to the inputs, which are fewer
+                each = block_scale(scale, scale_row, tl.program_id(0) * OUTPUTS, tl.minimum(at + columns, k - 1))
+            else:
+                each = 1.0
+            sum0 += values * (_part(x + at, columns, k - at, EVEN) * each)[None, :]
             if ROWS > 1:
-                sum1 += values * _part(x + x_stride + at, columns, k - at, EVEN)[None, :]
+                sum1 += values * (_part(x + x_stride + at, columns, k - at, EVEN) * each)[None, :]
             if ROWS > 2:
-                sum2 += values * _part(x + 2 * x_stride + at, columns, k - at, EVEN)[None, :]
+                sum2 += values * (_part(x + 2 * x_stride + at, columns, k - at, EVEN) * each)[None, :]
             if ROWS > 3:
-                sum3 += values * _part(x + 3 * x_stride + at, columns, k - at, EVEN)[None, :]
+                sum3 += values * (_part(x + 3 * x_stride + at, columns, k - at, EVEN) * each)[None, :]
     if SCALES == 1:
         factor = tl.load(scale + rows, rows < n, other=0.0)
     else:

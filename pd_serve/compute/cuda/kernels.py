@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pd_serve.compute.cuda.fp8 import to_fp8
+
 _TILE = 1024  # elements of a program where the shape leaves a choice
 
 
@@ -56,6 +58,8 @@ def rotate_and_store(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     q_out: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Norms the heads of ``q`` and ``k``, rotates them (halves, as GPT-NeoX), and writes K and V to the pool.
 
@@ -64,7 +68,8 @@ def rotate_and_store(
     ``positions [T]``. ``cos_sin [max positions, R]`` float32: cosines in the first half of a row, sines in the second;
     elements from R on are not rotated. ``slots [T]``: block * block_size + offset of each token; below 0 nothing is
     written to the pool (rows that fill up a graph). ``k_cache``, ``v_cache [blocks, Hkv, block_size, D]``: one layer of
-    the pool, of any strides but the last. ``q_norm``, ``k_norm [D]`` float32, both or none.
+    the pool, of any strides but the last. ``q_norm``, ``k_norm [D]`` float32, both or none. ``k_scale``, ``v_scale``:
+    where the pool is in FP8, what its numbers will be multiplied with.
     """
     tokens, q_heads, dim = q.shape
     if not tokens:
@@ -78,9 +83,10 @@ def rotate_and_store(
     normed = q_norm is not None and k_norm is not None
     _rotate_and_store[(tokens, triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads))](
         q, q_out, k, v, positions, cos_sin, slots, k_cache, v_cache,
-        q_norm if normed else cos_sin, k_norm if normed else cos_sin, eps,
+        q_norm if normed else cos_sin, k_norm if normed else cos_sin, eps, 1.0 / k_scale, 1.0 / v_scale,
         q_heads, kv_heads, *q.stride()[:2], *q_out.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *k_cache.stride()[:3],
+        FP8=k_cache.dtype is torch.float8_e4m3fn,
         DIM=dim, ROTARY=rotary, PAGE=k_cache.shape[2], NORM=normed, HEADS=heads,
         HALF=triton.next_power_of_2(rotary // 2), REST=triton.next_power_of_2(max(1, dim - rotary)),
         ALL=triton.next_power_of_2(dim), num_warps=4,
@@ -156,11 +162,12 @@ def _add_rms_norm(
 def _rotate_and_store(
     q: tl.tensor, q_out: tl.tensor, k: tl.tensor, v: tl.tensor, positions: tl.tensor, cos_sin: tl.tensor,
     slots: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, eps: tl.tensor,
+    k_factor: tl.tensor, v_factor: tl.tensor,
     q_heads: tl.tensor, kv_heads: tl.tensor, q_row: tl.tensor, q_head: tl.tensor, out_row: tl.tensor,
     out_head: tl.tensor, k_row: tl.tensor, k_head: tl.tensor, v_row: tl.tensor, v_head: tl.tensor,
     block_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
-    DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr, ALL: tl.constexpr,
+    FP8: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, ALL: tl.constexpr,
 ) -> None:  # fmt: skip
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q_groups = tl.cdiv(q_heads, HEADS)
@@ -171,7 +178,7 @@ def _rotate_and_store(
         at = q + token * q_row + (head * q_head)[:, None]
         to = q_out + token * out_row + (head * out_head)[:, None]
         exists = (head < q_heads)[:, None]
-        _rotate(at, to, to, exists, exists, table, q_norm, eps, False, DIM, ROTARY, NORM, HALF, REST)
+        _rotate(at, to, to, exists, exists, table, q_norm, eps, 1.0, False, False, DIM, ROTARY, NORM, HALF, REST)
     else:
         head += (group - q_groups) * HEADS
         exists = (head < kv_heads)[:, None]
@@ -179,18 +186,19 @@ def _rotate_and_store(
         place = (slot // PAGE) * block_stride + (slot % PAGE) * token_stride + (head * head_stride)[:, None]
         stored = exists & (slot >= 0)
         at = k + token * k_row + (head * k_head)[:, None]
-        _rotate(at, at, k_cache + place, exists, stored, table, k_norm, eps, True, DIM, ROTARY, NORM, HALF, REST)
+        to = k_cache + place
+        _rotate(at, at, to, exists, stored, table, k_norm, eps, k_factor, True, FP8, DIM, ROTARY, NORM, HALF, REST)
         i = tl.arange(0, ALL)[None, :]
         value = tl.load(v + token * v_row + (head * v_head)[:, None] + i, exists & (i < DIM), other=0.0)
-        tl.store(v_cache + place + i, value.to(v_cache.dtype.element_ty), stored & (i < DIM))
+        tl.store(v_cache + place + i, _kept(value, v_factor, v_cache.dtype.element_ty, FP8), stored & (i < DIM))
 
 
 @triton.jit
 def _rotate(
     x: tl.tensor, out: tl.tensor, cache: tl.tensor, exists: tl.tensor, stored: tl.tensor, table: tl.tensor,
-    norm: tl.tensor, eps: tl.tensor,
-    CACHE: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr,
+    norm: tl.tensor, eps: tl.tensor, factor: tl.tensor,
+    CACHE: tl.constexpr, FP8: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Heads at ``x [HEADS, 1]``, to ``out`` and, where ``stored``, to ``cache`` (addresses all of them)."""
     half: tl.constexpr = ROTARY // 2
@@ -219,12 +227,21 @@ def _rotate(
     tl.store(out + i, first, inside)
     tl.store(out + half + i, second, inside)
     if CACHE:
-        tl.store(cache + i, first.to(cached), stored & (i < half))
-        tl.store(cache + half + i, second.to(cached), stored & (i < half))
+        tl.store(cache + i, _kept(first, factor, cached, FP8), stored & (i < half))
+        tl.store(cache + half + i, _kept(second, factor, cached, FP8), stored & (i < half))
     if DIM > ROTARY:
         tl.store(out + j, c.to(element), beyond)
         if CACHE:
-            tl.store(cache + j, c.to(element).to(cached), stored & (j < DIM))
+            tl.store(cache + j, _kept(c.to(element), factor, cached, FP8), stored & (j < DIM))
+
+
+@triton.jit
+def _kept(value: tl.tensor, factor: tl.tensor, dtype: tl.constexpr, FP8: tl.constexpr) -> tl.tensor:
+    """As the pool has it."""
+    if FP8:
+        return to_fp8(value.to(tl.float32), factor)
+    else:
+        return value.to(dtype)
 
 
 @triton.jit

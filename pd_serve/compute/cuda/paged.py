@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pd_serve.compute.cuda import kernels
 from pd_serve.compute.cuda.attention import (
+    UNSCALED,
     AttentionShape,
     Decode,
     KeysValues,
     Prefill,
+    Scales,
     Workspaces,
     make_decode,
     make_prefill,
@@ -28,7 +30,9 @@ from pd_serve.compute.cuda.pieces import Pieces
 from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
+from pd_serve.models.fp8 import FP8
 from pd_serve.models.interface import HeadTransform
+from pd_serve.models.weights import KV_DTYPES
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,14 @@ def shapes(config: ModelConfig, layout: KVLayout, dtype: torch.dtype) -> list[At
         _, _, kv_heads, block_size, dim = layout.block_shape(number)
         found.append(
             AttentionShape(
-                config.num_heads, kv_heads, dim, block_size, config.attention_scale, group.window, dtype=dtype
+                config.num_heads,
+                kv_heads,
+                dim,
+                block_size,
+                config.attention_scale,
+                group.window,
+                dtype=dtype,
+                fp8_kv=KV_DTYPES[layout.dtype] is FP8,
             )
         )
     return found
@@ -73,9 +84,10 @@ class PagedAttention:
         ]
         self._places: dict[int, tuple[_Group, Tensor, Tensor]] = {}  # of a layer: its group, K and V in the pool
         for number, group in enumerate(layout.groups):
-            pool = regions[number].view(group_shapes[number].dtype).view(-1, *layout.block_shape(number))
+            pool = regions[number].view(group_shapes[number].kv_dtype).view(-1, *layout.block_shape(number))
             for i, layer in enumerate(group.layers):
                 self._places[layer] = self._groups[number], pool[:, i, 0], pool[:, i, 1]
+        self._scales: dict[int, Scales] = {}  # of layers that were called, in FP8
         self._num_decode = 0
         self._pieces: Pieces | None = None  # that are being recorded
         # between pieces: q, and the result, [rows, Hq, D] of as many rows as any has
@@ -136,6 +148,7 @@ class PagedAttention:
         """See :class:`pd_serve.models.interface.Attention`."""
         group, k_cache, v_cache = self._places[layer]
         rows = len(q)
+        scales = self._scales[layer] = Scales(transform.k_scale, transform.v_scale) if group.shape.fp8_kv else UNSCALED
         if self._pieces is None:
             turned, out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
         else:
@@ -143,6 +156,7 @@ class PagedAttention:
         kernels.rotate_and_store(
             q, k, v, positions, transform.cos_sin, group.slots[:rows], k_cache, v_cache,
             q_norm=transform.q_norm, k_norm=transform.k_norm, eps=transform.eps, q_out=turned,
+            k_scale=scales.k, v_scale=scales.v,
         )  # fmt: skip
         if self._pieces is None:
             self._attend(layer, turned, (k, v), out)
@@ -152,9 +166,9 @@ class PagedAttention:
 
     def _attend(self, layer: int, q: Tensor, own: KeysValues | None, out: Tensor) -> None:
         group, k_cache, v_cache = self._places[layer]
-        decodes = self._num_decode
+        decodes, scales = self._num_decode, self._scales[layer]
         if decodes:
-            group.decode.run(q[:decodes], k_cache, v_cache, out[:decodes])
+            group.decode.run(q[:decodes], k_cache, v_cache, out[:decodes], scales)
         if decodes < len(q):
             own = own and (own[0][decodes:], own[1][decodes:])
-            group.prefill.run(q[decodes:], own, k_cache, v_cache, out[decodes:])
+            group.prefill.run(q[decodes:], own, k_cache, v_cache, out[decodes:], scales)

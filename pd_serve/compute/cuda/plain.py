@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pd_serve.compute.cuda.attention import AttentionShape
+    from pd_serve.compute.cuda.attention import AttentionShape, Scales
 
 _KEYS = 32  # at a time
 
@@ -38,11 +38,14 @@ class PlainRows:
         return cls(tables.to(device), sequences.to(device), seen.to(torch.int32).to(device))
 
 
-def attend(shape: AttentionShape, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, rows: PlainRows) -> None:
+def attend(
+    shape: AttentionShape, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, rows: PlainRows, scales: Scales
+) -> None:
     """``q``, ``out [T, Hq, D]``, heads contiguous; the caches as in :class:`pd_serve.compute.cuda.attention.Decode`."""
     tokens, heads, dim = q.shape
     _attend[(tokens, heads)](
-        q, k_cache, v_cache, out, rows.tables, rows.sequences, rows.lens, shape.scale, shape.soft_cap or 0.0,
+        q, k_cache, v_cache, out, rows.tables, rows.sequences, rows.lens, shape.scale * scales.k, scales.v,
+        shape.soft_cap or 0.0,
         shape.window or 0, rows.tables.stride(0), q.stride(0), out.stride(0), *k_cache.stride()[:3],
         GROUP=shape.num_heads // shape.num_kv_heads, PAGE=shape.block_size, DIM=dim, CAP=shape.soft_cap is not None,
         ACROSS=triton.next_power_of_2(dim), KEYS=_KEYS, num_warps=4,
@@ -52,8 +55,8 @@ def attend(shape: AttentionShape, q: Tensor, k_cache: Tensor, v_cache: Tensor, o
 @triton.jit
 def _attend(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, tables: tl.tensor, sequences: tl.tensor,
-    lens: tl.tensor, scale: tl.tensor, cap: tl.tensor, window: tl.tensor, table_row: tl.tensor, q_row: tl.tensor,
-    out_row: tl.tensor, block_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
+    lens: tl.tensor, scale: tl.tensor, v_scale: tl.tensor, cap: tl.tensor, window: tl.tensor, table_row: tl.tensor,
+    q_row: tl.tensor, out_row: tl.tensor, block_stride: tl.tensor, head_stride: tl.tensor, token_stride: tl.tensor,
     GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, CAP: tl.constexpr, ACROSS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -85,4 +88,4 @@ def _attend(
         mixed = mixed * kept + tl.sum(values * weights[:, None], 0)
         total = total * kept + tl.sum(weights)
         highest = most
-    tl.store(out + row * out_row + head * DIM + i, (mixed / total).to(out.dtype.element_ty), i < DIM)
+    tl.store(out + row * out_row + head * DIM + i, (mixed / total * v_scale).to(out.dtype.element_ty), i < DIM)

@@ -48,14 +48,9 @@ FP8_TILES = (  # of at most 128 inputs, which have one scale where blocks have t
     SplitTile(16, 128, 1, 6, 2),
     SplitTile(32, 128, 1, 6, 4),
     SplitTile(32, 128, 2, 5, 4),
-    SplitTile(64, 128, 1, 5, 4),
     SplitTile(64, 128, 2, 5, 4),
     SplitTile(128, 128, 1, 4, 4),
-    SplitTile(64, 128, 1, 5, 4, True),
-    SplitTile(64, 128, 2, 5, 4, True),
     SplitTile(64, 128, 4, 5, 4, True),
-    SplitTile(128, 128, 1, 4, 4, True),
-    SplitTile(128, 128, 2, 4, 4, True),
 )
 MAX_SPLITS = max(tile.splits for tile in TILES + FP8_TILES)
 MIN_OUTPUTS = min(tile.outputs for tile in TILES + FP8_TILES)

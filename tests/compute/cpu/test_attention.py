@@ -16,6 +16,7 @@ from pd_serve.errors import ModelError
 from pd_serve.jit import set_kernel_threads
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.models.interface import HeadTransform
+from pd_serve.models.weights import KV_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYERS = 2
@@ -33,6 +34,8 @@ class Case:
     windows: tuple[int | None, ...] = (None,)
     block_size: int = 16
     parallel: bool = False
+    kv_dtype: str = ""  # of the pool, where it is in FP8
+    scales: tuple[float, float] = (1.0, 1.0)  # of K and V there
 
 
 def check(case: Case, seed: int = 0) -> None:
@@ -46,24 +49,26 @@ def check(case: Case, seed: int = 0) -> None:
         kv_group(tuple(range(g, LAYERS * len(case.windows), len(case.windows))), case.kv_heads, case.dim, window)
         for g, window in enumerate(case.windows)
     )
-    layout = KVLayout(bs, case.dtype, groups)
+    layout = KVLayout(bs, case.kv_dtype or case.dtype, groups)
     num_blocks = sum(blocks) + 1
     regions = []
     for g in range(len(groups)):
-        pool = torch.full((num_blocks * layout.block_bytes(g) // dtype.itemsize,), float("nan"), dtype=dtype)
+        kept = KV_DTYPES[layout.dtype]
+        pool = torch.full((num_blocks * layout.block_bytes(g) // kept.itemsize,), float("nan")).to(kept)
         regions.append(pool.view(torch.uint8))
     numbers = np.split(random.permutation(num_blocks - 1).astype(np.int32) + 1, np.cumsum(blocks)[:-1])
     heads = case.kv_heads * case.share
     scale = 0.7 * case.dim**-0.5
-    attention = PagedAttention(layout, regions, heads, scale, parallel=case.parallel)
+    attention = PagedAttention(layout, regions, heads, scale, dtype, parallel=case.parallel)
 
     torch.manual_seed(seed)
     layers = LAYERS * len(groups)
     turns = torch.zeros(max(totals), case.dim)
     turns[:, : case.dim // 2] = 1.0  # cosines
-    unturned = HeadTransform(turns)
+    unturned = HeadTransform(turns, k_scale=case.scales[0], v_scale=case.scales[1])
     # queries, keys and values of a token are one row, as the decoder makes them
     rows = [torch.randn(layers, n, heads + 2 * case.kv_heads, case.dim).to(dtype) for n in totals]
+    kept_rows = [kept_of(row, heads, case) for row in rows]
     done = [0] * num_seqs
     for step in case.steps:
         order = [i for i in range(num_seqs) if step[i] == 1 and done[i]]
@@ -101,12 +106,24 @@ def check(case: Case, seed: int = 0) -> None:
                 parts = new.split([heads, case.kv_heads, case.kv_heads], dim=1)
                 found = attention(layer, *parts, torch.from_numpy(positions), unturned)
                 expected = torch.cat(
-                    [dense(rows[i][layer, : done[i] + step[i]], step[i], case, scale, case.windows[g]) for i in order]
+                    [
+                        dense(kept_rows[i][layer, : done[i] + step[i]], step[i], case, scale, case.windows[g])
+                        for i in order
+                    ]
                 )
-                tolerance = 2e-6 if case.dtype == "float32" else 0.02
+                tolerance = (4e-6 if case.kv_dtype else 2e-6) if case.dtype == "float32" else 0.02
                 torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
         for i in order:
             done[i] += step[i]
+
+
+def kept_of(rows: torch.Tensor, heads: int, case: Case) -> torch.Tensor:
+    """What the pool keeps of them: queries as they are, K and V rounded where it is in FP8."""
+    kept = rows.float()
+    if case.kv_dtype:
+        for part, scale in zip(kept[:, :, heads:].split(case.kv_heads, dim=2), case.scales, strict=True):
+            part.copy_((part * (1.0 / scale)).to(torch.float8_e4m3fn).float() * scale)
+    return kept
 
 
 def dense(rows: torch.Tensor, new: int, case: Case, scale: float, window: int | None) -> torch.Tensor:
@@ -149,6 +166,14 @@ def test_many_threads_agree() -> None:
     check(Case([[30, 100, 5, 64], [1, 1, 1, 1], [1, 1, 1, 1]], parallel=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "share", "block"), [(64, 4, 16), (128, 1, 4), (16, 2, 16), (12, 3, 16)])
+def test_keys_and_values_in_fp8(dtype: str, dim: int, share: int, block: int) -> None:
+    case = Case([[37, 5, 150], [1, 1, 33], [1, 12, 1]], share=share, dim=dim, dtype=dtype, block_size=block)
+    case.kv_dtype, case.scales, case.windows = "float8_e4m3fn", (0.5, 0.03), (None, 24)
+    check(case)
+
+
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     chunk=st.integers(1, 40),
@@ -176,4 +201,4 @@ def test_head_sizes_of_tiny_models(dtype: str, dim: int) -> None:
 def test_a_block_size_that_cannot_be_computed_is_refused() -> None:
     layout = KVLayout(6, "float32", (kv_group((0,), 1, 64),))
     with pytest.raises(ModelError, match="multiple"):
-        PagedAttention(layout, [torch.zeros(layout.block_bytes(0), dtype=torch.uint8)], 2, 1.0)
+        PagedAttention(layout, [torch.zeros(layout.block_bytes(0), dtype=torch.uint8)], 2, 1.0, torch.float32)

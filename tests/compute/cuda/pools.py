@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pd_serve.compute.cuda.attention import AttentionShape
+from pd_serve.compute.cuda.attention import UNSCALED, AttentionShape, Scales
 from tests.compute.cuda.device import DEVICE
 
 LAYERS, LAYER = 3, 1
 
 
 def shape(
-    heads: int, kv_heads: int, dim: int, block: int, window: int | None = None, cap: float | None = None
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    window: int | None = None,
+    cap: float | None = None,
+    *,
+    fp8: bool = False,
 ) -> AttentionShape:
-    return AttentionShape(heads, kv_heads, dim, block, dim**-0.5, window, cap)
+    """``fp8``: K and V."""
+    return AttentionShape(heads, kv_heads, dim, block, dim**-0.5, window, cap, fp8_kv=fp8)
 
 
 class Pool:
@@ -24,7 +32,9 @@ class Pool:
         self.shape, self.lens = s, lens
         most = max(-(-n // s.block_size) for n in lens)
         blocks = len(lens) * most + 1
-        self.data = torch.randn(blocks, LAYERS, 2, s.num_kv_heads, s.block_size, s.head_dim, device=DEVICE).to(s.dtype)
+        self.scales = Scales(0.25, 0.5) if s.fp8_kv else UNSCALED
+        data = torch.randn(blocks, LAYERS, 2, s.num_kv_heads, s.block_size, s.head_dim, device=DEVICE)
+        self.data = (data / torch.tensor(self.scales, device=DEVICE)[:, None, None, None]).to(s.kv_dtype)
         self.tables = (torch.randperm(blocks - 1)[: len(lens) * most] + 1).int().view(len(lens), most)
         self.k, self.v = self.data[:, LAYER, 0], self.data[:, LAYER, 1]
         self.seen = self.tables.clone()  # as an engine has them: no block where nothing is seen any more
@@ -36,7 +46,10 @@ class Pool:
     def of(self, row: int) -> tuple[Tensor, Tensor]:
         """K and V of a sequence, ``[tokens, Hkv, D]`` float32."""
         table = self.tables[row].long().to(DEVICE)
-        k, v = (x[table].transpose(1, 2).flatten(0, 1)[: self.lens[row]].float() for x in (self.k, self.v))
+        k, v = (
+            (pool[table].float() * scale).transpose(1, 2).flatten(0, 1)[: self.lens[row]]
+            for pool, scale in zip((self.k, self.v), self.scales, strict=True)
+        )
         return k, v
 
     def expected(self, row: int, q: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pd_serve.compute.step import Step
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder, load_decoder
-from pd_serve.models.interface import Ops
+from pd_serve.models.interface import Ops, Ranks
 from tests.compute.cuda.device import INTERPRETED, skip_without_gpu
 from tests.e2e import tiny_model
 
@@ -42,7 +42,7 @@ class Model:
         self.config = ModelConfig.from_directory(directory, None).for_length(BLOCK * EACH)
         self.layout = KVLayout(BLOCK, dtype, self.config.layer_groups())
 
-    def load(self, ops: Ops, device: str) -> Decoder:
+    def load(self, ops: Ops, device: str, ranks: Ranks | None = None) -> Decoder:
         return load_decoder(
             self.directory, self.config, self.dtype, ops=ops, max_positions=BLOCK * EACH + 1, device=device
         )

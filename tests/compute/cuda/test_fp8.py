@@ -46,6 +46,11 @@ def test_inputs(k: int, blocks: bool) -> None:
         values, scales = fp8.quantise(x, weight)
         assert values.dtype is FP8 and scales.shape == (rows, -(-k // BLOCK) if blocks else 1)
         assert not blocks or scales.stride(0) == 1
+        if blocks:
+            padded, its = fp8.quantise(x, weight, pad=4)
+            assert len(padded) == len(its) == -(-rows // 4) * 4
+            assert torch.equal(padded[:rows].view(torch.uint8), values.view(torch.uint8))
+            assert torch.equal(its[:rows], scales)
         wanted = x.float()
         found = dequantised(values, scales)
         assert error(found, wanted) < (0.2 if INTERPRETED else 0.04)  # the interpreter makes 1 of 1.945
@@ -88,7 +93,7 @@ def test_products(n: int, k: int, tile: fp8.GemmTile, blocks: bool, input_scale:
 def test_torchs_product(blocks: bool) -> None:
     kept = random_fp8(1024, 2048, blocks=blocks)
     weight, its = Matrix.of(kept), meant(kept)
-    for rows in (1, 33, 500):
+    for rows in (1, 3, 33, 500):
         x = inputs(rows, 2048)
         out = torch.full((rows, 1024), torch.nan, device=DEVICE, dtype=DTYPE)
         fp8.by_torch(x, weight, None, out)

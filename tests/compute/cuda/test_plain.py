@@ -21,6 +21,7 @@ SHAPES = [
     replace(shape(4, 1, 40, 64, window=37), dtype=torch.float32),
     replace(shape(2, 2, 256, 16, cap=3.0), dtype=torch.float32),
     replace(shape(4, 2, 128, 16, window=16, cap=5.0), dtype=torch.float16),
+    replace(shape(4, 2, 64, 16, fp8=True), dtype=torch.float32),
 ]
 
 
@@ -31,7 +32,7 @@ def test_decode(s: AttentionShape) -> None:
     out = torch.full_like(q, torch.nan)
     decode = PlainDecode(s, 8, pool.tables.shape[1] + 3, DEVICE)
     decode.prepare(pool.seen, torch.tensor(lens, dtype=torch.int32))
-    decode.run(q, pool.k, pool.v, out)
+    decode.run(q, pool.k, pool.v, out, pool.scales)
     for row in range(len(lens)):
         assert error(out[row : row + 1], pool.expected(row, q[row : row + 1])) < (
             1e-5 if s.dtype is torch.float32 else 2e-3
@@ -47,7 +48,7 @@ def test_prefill(s: AttentionShape) -> None:
     q, out = wide[:, : s.num_heads], torch.full_like(wide, torch.nan)[:, : s.num_heads]  # rows apart
     prefill = PlainPrefill(s, DEVICE)
     prefill.prepare(torch.tensor(starts, dtype=torch.int32), torch.tensor(pool.lens, dtype=torch.int32), pool.tables)
-    prefill.run(q, None, pool.k, pool.v, out)
+    prefill.run(q, None, pool.k, pool.v, out, pool.scales)
     for row in range(len(new)):
         rows = slice(starts[row], starts[row + 1])
         assert error(out[rows], pool.expected(row, q[rows])) < (1e-5 if s.dtype is torch.float32 else 2e-3)

@@ -2,7 +2,8 @@
 
 Called by :class:`~pd_serve.compute.cpu.attention.paged.PagedAttention` alone, which checks what it passes. Strides and
 offsets count elements. ``pool`` is the address of block 0 of the layer: keys ``[kv head][token][dim]`` there, values
-the same ``value_offset`` further on; block b is ``b * block_stride`` further on (see :mod:`pd_serve.kv.layout`).
+the same ``value_offset`` further on; block b is ``b * block_stride`` further on (see :mod:`pd_serve.kv.layout`). Its
+elements are of type ``kept``: ``element``, or FP8.
 """
 
 from __future__ import annotations
@@ -25,24 +26,26 @@ LOWEST = np.finfo(np.float32).min
 
 @kernel
 def store_kv(
-    element: Any, int64: Any, pool: int, block_stride: int, value_offset: int, block_size: int, k: int, k_stride: int,
-    v: int, v_stride: int, slots: int, rows: int, kv_heads: int, dim: int,
+    element: Any, kept: Any, int64: Any, pool: int, block_stride: int, value_offset: int, block_size: int, k: int,
+    k_stride: int, v: int, v_stride: int, slots: int, rows: int, kv_heads: int, dim: int, k_factor: float,
+    v_factor: float,
 ) -> None:  # fmt: skip
-    """Row i of ``k`` and ``v [rows, kv_heads, dim]`` goes to ``slots[i]``."""
+    """Row i of ``k * k_factor`` and ``v * v_factor [rows, kv_heads, dim]`` goes to ``slots[i]``."""
+    k_times, v_times = np.float32(k_factor), np.float32(v_factor)
     for row in range(rows):
         slot = load_int(int64, slots, row)
         token = slot // block_size * block_stride + slot % block_size * dim
         for head in range(kv_heads):
             to = token + head * block_size * dim
             for i in range(dim):
-                store(element, pool, to + i, load(element, k, row * k_stride + head * dim + i))
+                store(kept, pool, to + i, load(element, k, row * k_stride + head * dim + i) * k_times)
             for i in range(dim):
-                store(element, pool, to + value_offset + i, load(element, v, row * v_stride + head * dim + i))
+                store(kept, pool, to + value_offset + i, load(element, v, row * v_stride + head * dim + i) * v_times)
 
 
 @kernel
 def gather_kv(
-    element: Any, int32: Any, pool: int, block_stride: int, value_offset: int, block_size: int, table: int,
+    element: Any, kept: Any, int32: Any, pool: int, block_stride: int, value_offset: int, block_size: int, table: int,
     tokens: int, keys: int, values: int, kv_heads: int, dim: int,
 ) -> None:  # fmt: skip
     """The first ``tokens`` positions of the blocks in ``table`` to ``keys`` and ``values [kv_heads, tokens, dim]``."""
@@ -53,9 +56,9 @@ def gather_kv(
             at = load_int(int32, table, block) * block_stride + head * block_size * dim
             to = (head * tokens + first) * dim
             for i in range(count):
-                store(element, keys, to + i, load(element, pool, at + i))
+                store(element, keys, to + i, load(kept, pool, at + i))
             for i in range(count):
-                store(element, values, to + i, load(element, pool, at + value_offset + i))
+                store(element, values, to + i, load(kept, pool, at + value_offset + i))
 
 
 @kernel
@@ -108,21 +111,24 @@ def _element_index(int32: Any, table: int, block_stride: int, block_size: int, d
 
 
 @cache
-def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, parallel: bool) -> Callable[..., None]:
+def decode_kernel(
+    dim: int, group: int, block_size: int, itemsize: int, kept_size: int, *, parallel: bool
+) -> Callable[..., None]:
     """Attention of one query token a sequence, for ``group`` query heads a KV head.
 
     The sizes are constants of the kernel, as its vectors need them. K and V are read once for all query heads that
     share them, and asked for ahead of time: their blocks are scattered, which the processor cannot foresee.
     """
     # long: one loop over K, one over V; what they share would be copied for every call of a part
-    if not is_tileable(dim, itemsize):
+    if not is_tileable(dim, kept_size):
         return _plain_decode_kernel(dim, group, block_size, itemsize, parallel=parallel)
-    line = CACHE_LINE_BYTES // itemsize
+    line = CACHE_LINE_BYTES // kept_size
 
     @kernel(parallel=parallel, inlines=(tiles,))
     def decode(
-        element: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int, tables: int,
-        table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float, out: int,
+        element: Any, kept: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int,
+        tables: int, table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float,
+        out: int,
     ) -> None:  # fmt: skip
         """``q [num_seqs, kv_heads * group, dim]``; ``out`` the same, contiguous. ``window`` 0: all is seen."""
         f32 = np.float32(0)
@@ -143,10 +149,10 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
                 soon = min(token + PREFETCH_TOKENS, length - 1)
                 ahead = _element_index(int32, table, block_stride, block_size, dim, head, soon)
                 for i in range(0, TOKENS * dim, line):
-                    prefetch(element, pool, ahead + i)
+                    prefetch(kept, pool, ahead + i)
                 at = _element_index(int32, table, block_stride, block_size, dim, head, token)
                 count = min(TOKENS, block_size - token % block_size, length - token)
-                score_tile(element, query, pool, at, count, scores + 4 * (token - start), stride, group, dim)
+                score_tile(element, kept, query, pool, at, count, scores + 4 * (token - start), stride, group, dim)
                 token += count
 
             for g in range(group):
@@ -170,10 +176,10 @@ def decode_kernel(dim: int, group: int, block_size: int, itemsize: int, *, paral
                 soon = min(token + PREFETCH_TOKENS, length - 1)
                 ahead = _element_index(int32, table, block_stride, block_size, dim, head, soon) + value_offset
                 for i in range(0, TOKENS * dim, line):
-                    prefetch(element, pool, ahead + i)
+                    prefetch(kept, pool, ahead + i)
                 at = _element_index(int32, table, block_stride, block_size, dim, head, token) + value_offset
                 count = min(TOKENS, block_size - token % block_size, length - token)
-                value_tile(element, scores + 4 * (token - start), stride, pool, at, count, result, group, dim)
+                value_tile(kept, scores + 4 * (token - start), stride, pool, at, count, result, group, dim)
                 token += count
             write_tile(element, result, out + itemsize * work * group * dim, group, dim)
 
@@ -187,8 +193,9 @@ def _plain_decode_kernel(
 
     @kernel(parallel=parallel)
     def decode(
-        element: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int, tables: int,
-        table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float, out: int,
+        element: Any, kept: Any, int32: Any, pool: int, block_stride: int, value_offset: int, q: int, q_stride: int,
+        tables: int, table_stride: int, seq_lens: int, num_seqs: int, kv_heads: int, window: int, scale: float,
+        out: int,
     ) -> None:  # fmt: skip
         factor = np.float32(scale)
         for work in prange(num_seqs * kv_heads):
@@ -205,7 +212,7 @@ def _plain_decode_kernel(
                     at = _element_index(int32, table, block_stride, block_size, dim, head, token)
                     score = np.float32(0)
                     for i in range(dim):
-                        score += load(element, query, g * dim + i) * load(element, pool, at + i)
+                        score += load(element, query, g * dim + i) * load(kept, pool, at + i)
                     weights[token - start] = score
                     highest = larger(highest, score)
                 total = np.float32(0)
@@ -215,7 +222,7 @@ def _plain_decode_kernel(
                     weight = exp((weights[token - start] - highest) * factor)
                     total += weight
                     for i in range(dim):
-                        result[i] += weight * load(element, pool, at + i)
+                        result[i] += weight * load(kept, pool, at + i)
                 for i in range(dim):
                     store(element, out, (work * group + g) * dim + i, result[i] / total)
 

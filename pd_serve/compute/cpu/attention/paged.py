@@ -3,7 +3,8 @@
 Owned by the model runner, which calls :meth:`PagedAttention.start` before each step. Writes the new tokens' K and V
 to their slots, then attends: decodes in one kernel that reads blocks where they lie, prefill chunks by matrix
 products over a contiguous copy of what they see (scores are rounded to the model's dtype on the way, as in
-transformers' eager attention). Must never read a block that is 0 in a table.
+transformers' eager attention). The pool may be in FP8: queries of decodes are float32 then. Must never read a block
+that is 0 in a table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pd_serve.compute.step import Step
 from pd_serve.errors import ModelError
 from pd_serve.jit import element_of
 from pd_serve.kv.layout import KVLayout
+from pd_serve.models.fp8 import FP8
 from pd_serve.models.interface import HeadTransform
+from pd_serve.models.weights import KV_DTYPES
 
 _INT32, _INT64 = np.int32(0), np.int64(0)
 QUERY_TILE = 128  # queries whose scores are held at once: small enough to skip most of what is masked
@@ -29,13 +32,23 @@ class PagedAttention:
     """``regions``: the pool's bytes, one uint8 tensor a layer group. ``scale`` multiplies the scores."""
 
     def __init__(
-        self, layout: KVLayout, regions: list[Tensor], num_heads: int, scale: float, *, parallel: bool = False
+        self,
+        layout: KVLayout,
+        regions: list[Tensor],
+        num_heads: int,
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        parallel: bool = False,
     ) -> None:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[layout.dtype]
+        """``dtype``: of activations, and of the pool unless that is in FP8."""
+        kept = KV_DTYPES[layout.dtype]
         self._layout = layout
         self._scale = scale
         self._dtype = dtype
-        self._element = element_of(dtype)
+        self._element, self._kept = element_of(dtype), element_of(kept)
+        self._decode_dtype = torch.float32 if kept is FP8 else dtype
+        self._decode_element = element_of(self._decode_dtype)
         self._place: dict[int, tuple[int, Tensor]] = {}  # layer: its group, its part of the pool
         self._decodes = []
         for number, (group, region) in enumerate(zip(layout.groups, regions, strict=True)):
@@ -45,7 +58,7 @@ class PagedAttention:
                 )
             shape = layout.block_shape(number)
             kv_heads, dim = shape[2], shape[4]
-            pool = region.view(dtype).view(-1, *shape)
+            pool = region.view(kept).view(-1, *shape)
             for i, layer in enumerate(group.layers):
                 self._place[layer] = number, pool[:, i]
             self._decodes.append(
@@ -53,7 +66,8 @@ class PagedAttention:
                     dim,
                     num_heads // kv_heads,
                     layout.block_size,
-                    dtype.itemsize,
+                    self._decode_dtype.itemsize,
+                    kept.itemsize,
                     parallel=parallel,
                 )
             )
@@ -80,26 +94,35 @@ class PagedAttention:
         """See :class:`pd_serve.models.interface.Attention`."""
         q, k = transform_heads(q, k, positions, transform)
         number, pool = self._place[layer]
+        k_scale, v_scale = (transform.k_scale, transform.v_scale) if pool.dtype is FP8 else (1.0, 1.0)
         window, kv_heads = self._layout.groups[number].window, pool.shape[2]
         rows, heads, dim = q.shape
         block_stride, value_offset = pool.stride(0), pool.stride(1)
         store_kv(
-            self._element, _INT64, pool.data_ptr(), block_stride, value_offset, self._layout.block_size,
+            self._element, self._kept, _INT64, pool.data_ptr(), block_stride, value_offset, self._layout.block_size,
             k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), self._slots[number], rows, kv_heads, dim,
+            1.0 / k_scale, 1.0 / v_scale,
         )  # fmt: skip
         out = torch.empty((rows, heads * dim), dtype=self._dtype)
-        if self._step.num_decode:
+        scale, decodes = self._scale * k_scale, self._step.num_decode
+        if decodes:
             table, table_stride = self._tables[number]
+            queries = q[:decodes].to(self._decode_dtype)
+            mixed = out if self._decode_dtype is self._dtype else torch.empty((decodes, heads * dim))
             self._decodes[number](
-                self._element, _INT32, pool.data_ptr(), block_stride, value_offset, q.data_ptr(), q.stride(0), table,
-                table_stride, self._seq_lens, self._step.num_decode, kv_heads, window or 0,
-                self._scale, out.data_ptr(),
+                self._decode_element, self._kept, _INT32, pool.data_ptr(), block_stride, value_offset,
+                queries.data_ptr(), queries.stride(0), table, table_stride, self._seq_lens, decodes, kv_heads,
+                window or 0, scale, mixed.data_ptr(),
             )  # fmt: skip
-        for i, (begin, end, length) in enumerate(self._spans, start=self._step.num_decode):
-            self._prefill(number, pool, i, q[begin:end], length, out[begin:end])
+            if mixed is not out:
+                out[:decodes] = mixed
+        for i, (begin, end, length) in enumerate(self._spans, start=decodes):
+            self._prefill(number, pool, i, q[begin:end], length, scale, out[begin:end])
+        if v_scale != 1.0:
+            out *= v_scale
         return out
 
-    def _prefill(self, number: int, pool: Tensor, seq: int, q: Tensor, length: int, out: Tensor) -> None:
+    def _prefill(self, number: int, pool: Tensor, seq: int, q: Tensor, length: int, scale: float, out: Tensor) -> None:
         """A chunk's queries, the last of ``length`` tokens, over all that they see."""
         group, block_size = self._layout.groups[number], self._layout.block_size
         rows, heads, dim = q.shape
@@ -111,7 +134,7 @@ class PagedAttention:
         table, table_stride = self._tables[number]
         keys, values = torch.empty((2, kv_heads, length - first, dim), dtype=self._dtype)
         gather_kv(
-            self._element, _INT32, pool.data_ptr(), pool.stride(0), pool.stride(1), block_size,
+            self._element, self._kept, _INT32, pool.data_ptr(), pool.stride(0), pool.stride(1), block_size,
             table + 4 * (seq * table_stride + first_block), length - first, keys.data_ptr(), values.data_ptr(),
             kv_heads, dim,
         )  # fmt: skip
@@ -126,7 +149,7 @@ class PagedAttention:
             shares = torch.empty(heads * count)
             causal_weights(
                 self._element, scores.data_ptr(), shares.data_ptr(), heads * count, count, high - low,
-                start + begin - first - low, group.window or 0, self._scale,
+                start + begin - first - low, group.window or 0, scale,
             )  # fmt: skip
             mixed = torch.bmm(scores, values[:, low:high])
             write_heads(self._element, mixed.data_ptr(), shares.data_ptr(), out[begin].data_ptr(), heads, count, dim)

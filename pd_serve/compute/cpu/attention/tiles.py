@@ -5,7 +5,8 @@ converts each bfloat16 for each query head again, which together take twice the 
 splits the vectors where a machine's are shorter.
 
 A bfloat16 row is loaded as 32-bit words and kept as *low* and *high* halves (``x << 16``, ``x & 0xffff0000``): half
-the conversions, and the order of elements is the same for queries, keys and values; ``write_tile`` restores it.
+the conversions, and the order of elements is the same for queries, keys and values; ``write_tile`` restores it. Keys
+and values in FP8 keep their order, and go with queries in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pd_serve.jit import float_of_fp8
+
 TOKENS = 4  # a tile's
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FAST = ("reassoc", "contract", "nsz")
 
 
@@ -39,6 +42,12 @@ def _at(builder: Any, kind: Any, address: Any, offset_bytes: Any) -> Any:
 def _row(builder: Any, element: Any, address: Any, index: Any, dim: int) -> list[Any]:
     """``address[index : index + dim]`` as float32 vectors."""
     lanes = _lanes(element, dim)
+    if element == types.uint8:
+        numbers = ir.VectorType(_I8, lanes)
+        return [
+            float_of_fp8(builder, builder.load(_at(builder, numbers, address, builder.add(index, _I64(i))), align=1))
+            for i in range(0, dim, lanes)
+        ]
     size = 2 if element == types.uint16 else 4
     vector = ir.VectorType(_I32 if size == 2 else _F32, lanes)
     start = builder.mul(index, _I64(size))
@@ -90,19 +99,20 @@ def _rows(builder: Any, index: Any, count: Any, dim: int) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def score_tile(
-    typingctx: Any, element: Any, query: Any, keys: Any, index: Any, count: Any, scores: Any, stride: Any, group: Any,
-    dim: Any,
+    typingctx: Any, element: Any, kept: Any, query: Any, keys: Any, index: Any, count: Any, scores: Any, stride: Any,
+    group: Any, dim: Any,
 ) -> Any:  # fmt: skip
     """``scores[g * stride + j] = query[g] @ keys[j]`` for each g and four tokens j, ``count`` of which mean something.
 
-    ``query [group, dim]`` starts at its address, ``keys [., dim]`` at element ``index``; ``scores`` are float32.
+    ``query [group, dim]`` starts at its address, ``keys [., dim]`` at element ``index``, of type ``kept``: ``element``,
+    or FP8 where that is float32; ``scores`` are float32.
     """
     num_heads, size = group.literal_value, dim.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, query, keys, index, count, scores, stride, _, _ = arguments
-        kind = signature.args[0]
-        rows = [_row(builder, kind, keys, at, size) for at in _rows(builder, index, count, size)]
+        _, _, query, keys, index, count, scores, stride, _, _ = arguments
+        kind, keeps = signature.args[:2]
+        rows = [_row(builder, keeps, keys, at, size) for at in _rows(builder, index, count, size)]
         for g in range(num_heads):
             q = _row(builder, kind, query, _I64(g * size), size)
             products = []
@@ -117,17 +127,18 @@ def score_tile(
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(element, i64, i64, i64, i64, i64, i64, group, dim), generate
+    return types.void(element, kept, i64, i64, i64, i64, i64, i64, group, dim), generate
 
 
 @intrinsic(prefer_literal=True)
 def value_tile(
-    typingctx: Any, element: Any, weights: Any, stride: Any, values: Any, index: Any, count: Any, result: Any,
+    typingctx: Any, kept: Any, weights: Any, stride: Any, values: Any, index: Any, count: Any, result: Any,
     group: Any, dim: Any,
 ) -> Any:  # fmt: skip
     """``result[g] += weights[g * stride + j] * values[j]``, summed over ``count`` of four tokens j, for each g.
 
-    ``values [., dim]`` start at element ``index``; ``weights`` and ``result [group, dim]`` are float32.
+    ``values [., dim]``, of type ``kept``, start at element ``index``; ``weights`` and ``result [group, dim]`` are
+    float32.
     """
     num_heads, size = group.literal_value, dim.literal_value
 
@@ -153,7 +164,7 @@ def value_tile(
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(element, i64, i64, i64, i64, i64, i64, group, dim), generate
+    return types.void(kept, i64, i64, i64, i64, i64, i64, group, dim), generate
 
 
 @intrinsic(prefer_literal=True)
