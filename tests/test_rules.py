@@ -25,8 +25,8 @@ _ROOMS = {
     "api": {"wire"},
     "bench": {"kv", "memory", "transfer", "transfer.nixl"},
     "compute": {"memory", "wire"},
-    "compute.cpu": {"compute", "kv", "memory", "models", "wire"},
-    "compute.cuda": {"compute", "kv", "memory", "models", "wire"},
+    "compute.cpu": {"compute", "distributed", "kv", "memory", "models", "wire"},
+    "compute.cuda": {"compute", "distributed", "kv", "memory", "models", "wire"},
     "decode": {"engine", "kv", "transfer", "wire"},
     "distributed": set(),
     "doctor": {"bench", "memory", "transfer", "transfer.nixl"},
@@ -49,9 +49,11 @@ _FURTHER = {
     "cli": {"bench", "doctor", "node", "router"},  # the commands
     "config": {"api.chat_template"},  # a template that a user gives is checked where settings are read
     "engine.__main__": {"decode", "prefill", "transfer"},  # gives it its abilities
-    "compute.backend": {"compute.cpu", "compute.cuda", "models"},  # chooses a device
+    "compute.backend": {"compute.cpu", "compute.cuda", "distributed", "models"},  # chooses a device
     "engine.boot": {"transfer"},  # puts an engine together
     "engine.ends": {"decode", "prefill", "transfer"},  # a rank's transfer end
+    "engine.ranks": {"distributed", "transfer.relay"},  # starts the other ranks, and gives its role their ends
+    "engine.worker": {"transfer.relay"},  # another rank
     "node.main": {"memory.choice", "memory.switches", "models.source", "transfer.session.tls"},  # how engines start
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
     "up": {"memory.choice", "memory.visible", "models.sizes", "models.source", "wire.model"},  # the same for a machine
