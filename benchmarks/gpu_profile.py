@@ -26,8 +26,22 @@ from pd_serve.compute.cuda.executor import CudaExecutor
 
 KINDS = {  # by what kernels are called, the first that fits
     "experts": ("_grouped", "_route", "_combine"),
-    "attention": ("xqa", "mha", "flash", "attend", "prefillwith", "batchprefill", "batchdecode", "mergestate", "paged"),
-    "linears": ("gemv", "split_k", "gemm", "nvjet", "cutlass", "cublas", "splitk", "dot_kernel", "wgmma"),
+    "attention": (
+        "xqa",
+        "mha",
+        "flash",
+        "attend",
+        "prefillwith",
+        "batchprefill",
+        "batchdecode",
+        "mergestate",
+        "paged",
+        "unpack",
+    ),
+    "linears": (
+        *("gemv", "split_k", "_multiply", "_quantise", "gemm", "nvjet", "cutlass", "cublas", "splitk", "dot_kernel"),
+        "wgmma",
+    ),
     "sampling": ("adjust", "race", "collect", "count", "threshold", "finish", "logprob", "narrow", "take_samples"),
     "copies": ("memcpy", "memset"),
 }

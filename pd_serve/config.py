@@ -178,7 +178,8 @@ class EngineSettings(Guarded):
         "auto",
         choice("auto", "bfloat16", "float32"),
         "Model",
-        "Number format of weights, activations and KV.",
+        "Number format of activations, of weights that are not in FP8 (on CPUs, of all), and of K and V unless "
+        "kv_cache_dtype says otherwise.",
         reason="auto: bfloat16 where the device computes in it, else float32.",
     )
     load_format: str = setting(

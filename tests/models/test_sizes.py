@@ -10,7 +10,7 @@ from pd_serve import up
 from pd_serve.config import NodeConfig, UpConfig
 from pd_serve.errors import ConfigError
 from pd_serve.models.config import ModelConfig
-from pd_serve.models.sizes import _max_model_len
+from pd_serve.models.sizes import _kv_dtype, _max_model_len
 from tests.e2e import tiny_model
 from tests.models.reference import LONGROPE, SIZES
 
@@ -32,6 +32,31 @@ def test_a_length_that_cannot_be_had_is_an_error_that_says_what_to_set() -> None
 
 def test_longrope_serves_its_original_context_unless_more_is_asked_for() -> None:
     assert (limit(0, 10_000, rope_scaling=LONGROPE), limit(256, 10_000, rope_scaling=LONGROPE)) == (64, 256)
+
+
+KV_SCHEME = {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "config", "expected"),
+    [
+        ("auto", "bfloat16", {}, "bfloat16"),
+        ("auto", "float32", {"quantization_config": {"quant_method": "fp8"}}, "float32"),
+        ("auto", "bfloat16", KV_SCHEME, "float8_e4m3fn"),
+        ("fp8", "float32", {}, "float8_e4m3fn"),
+        ("fp8_e4m3", "bfloat16", {}, "float8_e4m3fn"),
+        ("bfloat16", "bfloat16", KV_SCHEME, "bfloat16"),
+    ],
+)
+def test_the_format_of_k_and_v(asked: str, dtype: str, config: dict[str, object], expected: str) -> None:
+    model = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], **SIZES, **config})
+    assert _kv_dtype(NodeConfig(role="decode", dtype=dtype, kv_cache_dtype=asked), model) == expected
+
+
+def test_a_format_of_k_and_v_that_is_not_that_of_activations_is_refused() -> None:
+    model = ModelConfig.from_dict({"architectures": ["LlamaForCausalLM"], **SIZES})
+    with pytest.raises(ConfigError, match="--kv-cache-dtype bfloat16 does not go with --dtype float32"):
+        _kv_dtype(NodeConfig(role="decode", dtype="float32", kv_cache_dtype="bfloat16"), model)
 
 
 @pytest.mark.parametrize(
