@@ -101,11 +101,8 @@ class Ops(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
         """``residual + x``, and its RMS norm: ``(normed, residual)``. Both arguments ``[T, D]`` are overwritten."""
 
-    def silu_mul(self, gate_up: Tensor, /) -> Tensor:
-        """``silu(gate) * up`` of ``[T, 2 I]``: ``[T, I]``."""
-
-    def gelu_tanh_mul(self, gate_up: Tensor, /) -> Tensor:
-        """``gelu_tanh(gate) * up`` of ``[T, 2 I]``: ``[T, I]``."""
+    def gated(self, gate_up: Tensor, activation: str, down: Linear, /) -> Tensor:
+        """``down(act(gate) * up)`` of ``gate_up [T, 2 I]``: ``[T, hidden]``. ``activation`` as in :meth:`experts`."""
 
 
 class HeadTransform(NamedTuple):

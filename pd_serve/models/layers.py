@@ -72,14 +72,15 @@ class GatedMlp:
         """``gate_up``: rows of all of gate, all of up. ``activation``: "silu" or "gelu_tanh"."""
         self.gate_up = gate_up
         self.down = down
-        self._mul = ops.silu_mul if activation == "silu" else ops.gelu_tanh_mul
+        self._ops = ops
+        self._activation = activation
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.gate_up.tensors, *self.down.tensors]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self._mul(self.gate_up(x)))
+        return self._ops.gated(self.gate_up(x), self._activation, self.down)
 
 
 class SparseMoe:

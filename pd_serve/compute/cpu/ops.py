@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.jit import element_of, exp, kernel, load, load_int, store
+from pd_serve.models import interface
 from pd_serve.models.interface import Fp8Weight, HeadTransform, Routing
 
 _reorder = torch.ops.mkldnn._reorder_linear_weight
@@ -132,6 +133,11 @@ def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         element_of(q.dtype), _INT64, q.data_ptr(), q.stride(0), q.shape[1], k.data_ptr(), k.stride(0), k.shape[1],
         positions.data_ptr(), cos_sin.data_ptr(), q.shape[0], q.shape[2],
     )  # fmt: skip
+
+
+def gated(gate_up: Tensor, activation: str, down: interface.Linear) -> Tensor:
+    """See :meth:`pd_serve.models.interface.Ops.gated`."""
+    return down(silu_mul(gate_up) if activation == "silu" else gelu_tanh_mul(gate_up))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

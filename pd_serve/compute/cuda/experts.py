@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from pd_serve import timings
-from pd_serve.compute.cuda import grouped, routing
+from pd_serve.compute.cuda import activations, grouped, routing
 from pd_serve.compute.cuda.grouped import GroupTile
 from pd_serve.compute.cuda.timing import cache_folder, graph_us
 from pd_serve.models.interface import Fp8Weight, Routing
@@ -62,7 +62,7 @@ class Experts:
             raise ValueError("weights of experts must be contiguous")
         self._hidden, self._intermediate = _values(down).shape[1:]
         self._routing = routing
-        self._activation = grouped.SILU if activation == "silu" else grouped.GELU_TANH
+        self._activation = activations.named(activation)
         exact = torch.float32 in (_values(gate_up).dtype, _values(down).dtype)
         first = grouped.EXACT if exact else grouped.candidates(1, gate_up, down)[0]
         self._gate_up_tiles = self._down_tiles = [first]

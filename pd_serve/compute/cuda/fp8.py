@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pd_serve.compute.cuda.activations import SILU, Activation, gated
 from pd_serve.compute.cuda.matrix import BLOCKS, Matrix, block_scale
 from pd_serve.models.quantization import BLOCK
 
@@ -40,39 +41,44 @@ TILES = (  # the first works everywhere
 )
 
 
-def quantise(x: Tensor, weight: Matrix, *, pad: int = 1, compile_only: bool = False) -> tuple[Tensor, Tensor]:
+def quantise(
+    x: Tensor, weight: Matrix, act: Activation | None = None, *, pad: int = 1, compile_only: bool = False
+) -> tuple[Tensor, Tensor]:
     """``x [M, K]`` in FP8 and its scales: float32 ``[M, 1]``, or ``[M, K / 128]``, column by column.
 
-    Rows of ``x`` may be apart. With groups of 128, rows of anything are added until they are a multiple of ``pad``.
+    Rows of ``x`` may be apart. ``act``: of ``act(gate) * up`` instead, where ``x [M, 2 K]`` holds both. With groups of
+    128, rows of anything are added until they are a multiple of ``pad``.
     """
-    rows, k = x.shape
+    rows, k = len(x), weight.values.shape[1]
+    options = {"GATED": act is not None, "warmup": compile_only}
     if weight.scales == BLOCKS:
         groups, padded = triton.cdiv(k, BLOCK), triton.cdiv(rows, pad) * pad
         values = torch.empty((padded, k), dtype=torch.float8_e4m3fn, device=x.device)
         scales = torch.empty((groups, padded), dtype=torch.float32, device=x.device).t()
         _quantise_groups.run(
-            x, values, scales, padded, k, x.stride(0), GROUPS=_GROUPS, num_warps=4,
-            grid=(rows, triton.cdiv(groups, _GROUPS)), warmup=compile_only,
+            x, values, scales, padded, k, x.stride(0), *(act or SILU), GROUPS=_GROUPS, num_warps=4,
+            grid=(rows, triton.cdiv(groups, _GROUPS)), **options,
         )  # fmt: skip
         return values, scales
     values = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     across = triton.next_power_of_2(k)
     _quantise_rows.run(
-        x, values, scales, k, x.stride(0), weight.input_scale or 1.0, STATIC=weight.input_scale is not None,
-        ACROSS=across, num_warps=min(16, max(1, across // 1024)), grid=(rows,), warmup=compile_only,
+        x, values, scales, k, x.stride(0), weight.input_scale or 1.0, *(act or SILU),
+        STATIC=weight.input_scale is not None, ACROSS=across, num_warps=min(16, max(1, across // 1024)), grid=(rows,),
+        **options,
     )  # fmt: skip
     return values, scales
 
 
-def by_torch(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor) -> None:
+def by_torch(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor, act: Activation | None = None) -> None:
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias [N]``. Raises RuntimeError or ValueError for what it has not.
 
-    ``x`` and ``out`` bfloat16 or float16; rows of ``x`` may be apart.
+    ``x`` and ``out`` bfloat16 or float16; rows of ``x`` may be apart. ``act``: see :func:`quantise`.
     """
     assert weight.scale is not None
     blocks = weight.scales == BLOCKS
-    values, scales = quantise(x, weight, pad=_CUBLAS_ROWS)
+    values, scales = quantise(x, weight, act, pad=_CUBLAS_ROWS)
     whole = out if len(values) == len(out) else out.new_empty((len(values), out.shape[1]))
     torch._scaled_mm(
         values,
@@ -89,11 +95,18 @@ def by_torch(x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor) -> Non
 
 
 def multiply(
-    x: Tensor, weight: Matrix, bias: Tensor | None, out: Tensor, tile: GemmTile, *, compile_only: bool = False
+    x: Tensor,
+    weight: Matrix,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: GemmTile,
+    act: Activation | None = None,
+    *,
+    compile_only: bool = False,
 ) -> None:
     """The same by the kernel here, for any sizes; rows of ``out`` may be apart, too."""
-    (rows, k), n = x.shape, weight.values.shape[0]
-    values, scales = quantise(x, weight, compile_only=compile_only)
+    rows, (n, k) = len(x), weight.values.shape
+    values, scales = quantise(x, weight, act, compile_only=compile_only)
     _multiply.run(
         values, scales, weight.values, weight.scale, weight.values if bias is None else bias, out, rows, n, k,
         scales.stride(0), scales.stride(1), weight.scale_row, out.stride(0),
@@ -110,13 +123,24 @@ def to_fp8(value: tl.tensor, factor: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _inputs(
+    x: tl.tensor, i: tl.tensor, k: tl.tensor, linear: tl.tensor, cubic: tl.tensor, GATED: tl.constexpr
+) -> tl.tensor:
+    value = tl.load(x + i, i < k, other=0.0).to(tl.float32)
+    if GATED:
+        value = gated(value, tl.load(x + k + i, i < k, other=0.0).to(tl.float32), linear, cubic)
+    return value
+
+
+@triton.jit
 def _quantise_rows(
     x: tl.tensor, values: tl.tensor, scales: tl.tensor, k: tl.tensor, x_row: tl.tensor, scale: tl.tensor,
-    STATIC: tl.constexpr, ACROSS: tl.constexpr,
+    linear: tl.tensor, cubic: tl.tensor,
+    GATED: tl.constexpr, STATIC: tl.constexpr, ACROSS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, ACROSS)
-    value = tl.load(x + row * x_row + i, i < k, other=0.0).to(tl.float32)
+    value = _inputs(x + row * x_row, i, k, linear, cubic, GATED)
     if not STATIC:
         scale = tl.maximum(tl.max(tl.abs(value)), 1e-10) / 448.0
     tl.store(values + row * k + i, to_fp8(value, 1.0 / scale), i < k)
@@ -126,12 +150,13 @@ def _quantise_rows(
 @triton.jit(do_not_specialize=["pitch"])
 def _quantise_groups(
     x: tl.tensor, values: tl.tensor, scales: tl.tensor, pitch: tl.tensor, k: tl.tensor, x_row: tl.tensor,
-    GROUPS: tl.constexpr,
+    linear: tl.tensor, cubic: tl.tensor,
+    GATED: tl.constexpr, GROUPS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     i = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    value = tl.load(x + row * x_row + i, i < k, other=0.0).to(tl.float32)
+    value = _inputs(x + row * x_row, i, k, linear, cubic, GATED)
     scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-10) / 448.0
     tl.store(values + row * k + i, to_fp8(value, (1.0 / scale)[:, None]), i < k)
     tl.store(scales + group.to(tl.int64) * pitch + row, scale, group * 128 < k)

@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pd_serve.compute.cuda.activations import SILU, Activation, gated
 from pd_serve.compute.cuda.routing import Routed
 from pd_serve.models.interface import Fp8Weight
 from pd_serve.models.quantization import BLOCK
-
-SILU = 1.0, 0.0
-GELU_TANH = 1.5957691216057308, 1.5957691216057308 * 0.044715  # see kernels.gelu_tanh_mul
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def gate_up(
     weight: Tensor | Fp8Weight,
     routed: Routed,
     per_token: int,
-    activation: tuple[float, float],
+    activation: Activation,
     out: Tensor,
     tile: GroupTile,
     *,
@@ -96,7 +94,7 @@ def _launch(
     weight: Tensor | Fp8Weight,
     routed: Routed,
     per_token: int,
-    activation: tuple[float, float],
+    activation: Activation,
     out: Tensor,
     tile: GroupTile,
     gated: bool,
@@ -164,7 +162,7 @@ def _grouped(
             if GATED:
                 up *= tl.load(s + n)[None, :]
         if GATED:
-            total = total / (1 + tl.exp(-total * (linear + cubic * total * total))) * up
+            total = gated(total, up, linear, cubic)
         else:
             total *= tl.load(shares + slot)[:, None]
         mask = (rank < count)[:, None] & (column < n)[None, :]

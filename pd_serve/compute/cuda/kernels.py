@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pd_serve.compute.cuda.activations import GELU_TANH, SILU, gated
 from pd_serve.compute.cuda.fp8 import to_fp8
 
 _TILE = 1024  # elements of a program where the shape leaves a choice
@@ -101,13 +102,12 @@ def take_samples(tokens: Tensor, picks: Tensor, samples: Tensor) -> None:
 
 def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """``silu(gate) * up`` of ``[T, 2 I]``: returns ``out [T, I]``, by default a new tensor."""
-    return _gated(gate_up, out, 1.0, 0.0)
+    return _gated(gate_up, out, *SILU)
 
 
 def gelu_tanh_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """``gelu_tanh(gate) * up`` of ``[T, 2 I]``: returns ``out [T, I]``, by default a new tensor."""
-    # 0.5 (1 + tanh(u)) is sigmoid(2 u), and u = sqrt(2 / pi) (x + 0.044715 x^3)
-    return _gated(gate_up, out, 1.5957691216057308, 1.5957691216057308 * 0.044715)
+    return _gated(gate_up, out, *GELU_TANH)
 
 
 def _gated(gate_up: Tensor, out: Tensor | None, linear: float, cubic: float) -> Tensor:
@@ -255,7 +255,7 @@ def _gated_mul(
     gate_up += row * row_stride + i
     gate = tl.load(gate_up, i < half, other=0.0).to(tl.float32)
     up = tl.load(gate_up + half, i < half, other=0.0).to(tl.float32)
-    value = gate / (1 + tl.exp(-gate * (linear + cubic * gate * gate))) * up
+    value = gated(gate, up, linear, cubic)
     tl.store(out + row * out_stride + i, value.to(out.dtype.element_ty), i < half)
 
 

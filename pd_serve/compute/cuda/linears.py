@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pd_serve import timings
 from pd_serve.compute.cuda import fp8, gemv, matrix, splitk
+from pd_serve.compute.cuda.activations import Activation
 from pd_serve.compute.cuda.matrix import Matrix
 from pd_serve.compute.cuda.timing import cache_folder, graph_us
 from pd_serve.models.fp8 import FP8
@@ -104,13 +105,34 @@ class Linear:
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``x [T, in] -> [T, out]``, written to ``out`` if given. Rows of both may be apart, their elements not."""
         rows = x.shape[0]
-        way = self._ways[rows] if rows < len(self._ways) else self._beyond
+        way = self._way(rows)
         if out is None:
             out = x.new_empty((rows, self._weight.values.shape[0]))
         if rows == 0:
             return out
         _multiply(way, x, self._weight, self._bias, out, self._workspace)
         return out
+
+    def rounds_inputs(self, rows: int) -> bool:
+        """Whether so many rows become FP8 first."""
+        return rows > 0 and _rounds_inputs(self._way(rows), self._weight)
+
+    def of_gated(self, gate_up: Tensor, act: Activation) -> Tensor:
+        """Of ``act(gate) * up``, for numbers of rows that become FP8, which they do when they are computed."""
+        rows, weight = len(gate_up), self._weight
+        tile, out = self._way(rows).tile, gate_up.new_empty((rows, self.shape.outputs))
+        if isinstance(tile, fp8.GemmTile):
+            fp8.multiply(gate_up, weight, self._bias, out, tile, act)
+        else:
+            fp8.by_torch(gate_up, weight, self._bias, out, act)
+        return out
+
+    def _way(self, rows: int) -> Way:
+        return self._ways[rows] if rows < len(self._ways) else self._beyond
+
+
+def _rounds_inputs(way: Way, weight: Matrix) -> bool:
+    return weight.scales != matrix.PLAIN and (way.tile is None or isinstance(way.tile, fp8.GemmTile))
 
 
 def _without_most_rows(way: Way) -> Way:
@@ -275,8 +297,7 @@ def _us(
         for weight in weights:
             _multiply(way, x, weight, None, out, workspace)
 
-    in_fp8 = weights[0].scales != matrix.PLAIN
-    rounds_inputs = in_fp8 and (way.tile is None or isinstance(way.tile, fp8.GemmTile))
+    in_fp8, rounds_inputs = weights[0].scales != matrix.PLAIN, _rounds_inputs(way, weights[0])
     shape = tuple(weights[0].values.shape)
     try:
         out.fill_(torch.nan)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pd_serve.compute.cuda import experts, kernels, linears, splitk
-from pd_serve.models.interface import Fp8Weight, Routing
+from pd_serve.compute.cuda import activations, experts, kernels, linears, splitk
+from pd_serve.models.interface import Fp8Weight, Linear, Routing
 
 
 def multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
@@ -58,10 +58,8 @@ class CudaOps:
         """See :func:`pd_serve.compute.cuda.kernels.add_rms_norm`."""
         return kernels.add_rms_norm(x, residual, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See :func:`pd_serve.compute.cuda.kernels.silu_mul`."""
-        return kernels.silu_mul(gate_up)
-
-    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
-        """See :func:`pd_serve.compute.cuda.kernels.gelu_tanh_mul`."""
-        return kernels.gelu_tanh_mul(gate_up)
+    def gated(self, gate_up: Tensor, activation: str, down: Linear) -> Tensor:
+        """See :meth:`pd_serve.models.interface.Ops.gated`."""
+        if isinstance(down, linears.Linear) and down.rounds_inputs(len(gate_up)):
+            return down.of_gated(gate_up, activations.named(activation))
+        return down(kernels.silu_mul(gate_up) if activation == "silu" else kernels.gelu_tanh_mul(gate_up))

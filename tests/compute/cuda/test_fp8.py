@@ -11,6 +11,7 @@ from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_g
 skip_without_gpu()
 
 from pd_serve.compute.cuda import fp8  # noqa: E402
+from pd_serve.compute.cuda.activations import GELU_TANH, SILU, Activation  # noqa: E402
 from pd_serve.compute.cuda.matrix import Matrix  # noqa: E402
 from pd_serve.models.fp8 import FP8, MAX  # noqa: E402
 from pd_serve.models.quantization import BLOCK  # noqa: E402
@@ -67,6 +68,19 @@ def test_a_scale_of_the_checkpoints_and_what_is_beyond_it() -> None:
     values, scales = fp8.quantise(x, Matrix.of(random_fp8(16, 8, blocks=False, input_scale=0.5)))
     assert scales.tolist() == [[0.5]]
     assert values.float().tolist() == [[2.0, -6.0, MAX, -MAX, 0.0, 1.0, 4.0, 8.0]]
+
+
+@pytest.mark.parametrize("act", [SILU, GELU_TANH])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_inputs_that_are_computed_on_the_way(blocks: bool, act: Activation) -> None:
+    k = 328
+    weight = Matrix.of(random_fp8(16, k, blocks=blocks))
+    gate_up = torch.randn(9, 2 * k + 8, device=DEVICE).mul_(3).to(DTYPE)[:, : 2 * k]
+    gate, up = gate_up.float().chunk(2, -1)
+    gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+    wanted = (torch.nn.functional.silu(gate) if act == SILU else gelu) * up
+    found = dequantised(*fp8.quantise(gate_up, weight, act))
+    assert error(found, wanted) < (0.2 if INTERPRETED else 0.04)
 
 
 @pytest.mark.parametrize("input_scale", [None, 0.25])

@@ -14,7 +14,8 @@ from tests.compute.cuda.device import DEVICE, INTERPRETED, error, skip_without_g
 skip_without_gpu()
 
 from pd_serve import timings  # noqa: E402
-from pd_serve.compute.cuda import fp8, gemv, linears, matrix, splitk  # noqa: E402
+from pd_serve.compute.cuda import fp8, gemv, kernels, linears, matrix, splitk  # noqa: E402
+from pd_serve.compute.cuda.activations import SILU  # noqa: E402
 from pd_serve.compute.cuda.linears import TORCH, Linear, Shape, Way, _named  # noqa: E402
 from pd_serve.compute.cuda.matrix import Matrix  # noqa: E402
 from pd_serve.timings import Timed  # noqa: E402
@@ -206,4 +207,10 @@ def test_choosing_for_fp8(blocks: bool, tmp_path: Path) -> None:
             for rows in (1, 3, 40, 130, 3000):
                 x = torch.randn(rows, shape.inputs, device=DEVICE).to(DTYPE)
                 assert error(layer(x), expected(its, x, None)) < 0.05  # the largest round x to FP8
+                gate_up = torch.randn(rows, 2 * shape.inputs, device=DEVICE).to(DTYPE)
+                if layer.rounds_inputs(rows):
+                    act = kernels.silu_mul(gate_up)
+                    assert error(layer.of_gated(gate_up, SILU), expected(its, act, None)) < 0.05
+                else:
+                    assert rows < 200
     assert isinstance(chosen[shapes[1]][-1].way.tile, fp8.GemmTile)
