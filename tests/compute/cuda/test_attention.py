@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
 XQA = [
     shape(32, 8, 128, 16), shape(32, 8, 128, 64), shape(9, 3, 64, 16), shape(8, 8, 128, 16), shape(16, 2, 64, 64),
     shape(8, 2, 128, 16, window=37), shape(8, 2, 256, 16),
-    shape(32, 8, 128, 64, fp8=True), shape(8, 2, 64, 16, fp8=True),
+    shape(32, 8, 128, 64, fp8=True), shape(8, 2, 128, 16, window=37, fp8=True), shape(8, 2, 64, 16, fp8=True),
 ]  # fmt: skip
 PLANNED = [
     shape(32, 8, 128, 16), shape(9, 3, 64, 64), shape(8, 8, 128, 16, cap=3.0), shape(4, 1, 256, 16, window=37, cap=5.0),
