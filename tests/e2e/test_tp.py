@@ -14,13 +14,13 @@ import torch
 from tests.e2e import tiny_model
 from tests.e2e.cluster import HTTP, Cluster, Server, children, cluster, wait_for
 from tests.e2e.prompts import raw_prompts
-from tests.e2e.test_failures import Stream
+from tests.e2e.test_failures import Stream, busy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 SIZE = tiny_model.Size(256, 3, 8, 2, 64, 512, 1024)  # heads for which FlashInfer's kernels need no compiler
 PROMPTS = [*raw_prompts()[:6], list(range(5, 400))]
-TOKENS = 24
+TOKENS, LONG = 24, 900
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,10 @@ def test_a_client_that_leaves(nodes: Cluster) -> None:
 def test_ranks_sleep_and_wake_together(nodes: Cluster, expected: list[str]) -> None:
     prefill, decode = nodes.prefills[1], nodes.decodes[1]
     for level in (1, 2):
-        for node in (prefill, decode):
-            assert HTTP.post(f"{node.url}/sleep?level={level}", timeout=60).json()["is_sleeping"]
-        for node in (prefill, decode):
-            assert not HTTP.post(f"{node.url}/wake_up", timeout=60).json()["is_sleeping"]
+        for path, sleeping in ((f"/sleep?level={level}", True), ("/wake_up", False)):
+            for node in (prefill, decode):
+                answer = HTTP.post(node.url + path, timeout=60)
+                assert answer.json().get("is_sleeping") is sleeping, answer.text + node.log.read_text()[-3000:]
         with nodes.another_router([prefill], [decode]) as pair:
             assert texts(pair) == expected
     nodes.assert_idle()
@@ -101,7 +101,7 @@ def test_ranks_sleep_and_wake_together(nodes: Cluster, expected: list[str]) -> N
 def test_a_rank_that_dies_takes_its_engine_and_streams_go_on(nodes: Cluster) -> None:
     """Also while nothing is computed."""
     prompt = "Once upon a time"
-    text = str(nodes.complete(prompt, 200, ignore_eos=True)["choices"][0]["text"])
+    text = str(nodes.complete(prompt, LONG, ignore_eos=True)["choices"][0]["text"])
     idle = nodes.prefills[1]
     (pid,) = workers(idle)
     os.kill(pid, signal.SIGKILL)
@@ -109,8 +109,9 @@ def test_a_rank_that_dies_takes_its_engine_and_streams_go_on(nodes: Cluster) -> 
     assert "rank 1 has ended" in idle.log.read_text()
     victim = nodes.decodes[1]
     (pid,) = workers(victim)
-    streams = [Stream(nodes, prompt, max_tokens=200) for _ in range(6)]
-    wait_for(lambda: all(len(stream.tokens) > 5 for stream in streams) and victim.load()["running"], 60, "tokens")
+    streams = [Stream(nodes, prompt, max_tokens=LONG) for _ in range(6)]
+    wait_for(lambda: all(len(stream.tokens) > 5 for stream in streams), 60, "tokens")
+    assert busy(nodes, [victim]) is victim
     os.kill(pid, signal.SIGKILL)
     for stream in streams:
         stream.wait()

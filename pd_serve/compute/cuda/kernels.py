@@ -176,9 +176,9 @@ def _rotate_and_store(
     if group < q_groups:
         head += group * HEADS
         at = q + token * q_row + (head * q_head)[:, None]
-        to = q_out + token * out_row + (head * out_head)[:, None]
+        turned = q_out + token * out_row + (head * out_head)[:, None]
         exists = (head < q_heads)[:, None]
-        _rotate(at, to, to, exists, exists, table, q_norm, eps, 1.0, False, False, DIM, ROTARY, NORM, HALF, REST)
+        _rotate(at, turned, turned, exists, exists, table, q_norm, eps, 1.0, False, False, DIM, ROTARY, NORM, HALF, REST)
     else:
         head += (group - q_groups) * HEADS
         exists = (head < kv_heads)[:, None]
@@ -186,7 +186,7 @@ def _rotate_and_store(
         place = (slot // PAGE) * block_stride + (slot % PAGE) * token_stride + (head * head_stride)[:, None]
         stored = exists & (slot >= 0)
         at = k + token * k_row + (head * k_head)[:, None]
-        to = k_cache + place
+        to = k_cache + place  # of another type than what is rotated: a name of its own
         _rotate(at, at, to, exists, stored, table, k_norm, eps, k_factor, True, FP8, DIM, ROTARY, NORM, HALF, REST)
         i = tl.arange(0, ALL)[None, :]
         value = tl.load(v + token * v_row + (head * v_head)[:, None] + i, exists & (i < DIM), other=0.0)
