@@ -27,8 +27,14 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 	@$(BIN)/python -m compileall -q pd_serve
 	@exec $(BIN)/pd-serve up $(ARGS)
 
-test: lint  ## lint, types, generated docs, and all tests, three files at a time (ARGS="-k router ...")
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 3)
+# Lint runs beside the tests, which wait much. It is heard of only if it fails, after them.
+test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at a time (ARGS="-k router ...")
+	@$(BIN)/python -m compileall -q pd_serve
+	@said=$$(mktemp); $(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
+	trap 'kill $$lint 2>/dev/null || true; rm -f "$$said"' EXIT; \
+	tests=0; $(BIN)/python -m pytest $(or $(ARGS),-n 3) || tests=$$?; \
+	wait $$lint || { cat "$$said"; echo "make test: lint failed, as said above" >&2; exit 1; }; \
+	exit $$tests
 
 test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)

@@ -7,6 +7,7 @@ test is waiting.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ FIRST = (
     ("decode/test_kills",),
     ("transfer/test_ucx_processes",),
 )
+
+# Whoever started us behind a shell's & or nohup ignores Ctrl-C, and so would every process that a test sends it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers whose torch computes with all cores would wait for each other, turning. Engines have their own setting.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-_TREES = {_name(path): ast.parse(path.read_text()) for path in sorted(_PACKAGE.rglob("*.py"))}
+@cache  # and not while tests are collected, which every worker does
+def _trees() -> dict[str, ast.Module]:
+    return {_name(path): ast.parse(path.read_text()) for path in sorted(_PACKAGE.rglob("*.py"))}
 
 
 def _statements(nodes: Iterable[ast.AST], *, lazy: bool) -> Iterator[ast.AST]:
@@ -85,13 +88,13 @@ def _statements(nodes: Iterable[ast.AST], *, lazy: bool) -> Iterator[ast.AST]:
 def _imports(module: str, *, lazy: bool) -> set[str]:
     """The modules of the package that it imports."""
     found = set()
-    for node in _statements(_TREES[module].body, lazy=lazy):
+    for node in _statements(_trees()[module].body, lazy=lazy):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name.removeprefix("pd_serve.") in _TREES else str(node.module) for name in names}
+            found |= {name if name.removeprefix("pd_serve.") in _trees() else str(node.module) for name in names}
     return {name.removeprefix("pd_serve.") for name in found if name.startswith("pd_serve.")}
 
 
@@ -104,7 +107,7 @@ def _room(module: str) -> str:
 
 def _reaches() -> Iterator[tuple[str, str]]:
     """Imports that the table of rooms does not allow."""
-    for module in _TREES:
+    for module in _trees():
         own = _room(module)
         for other in _imports(module, lazy=True):
             if _room(other) not in {own, "ground", *_ROOMS[own]}:
@@ -134,10 +137,9 @@ def test_every_folder_is_a_room() -> None:
     assert folders == {room.split(".")[0] for room in _ROOMS} - {"ground"}
 
 
-@pytest.mark.parametrize(
-    "graph", [_ROOMS, {module: _imports(module, lazy=False) for module in _TREES}], ids=["rooms", "modules"]
-)
-def test_neither_rooms_nor_modules_import_in_a_circle(graph: dict[str, set[str]]) -> None:
+@pytest.mark.parametrize("of", ["rooms", "modules"])
+def test_neither_rooms_nor_modules_import_in_a_circle(of: str) -> None:
+    graph = _ROOMS if of == "rooms" else {module: _imports(module, lazy=False) for module in _trees()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -146,7 +148,7 @@ def test_neither_rooms_nor_modules_import_in_a_circle(graph: dict[str, set[str]]
 
 def test_processes_without_an_engine_import_no_torch() -> None:
     rooms = {"api", "ground", "node", "router", "wire"}
-    modules = [f"pd_serve.{module}" for module in _TREES if _room(module) in rooms and module not in ("", "jit")]
+    modules = [f"pd_serve.{module}" for module in _trees() if _room(module) in rooms and module not in ("", "jit")]
     code = f"""import importlib, sys
 for module in {modules}:
     importlib.import_module(module)
@@ -161,7 +163,7 @@ def test_functions_are_short_or_say_why_not() -> None:
     wrong = []
     for path in sorted(_PACKAGE.rglob("*.py")):
         lines = path.read_text().splitlines()
-        for node in ast.walk(_TREES[_name(path)]):
+        for node in ast.walk(_trees()[_name(path)]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 count = (node.end_lineno or 0) - node.lineno + 1
                 said = any("# long: " in line for line in lines[node.lineno : node.end_lineno])

@@ -23,7 +23,7 @@ from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import decode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
-from pd_serve.engine.boot import bound_caches, identity_of
+from pd_serve.engine.boot import bound_caches, identity_of, leave_out_shapes
 from pd_serve.engine.line import Answer, Kind, Line, LineClosed
 from pd_serve.engine.ranks import RankConfig, cores_of, meet, threads_of
 from pd_serve.errors import PDServeError
@@ -104,6 +104,7 @@ def main() -> int:
         os.sched_setaffinity(0, config.cpus)
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     bound_caches()
+    leave_out_shapes(config)
     orders = Line(socket.socket(fileno=told.line_fd))
     try:
         try:
