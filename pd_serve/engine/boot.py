@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -169,9 +170,10 @@ def bound_caches() -> None:
 def leave_out_shapes(config: EngineConfig) -> None:
     """Of what ``import torch`` (2.13) imports, operators' shapes without memory: a quarter of its time.
 
-    Compilers need them; an engine on cores has torch compile nothing. Before torch is imported.
+    Compilers need them; an engine on cores has torch compile nothing. Before torch is imported, and for the version that
+    this was tried with: the module is private.
     """
-    if config.device == "cpu" and "torch" not in sys.modules:
+    if config.device == "cpu" and "torch" not in sys.modules and version("torch").startswith("2.13."):
         sys.modules.setdefault("torch._meta_registrations", ModuleType("torch._meta_registrations"))
 
 

@@ -23,7 +23,7 @@ from pd_serve.models.sizes import Sizes
 from pd_serve.wire import engine as wire
 from tests.models.reference import SIZES
 
-STEPS = ["executor", "open", "load", "ready", "warm up"]
+STEPS = ["executor", "open", "load", "warm up", "ready"]
 
 
 class Start:
@@ -51,7 +51,7 @@ class Start:
 
     # --- backend and executor -------------------------------------------------------------------------
 
-    def make_executor(self, config: EngineConfig, fit: Sizes) -> Start:
+    def make_executor(self, config: EngineConfig, fit: Sizes, meet: object) -> Start:
         self.note("executor")
         self.regions = [SimpleNamespace(num_blocks=fit.num_blocks)] * len(fit.layout.groups)
         return self
@@ -98,7 +98,7 @@ class Start:
     def build(self) -> wire.EngineReady:
         channel: Any = SimpleNamespace()
         _, ready = boot.build(
-            self.config, channel, Pulse(zmq.Context(), self.config.pulse_address, 5, 5), self.make_role
+            self.config, channel, Pulse(zmq.Context(), self.config.pulse_address, 5, 5), self.make_role, None
         )
         return ready
 
@@ -115,7 +115,7 @@ def test_an_engine_is_ready_when_its_model_and_its_transfer_thread_are(start: St
     assert start.said == STEPS
     assert (ready.model.name, ready.model.max_model_len, ready.model.vocab_size) == ("m", 256, 320)
     assert ready.peer_addresses == ("tcp://here",) and ready.transport == "nixl"
-    assert list(ready.start_s) == ["import", "pool", "load", "transfer", "warm_up"]
+    assert list(ready.start_s) == ["import", "pool", "load", "warm_up", "transfer"]
     (parts,) = start.parts
     assert ready.epoch == parts.identity.epoch and len(ready.epoch) == 32
     assert ready.layout == parts.layout.kin() and parts.identity.model == ready.model.fingerprint

@@ -178,7 +178,9 @@ def _rotate_and_store(
         at = q + token * q_row + (head * q_head)[:, None]
         turned = q_out + token * out_row + (head * out_head)[:, None]
         exists = (head < q_heads)[:, None]
-        _rotate(at, turned, turned, exists, exists, table, q_norm, eps, 1.0, False, False, DIM, ROTARY, NORM, HALF, REST)
+        _rotate(
+            at, turned, turned, exists, exists, table, q_norm, eps, 1.0, False, False, DIM, ROTARY, NORM, HALF, REST
+        )
     else:
         head += (group - q_groups) * HEADS
         exists = (head < kv_heads)[:, None]
