@@ -170,8 +170,8 @@ def bound_caches() -> None:
 def leave_out_shapes(config: EngineConfig) -> None:
     """Of what ``import torch`` (2.13) imports, operators' shapes without memory: a quarter of its time.
 
-    Compilers need them; an engine on cores has torch compile nothing. Before torch is imported, and for the version that
-    this was tried with: the module is private.
+    Compilers need them; an engine on cores has torch compile nothing. Before torch is imported, and for the version
+    that this was tried with: the module is private.
     """
     if config.device == "cpu" and "torch" not in sys.modules and version("torch").startswith("2.13."):
         sys.modules.setdefault("torch._meta_registrations", ModuleType("torch._meta_registrations"))
