@@ -35,6 +35,7 @@ from pd_serve.wire import link
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
+_STATUS_SOON_S = 0.05  # after a submit, where other routers place by what they heard last
 
 
 class Engine:
@@ -251,6 +252,8 @@ class Engine:
 
     def _submit(self, origin: int, submit: link.Submit) -> None:
         self._submits[origin] = submit.number
+        if len(self._submits) > 1:
+            self._status_due_s = min(self._status_due_s, time.monotonic() + _STATUS_SOON_S)
         failure = self._refusal(submit)
         if failure is not None:
             self._counters[f"failures_{failure.kind}"] += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pd_serve.engine import core
+from pd_serve.wire import engine as wire
 from pd_serve.wire import link
 from tests.engine.harness import Node
 
@@ -18,6 +20,18 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     node = Node(f"ipc://{tmp_path}/engine")
     yield node
     node.close()
+
+
+def test_where_several_routers_submit_they_hear_of_each_other_soon(node: Node) -> None:
+    def reports() -> list[tuple[dict[int, int], int]]:
+        return [(m.submits, m.status.load.running) for m in node.heard if isinstance(m, wire.Report)]
+
+    node.executor.step_s = 0.02
+    node.submit("a", 90, number=1)
+    node.listen(lambda: any(submits == {1: 1} for submits, _ in reports()), "a status, as it is no longer idle")
+    params = link.SamplingParams(90, 0)
+    node.say(link.Submit("b", array("i", [5, 6, 7]).tobytes(), 0, params, number=1), origin=2)
+    node.listen(lambda: ({1: 1, 2: 1}, 2) in reports(), "a status while both run")
 
 
 def test_sources_that_cannot_be_read_from_are_told_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
