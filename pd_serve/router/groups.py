@@ -22,6 +22,7 @@ from pd_serve.router.line import Line
 from pd_serve.router.nodes import MAX_MET, Node
 from pd_serve.router.policy import Pair, longest
 from pd_serve.wire import link
+from pd_serve.wire.chunks import unpack
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +104,34 @@ class Group:
             self.targets.put(view)
 
     def computed(self, node: Node, names: Sequence[int], cached_tokens: int | None) -> None:
-        """The node has a prompt of these ``names`` now; ``cached_tokens``, where it said so, it had before."""
+        """The node has a prompt of these ``names`` now; ``cached_tokens``, where it said so, it had before.
+
+        Noted of nodes that do not tell of their caches themselves."""
+        if node.prefix_frame is not None:
+            return
         for nodes, seen in ((self.prefill, self.sources), (self.decode, self.targets)):
             if node.id in nodes:
                 if cached_tokens is not None:
                     seen.prefixes.found(node.id, names, cached_tokens)
                 seen.prefixes.stored(node.id, names)
+
+    def cached(self, node: Node, frame: link.Prefixes) -> None:
+        """What the node says of its cache. Raises ValueError where that makes no sense."""
+        stored, evicted = unpack(frame.stored), unpack(frame.evicted)
+        if not frame.whole:
+            if node.prefix_frame is None or frame.number <= node.prefix_frame:
+                return  # the whole is still to come, or had this
+            if frame.number > node.prefix_frame + 1:
+                node.prefix_frame = None
+                node.tell(link.GetPrefixes())
+                return
+        node.prefix_frame = frame.number
+        for nodes, seen in ((self.prefill, self.sources), (self.decode, self.targets)):
+            if node.id in nodes:
+                if frame.whole:
+                    seen.prefixes.forget(node.id)
+                seen.prefixes.evicted(node.id, evicted)
+                seen.prefixes.stored(node.id, stored)
 
     def learn(self, node: Node) -> None:
         """Who it cannot read from, or whether it drains, may be something else now."""
@@ -350,6 +373,8 @@ class Registry:
 
     def _take_up(self, group: Group, node: Node) -> None:
         group.enter(node)
+        node.prefix_frame = None  # what was known of it in another role is gone
+        node.tell(link.GetPrefixes())
         self._compare(node.hello.model.name)
         group.refresh()
         group.introduce(node)
@@ -357,6 +382,12 @@ class Registry:
         for watcher in tuple(self.watchers):
             watcher()
         group.wake()
+
+    def cached(self, node: Node, frame: link.Prefixes) -> None:
+        """What a node says of its cache. Raises ValueError where that makes no sense."""
+        group = self.group(node.hello.model)
+        if group is not None and self._by_id.get(node.id) is node:
+            group.cached(node, frame)
 
     def remove(self, node: Node, why: str) -> None:
         """The node is gone: its attempts are told. Does nothing when it was removed before."""

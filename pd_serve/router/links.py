@@ -282,6 +282,11 @@ class Links:
                 node.outputs(message.items, now_s)
             case wire.Status() if node is not None:
                 self._registry.status(node, message)
+            case wire.Prefixes() if node is not None:
+                try:
+                    self._registry.cached(node, message)
+                except ValueError as error:
+                    raise _Impossible(str(error)) from None
             case wire.Role() if node is not None:
                 self._registry.role(node, message)
             case wire.Role():

@@ -53,6 +53,7 @@ class Node:
         self.alive = True
         self._send = send
         self.changed: Callable[[Node], None] = _nobody  # told whenever its view may be another one
+        self.prefix_frame: int | None = None  # the last frame about what it has cached; None: it has said nothing yet
         self.met: dict[str, None] = {}  # decode: the last sources that it was told of, or was to read from
         self._numbers = itertools.count(1)
         # Submits that no status includes yet: number and prompt tokens to be computed here, by attempt.

@@ -11,6 +11,7 @@ import pytest
 from pd_serve.engine import core
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
+from pd_serve.wire.chunks import pack
 from tests.engine.harness import Node
 
 
@@ -32,6 +33,25 @@ def test_where_several_routers_submit_they_hear_of_each_other_soon(node: Node) -
     params = link.SamplingParams(90, 0)
     node.say(link.Submit("b", array("i", [5, 6, 7]).tobytes(), 0, params, number=1), origin=2)
     node.listen(lambda: ({1: 1, 2: 1}, 2) in reports(), "a status while both run")
+
+
+def test_routers_that_ask_are_told_of_cached_prefixes(node: Node) -> None:
+    def heard(count: int) -> list[tuple[int, link.Prefixes]]:
+        node.listen(lambda: len(node.prefixes) == count, f"{count} frames")
+        return node.prefixes
+
+    node.kv.named.stored([1, 2])
+    node.say(link.GetPrefixes(), origin=1)
+    assert heard(1) == [(1, link.Prefixes(1, pack([1, 2]), whole=True))]
+    node.kv.named.evicted([1])
+    node.kv.named.stored([3])
+    node.say(link.GetPrefixes(), origin=2)  # the first hears what has changed, the second has it with the whole
+    changed = link.Prefixes(2, pack([3]), pack([1]))
+    assert heard(3)[1:] == [(1, changed), (2, link.Prefixes(2, pack([2, 3]), whole=True))]
+    node.tell(wire.Drop(1))
+    node.kv.named.stored([4])
+    node.tell(link.Peers([]))
+    assert heard(4)[3:] == [(2, link.Prefixes(3, pack([4])))]
 
 
 def test_sources_that_cannot_be_read_from_are_told_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

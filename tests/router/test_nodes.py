@@ -13,6 +13,7 @@ from pd_serve.router.breaker import Breakers
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.nodes import Node
 from pd_serve.wire import link
+from pd_serve.wire.chunks import pack
 from tests.api import tiny
 from tests.router.test_stream import ManualClock
 
@@ -238,7 +239,7 @@ def test_a_node_of_both_roles_serves_alone_and_counts_as_both() -> None:
     said = told(node)
     group = joined(registry, node)
     assert group.serving() == (1, 1) and group.nodes() == [node] and group.troubles() == {}
-    assert said == [], "it does not read from itself"
+    assert said == [link.GetPrefixes()], "it does not read from itself"
     other = make("both", 1)
     joined(registry, other)
     assert said[-1] == link.Peers([other.source])
@@ -275,3 +276,36 @@ def test_a_role_is_taken_at_once_and_attempts_stay() -> None:
     registry.remove(decode, "gone")
     registry.role(decode, link.Role("both", ()))
     assert (list(group.prefill), group.nodes(), work.losses) == ([], [prefill], 1)
+
+
+# --- what nodes say of their caches
+
+
+def test_what_a_node_tells_of_its_cache_and_what_is_lost_of_it() -> None:
+    registry = Registry()
+    node, silent = make("prefill"), make("prefill", 1)
+    said = told(node)
+    group = joined(registry, node, silent, make("decode"))
+    assert link.GetPrefixes() in said
+    known = group.sources.prefixes
+
+    def tell(number: int, stored: list[int], evicted: list[int] | None = None, *, whole: bool = False) -> set[int]:
+        registry.cached(node, link.Prefixes(number, pack(stored), pack(evicted or []), whole=whole))
+        return known.names(node.id)
+
+    assert tell(4, [9]) == set(), "before the whole"
+    assert tell(5, [1, 2], whole=True) == {1, 2}
+    assert tell(5, [7]) == {1, 2}, "the whole had it"
+    assert tell(6, [3], [1]) == {2, 3}
+    said.clear()
+    assert tell(8, [4]) == {2, 3} and said == [link.GetPrefixes()], "the 7th is missing"
+    assert tell(9, [5]) == {2, 3} and len(said) == 1
+    assert tell(9, [2, 4, 5], whole=True) == {2, 4, 5}
+    # its own word counts, not what the router saw it compute; of others nothing better is known
+    group.computed(node, [100, 101], 0)
+    group.computed(silent, [100, 101], 0)
+    assert tell(10, []) == {2, 4, 5} and known.names(silent.id) == {100, 101}
+    with pytest.raises(ValueError, match="9 bytes"):
+        registry.cached(node, link.Prefixes(11, bytes(9)))
+    registry.remove(node, "gone")
+    assert known.names(node.id) == set()
