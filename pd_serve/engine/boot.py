@@ -237,7 +237,14 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
     check_expandable_segments(on_gpu=memory.device is not None, cumem=bool(config.enable_cumem_allocator))
     model, layout = fit.model, fit.layout
     counts = tuple(region.num_blocks for region in memory.regions[: len(layout.groups)])
-    kv = KVManager(layout, counts, fit.max_model_len + 1, prefix_caching=config.prefix_caching)
+    identity = identity_of(config, fit, rank=0)
+    kv = KVManager(
+        layout,
+        counts,
+        fit.max_model_len + 1,
+        prefix_caching=config.prefix_caching,
+        fingerprint=identity.model,
+    )
     limits = Limits(
         max_num_seqs=config.batch_limit,
         max_num_batched_tokens=config.token_budget,
@@ -246,7 +253,6 @@ def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_toke
         max_queue_wait_s=config.max_queue_wait_s,
         max_model_len=fit.max_model_len,
     )
-    identity = identity_of(config, fit, rank=0)
     info = ModelInfo(
         name=config.served_model_name,
         fingerprint=identity.model,

@@ -24,7 +24,7 @@ class Channel:
     def send_node(self, message: wire.FromEngine) -> None:
         self.socket.send_multipart([wire.NODE, wire.encoder.encode(message)])
 
-    def send_router(self, origin: int, message: link.Outputs) -> None:
+    def send_router(self, origin: int, message: link.Outputs | link.Prefixes) -> None:
         self.socket.send_multipart([origin.to_bytes(4, "little"), link.encoder.encode(message)])
 
     def receive(self) -> Iterator[tuple[int, bytes]]:

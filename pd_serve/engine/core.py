@@ -31,10 +31,12 @@ from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
+from pd_serve.wire.chunks import pack
 
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
+_STATUS_SOON_S = 0.05  # after a submit, where other routers place by what they heard last
 
 
 class Engine:
@@ -62,6 +64,8 @@ class Engine:
         self._vocab_size = vocab_size
         self._seqs: dict[str, Sequence] = {}
         self._outbound: defaultdict[int, list[link.Output]] = defaultdict(list)
+        self._followers: set[int] = set()  # origins that want to know what is cached
+        self._prefix_frames = 0
         self._submits: dict[int, int] = {}  # by origin: the number of its last submit
         self._stopping = False
         self._draining = False
@@ -214,6 +218,11 @@ class Engine:
                         self._end(seq, "aborted")
             case link.Peers():
                 self._peers(message)
+            case link.GetPrefixes():
+                self._tell_prefixes()  # what others hear before, this one has with the whole
+                self._followers.add(origin)
+                whole = link.Prefixes(self._prefix_frames, pack(self._kv.named.held), whole=True)
+                self._channel.send_router(origin, whole)
 
     def _peers(self, peers: link.Peers) -> None:
         sources = []
@@ -228,6 +237,7 @@ class Engine:
         match message:
             case wire.Drop():
                 self._submits.pop(message.origin, None)
+                self._followers.discard(message.origin)
                 for seq in [s for s in self._seqs.values() if s.origin == message.origin]:
                     self._counters["aborts"] += 1
                     self._end(seq, "its router is gone")
@@ -251,6 +261,8 @@ class Engine:
 
     def _submit(self, origin: int, submit: link.Submit) -> None:
         self._submits[origin] = submit.number
+        if len(self._submits) > 1:
+            self._status_due_s = min(self._status_due_s, time.monotonic() + _STATUS_SOON_S)
         failure = self._refusal(submit)
         if failure is not None:
             self._counters[f"failures_{failure.kind}"] += 1
@@ -322,6 +334,15 @@ class Engine:
         for origin, outputs in self._outbound.items():
             self._channel.send_router(origin, link.Outputs(outputs))
         self._outbound.clear()
+        self._tell_prefixes()
+
+    def _tell_prefixes(self) -> None:
+        stored, evicted = self._kv.named.take()
+        if stored or evicted:
+            self._prefix_frames += 1
+            frame = link.Prefixes(self._prefix_frames, pack(stored), pack(evicted))
+            for origin in self._followers:
+                self._channel.send_router(origin, frame)
 
     # --- status -------------------------------------------------------------------------------------
 

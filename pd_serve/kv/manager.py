@@ -6,6 +6,7 @@ blocks; a group with a window gives back those that no later token can see.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ import numpy.typing as npt
 
 from pd_serve.errors import PoolExhausted
 from pd_serve.kv.layout import KVLayout
+from pd_serve.kv.named import Named
 from pd_serve.kv.pool import BlockPool
 from pd_serve.kv.prefix import PrefixNode, PrefixTree, block_keys
+from pd_serve.wire.chunks import CHUNK_TOKENS, chain
 from pd_serve.wire.link import GroupUsage
 
 Tokens = npt.NDArray[np.int32]
@@ -25,7 +28,7 @@ Slot = tuple[PrefixNode, int]  # a node and the group whose block it lost or hol
 class SequenceBlocks:
     """A sequence's block tables. ``tables[group][i]`` is the pool block of logical block ``i``, 0 = none."""
 
-    __slots__ = ("first", "node", "num_blocks", "num_committed", "tables")
+    __slots__ = ("first", "name", "node", "num_blocks", "num_committed", "tables")
 
     def __init__(self, num_groups: int, capacity: int, root: PrefixNode) -> None:
         self.tables = [np.zeros(capacity, dtype=np.int32) for _ in range(num_groups)]
@@ -33,6 +36,7 @@ class SequenceBlocks:
         self.first = [0] * num_groups  # first logical block still held, a group
         self.node = root  # prefix node of the last committed block
         self.num_committed = 0
+        self.name = 0  # of the last prefix that ends within the committed blocks
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,39 @@ class PrefixMatch:
 
 
 class KVManager:
-    """``num_blocks[group]`` counts the null block. ``capacity_tokens``: the longest sequence there can be."""
+    """``num_blocks[group]`` counts the null block. ``capacity_tokens``: the longest sequence there can be.
+    ``fingerprint``: of the model, which the names of cached prefixes are made with."""
 
     def __init__(
-        self, layout: KVLayout, num_blocks: tuple[int, ...], capacity_tokens: int, *, prefix_caching: bool = True
+        self,
+        layout: KVLayout,
+        num_blocks: tuple[int, ...],
+        capacity_tokens: int,
+        *,
+        prefix_caching: bool = True,
+        fingerprint: str = "",
     ) -> None:
         self.layout = layout
         self.prefix_caching = prefix_caching
         self._capacity = layout.blocks_for(capacity_tokens)
         self._num_blocks = num_blocks
+        self._fingerprint = fingerprint
+        self.named = Named()
+        # The group whose blocks say whether a prefix is there: one that remembers all of it, where there is one.
+        self._telling = next((at for at, group in enumerate(layout.groups) if group.window is None), 0)
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything: all blocks are free, no prefix is known. Whoever held blocks must be gone for good."""
+        self.named.clear()
         self._tree = PrefixTree(len(self.layout.groups))
         self._pools: list[BlockPool[Slot]] = [BlockPool(n, self._evicted) for n in self._num_blocks]
 
     def _evicted(self, slot: Slot) -> None:
         node, group = slot
         node.blocks[group] = 0
+        if node.names and group == self._telling:
+            self.named.evicted(node.names)
         self._tree.prune(node)
 
     def match(self, tokens: Tokens, limit: int) -> PrefixMatch:
@@ -102,6 +120,7 @@ class KVManager:
                     blocks.tables[group][i] = block
             blocks.num_blocks = blocks.num_committed = count
             blocks.node = match.path[-1]
+            blocks.name = next((node.names[-1] for node in reversed(match.path) if node.names), 0)
         blocks.node.users += 1
         return blocks
 
@@ -152,6 +171,7 @@ class KVManager:
             node.users -= 1
             for i, key in enumerate(block_keys(tokens, size, blocks.num_committed, full), blocks.num_committed):
                 node = self._tree.child(node, key)
+                self._name(node, blocks, tokens, i)
                 for group, pool in enumerate(self._pools):
                     block = int(blocks.tables[group][i])
                     if whole_from and i < whole_from[group]:
@@ -159,11 +179,24 @@ class KVManager:
                     if block and not node.blocks[group] and pool.owner(block) is None:
                         node.blocks[group] = block
                         pool.own(block, (node, group))
+                        if node.names and group == self._telling:
+                            self.named.stored(node.names)
             node.users += 1
             blocks.node, blocks.num_committed = node, full
         for group, g in enumerate(self.layout.groups):
             if g.window is not None:
                 self._forget_before(blocks, group, self.layout.first_live_block(group, num_computed))
+
+    def _name(self, node: PrefixNode, blocks: SequenceBlocks, tokens: Tokens, block: int) -> None:
+        """Names the prefixes that end in the block, and goes on from the last one."""
+        size = self.layout.block_size
+        first, last = block * size // CHUNK_TOKENS, (block + 1) * size // CHUNK_TOKENS
+        if first == last:
+            return
+        if not node.names:
+            chunks = tokens[first * CHUNK_TOKENS : last * CHUNK_TOKENS]
+            node.names = tuple(chain(self._fingerprint, chunks.astype("<i4", copy=False).tobytes(), blocks.name))
+        blocks.name = node.names[-1]
 
     def _forget_before(self, blocks: SequenceBlocks, group: int, first: int) -> None:
         old = blocks.first[group]
@@ -196,15 +229,19 @@ class KVManager:
         self._check_tree()
 
     def _check_tree(self) -> None:
-        stack, seen = list(self._tree.root.children.values()), 0
+        stack, seen, named = list(self._tree.root.children.values()), 0, Counter[int]()
         while stack:
             node = stack.pop()
             seen += 1
             stack.extend(node.children.values())
+            if node.blocks[self._telling]:
+                named.update(node.names)
             for group, block in enumerate(node.blocks):
                 if block and self._pools[group].owner(block) != (node, group):
                     raise ValueError(f"prefix node and pool disagree on block {block} of group {group}")
             if not node.children and not node.users and not any(node.blocks):
                 raise ValueError("an empty prefix node was kept")
+        if named != self.named.held:
+            raise ValueError("prefixes that are cached and those that routers are told of differ")
         if seen != self._tree.num_nodes:
             raise ValueError(f"{seen} prefix nodes are reachable, {self._tree.num_nodes} exist")

@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 
 class PrefixNode:
-    """``blocks[group]``: the pool block that holds this content, 0 = none. ``users``: sequences standing here."""
+    """``blocks[group]``: the pool block that holds this content, 0 = none. ``users``: sequences standing here.
 
-    __slots__ = ("blocks", "children", "key", "parent", "users")
+    ``names``: what routers call the prefixes that end in this block (:mod:`pd_serve.wire.chunks`)."""
+
+    __slots__ = ("blocks", "children", "key", "names", "parent", "users")
 
     def __init__(self, parent: PrefixNode | None, key: bytes, num_groups: int) -> None:
         self.parent = parent
@@ -24,6 +26,7 @@ class PrefixNode:
         self.children: dict[bytes, PrefixNode] = {}
         self.blocks = [0] * num_groups
         self.users = 0
+        self.names: tuple[int, ...] = ()
 
 
 class PrefixTree:

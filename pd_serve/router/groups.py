@@ -6,21 +6,27 @@ Links add and remove nodes here; streams look for nodes here and wait for one. K
 from __future__ import annotations
 
 import logging
+import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
 
 import msgspec
 
 from pd_serve.api.text_model import TextModel
+from pd_serve.router import field
 from pd_serve.router.breaker import Breakers
+from pd_serve.router.field import Field
 from pd_serve.router.line import Line
-from pd_serve.router.nodes import Node
-from pd_serve.router.policy import NodeView, Pair, longest
+from pd_serve.router.nodes import MAX_MET, Node
+from pd_serve.router.policy import Pair, longest
 from pd_serve.wire import link
+from pd_serve.wire.chunks import unpack
 
 log = logging.getLogger(__name__)
 
-Views = tuple[list[NodeView], list[NodeView], frozenset[Pair]]  # prefill nodes, decode nodes, pairs that are unfit
+Troubles = dict[str, tuple[str, str]]  # by node id: "misfit" or "failing", and why
 
 _SETTLE_S = 1.0  # nodes link one after the other: until then a misfit may only be early
 
@@ -35,13 +41,19 @@ class Group:
         self.text = text
         self.prefill: dict[str, Node] = {}
         self.decode: dict[str, Node] = {}
+        self.sources = field.sources()  # the same nodes, as placement sees them
+        self.targets = field.targets()
         self.waiting: dict[object, tuple[float, Callable[[], None]]] = {}  # (age, told of a node)
         self.line = Line()
         self.rival = ""  # fingerprint of another group of this name, which has decode nodes; "": there is none
         self.breakers = Breakers(now_s)
         self._now_s = now_s
         self._texts = {_text_key(text.info): text}  # by age: the newest is used
-        self._turn = 0
+        self._by_text: Counter[tuple[object, ...]] = Counter()  # nodes by text
+        self._turn = random.getrandbits(32)  # routers that share nodes do not begin with the same ones
+        self._complaining: dict[str, Node] = {}  # decode nodes that name misfits
+        self._blocked: frozenset[Pair] | None = None  # pairs that ``_found`` was made with; None: it is stale
+        self._found: Troubles = {}  # misfits
         self._misfits: dict[str, tuple[float, str]] = {}  # since when, and why; warned of when that has lasted
         self._warned: dict[str, str] = {}
 
@@ -53,9 +65,81 @@ class Group:
     def nodes(self) -> list[Node]:
         return list({**self.prefill, **self.decode}.values())
 
+    @property
+    def linked(self) -> bool:
+        """It has nodes."""
+        return bool(self.prefill or self.decode)
+
     def turn(self) -> int:
         self._turn += 1
         return self._turn
+
+    def enter(self, node: Node) -> None:
+        if node.prefills:
+            self.prefill[node.id] = node
+        if node.decodes:
+            self.decode[node.id] = node
+        self._by_text[_text_key(node.hello.model)] += 1
+        node.changed = self._changed
+        self._changed(node)
+        self.learn(node)
+
+    def leave(self, node: Node) -> None:
+        """Does nothing where it is not here."""
+        if node.id not in self.prefill and node.id not in self.decode:
+            return
+        for nodes, seen in ((self.prefill, self.sources), (self.decode, self.targets)):
+            if nodes.pop(node.id, None) is not None:
+                seen.drop(node.id)
+        self._by_text -= Counter([_text_key(node.hello.model)])
+        self._complaining.pop(node.id, None)
+        self._blocked = None
+
+    def _changed(self, node: Node) -> None:
+        """What placement sees of it may be something else now."""
+        view = node.view()
+        if node.id in self.prefill:
+            self.sources.put(view)
+        if node.id in self.decode:
+            self.targets.put(view)
+
+    def computed(self, node: Node, names: Sequence[int], cached_tokens: int | None) -> None:
+        """The node has a prompt of these ``names`` now; ``cached_tokens``, where it said so, it had before.
+
+        Noted of nodes that do not tell of their caches themselves."""
+        if node.prefix_frame is not None:
+            return
+        for nodes, seen in ((self.prefill, self.sources), (self.decode, self.targets)):
+            if node.id in nodes:
+                if cached_tokens is not None:
+                    seen.prefixes.found(node.id, names, cached_tokens)
+                seen.prefixes.stored(node.id, names)
+
+    def cached(self, node: Node, frame: link.Prefixes) -> None:
+        """What the node says of its cache. Raises ValueError where that makes no sense."""
+        stored, evicted = unpack(frame.stored), unpack(frame.evicted)
+        if not frame.whole:
+            if node.prefix_frame is None or frame.number <= node.prefix_frame:
+                return  # the whole is still to come, or had this
+            if frame.number > node.prefix_frame + 1:
+                node.prefix_frame = None
+                node.tell(link.GetPrefixes())
+                return
+        node.prefix_frame = frame.number
+        for nodes, seen in ((self.prefill, self.sources), (self.decode, self.targets)):
+            if node.id in nodes:
+                if frame.whole:
+                    seen.prefixes.forget(node.id)
+                seen.prefixes.evicted(node.id, evicted)
+                seen.prefixes.stored(node.id, stored)
+
+    def learn(self, node: Node) -> None:
+        """Who it cannot read from, or whether it drains, may be something else now."""
+        self._blocked = None
+        if node.misfits and node.id in self.decode:
+            self._complaining[node.id] = node
+        else:
+            self._complaining.pop(node.id, None)
 
     # --- what it serves -------------------------------------------------------------------------------
 
@@ -67,13 +151,12 @@ class Group:
 
     def refresh(self) -> None:
         """After nodes came, left or began to drain: text and limit are those of the nodes that are there."""
-        nodes = self.nodes()
-        if not nodes:
+        if not self.linked:
             return
-        linked = {_text_key(node.hello.model) for node in nodes}
-        self._texts = {key: text for key, text in self._texts.items() if key in linked} or self._texts
+        if any(key not in self._by_text for key in self._texts):
+            self._texts = {key: text for key, text in self._texts.items() if key in self._by_text} or self._texts
         *_, text = self._texts.values()
-        limit = longest(_lengths(self.prefill), _lengths(self.decode))
+        limit = longest(self.sources.lengths(), self.targets.lengths())
         if text.info.max_model_len != limit:
             text.info = msgspec.structs.replace(text.info, max_model_len=limit)
         self.text = text
@@ -85,9 +168,11 @@ class Group:
 
         ``due``: also pairs whose next request is a trial.
         """
+        if not self._complaining and not self.breakers:
+            return {}
         found = {
             (source, node.id): reason
-            for node in self.decode.values()
+            for node in self._complaining.values()
             for source, reason in node.misfits.items()
             if source in self.prefill
         }
@@ -96,52 +181,68 @@ class Group:
             found |= {key: why for key, why in blocked.items() if isinstance(key, tuple)}
         return found
 
-    def views(self) -> Views:
-        unfit = self.unfit()
-        unwell = self.troubles(due=False)
-        prefill = [node.view(unwell=id in unwell) for id, node in self.prefill.items()]
-        decode = [node.view(unwell=id in unwell) for id, node in self.decode.items()]
-        return prefill, decode, frozenset(unfit)
-
-    def troubles(self, *, due: bool = True) -> dict[str, tuple[str, str]]:
+    def troubles(self, *, due: bool = True) -> Troubles:
         """State ("misfit" or "failing") and reason of every node that is not well, until it has done well again.
 
         Without ``due``: of those that get no requests now, not even a trial.
         """
-        unfit = self.unfit(due=due)
-        found: dict[str, tuple[str, str]] = {}
-        if self.breakers:
-            blocked = self.breakers.blocked(due=due)
-            found = {id: ("failing", blocked[id]) for id in (*self.prefill, *self.decode) if id in blocked}
-        alone = bool(self.rival) and not self.decode
-        if unfit or alone or len({node.hello.layout for node in self.nodes()}) > 1:
-            for node in self.nodes():
-                reason = self._misfit(node, unfit)
-                if reason is not None:
-                    found[node.id] = "misfit", reason
-        return found
+        if not self.breakers and self._blocked == frozenset():
+            return self._found
+        blocked = self.breakers.blocked(due=due) if self.breakers else {}
+        pairs = frozenset(key for key in blocked if isinstance(key, tuple))
+        if self._blocked is None or self._blocked != pairs:
+            self._found = self._find_misfits(self.unfit(due=due))
+            self._blocked = pairs
+        if not blocked:
+            return self._found
+        failing = {
+            key: ("failing", why)
+            for key, why in blocked.items()
+            if isinstance(key, str) and (key in self.prefill or key in self.decode)
+        }
+        return failing | self._found
 
-    def _misfit(self, node: Node, unfit: dict[Pair, str]) -> str | None:
-        """Why no node can work with ``node``."""
-        source = not node.decodes
-        if source and self.rival and not self.decode:
-            return (
+    def _find_misfits(self, unfit: dict[Pair, str]) -> Troubles:
+        """Nodes that no node can work with, and why. Nodes that drain are nobody's partners."""
+        found: dict[str, str] = {}
+        if self.rival and not self.decode:
+            why = (
                 f"decode nodes serve {self.info.name!r} from other files or in another dtype (fingerprint "
                 f"{self.rival}, here {self.info.fingerprint}): start all nodes alike, or name one model otherwise "
                 "(--served-model-name)"
             )
-        others = [other for other in (self.decode if source else self.prefill).values() if not other.load.draining]
-        partners = [other for other in others if other.hello.layout == node.hello.layout]
-        if not partners:
-            # a decode node serves alone
-            return _no_partner(node, others) if others and source else None
-        reasons = [unfit.get((node.id, p.id) if source else (p.id, node.id)) for p in partners]
-        return reasons[0] if all(reasons) else None
+            return {id: ("misfit", why) for id, node in self.prefill.items() if not node.decodes}
+        readers, sources = _layouts(self.targets), _layouts(self.sources)
+        if readers and any(layout not in readers for layout, _, _ in self.sources.kinds):
+            others = [other for other in self.decode.values() if not other.load.draining]
+            theirs = " and ".join(dict.fromkeys(_layout(other) for other in others))
+            for node in self.prefill.values():
+                if node.hello.layout not in readers and not node.decodes:  # a decode node serves alone
+                    found[node.id] = (
+                        f"no decode node has its KV layout, {_layout(node)}, but {theirs}: start all nodes with the "
+                        "same --dtype and --kv-cache-dtype"
+                    )
+        of_sources, of_readers = Counter[str](), Counter[str]()
+        for (source_id, reader_id), why in unfit.items():
+            source, reader = self.prefill.get(source_id), self.decode.get(reader_id)
+            if source is None or reader is None or source.hello.layout != reader.hello.layout:
+                continue
+            layout = source.hello.layout
+            of_sources[source_id] += not reader.load.draining
+            of_readers[reader_id] += not source.load.draining
+            if not source.decodes and 0 < readers[layout] == of_sources[source_id]:
+                found.setdefault(source_id, why)
+            if 0 < sources[layout] == of_readers[reader_id]:
+                found.setdefault(reader_id, why)
+        return {id: ("misfit", why) for id, why in found.items()}
 
     def judge(self) -> None:
         """One warning for a node that has become a misfit, one word when it no longer is."""
+        troubles = self.troubles()
+        if not troubles and not self._misfits and not self._warned:
+            return
         now_s = self._now_s()
-        found = {id: reason for id, (state, reason) in self.troubles().items() if state == "misfit"}
+        found = {id: reason for id, (state, reason) in troubles.items() if state == "misfit"}
         self._misfits = {id: (self._misfits.get(id, (now_s, ""))[0], reason) for id, reason in found.items()}
         for id, (since_s, reason) in self._misfits.items():
             if id not in self._warned and now_s - since_s >= _SETTLE_S:
@@ -155,10 +256,15 @@ class Group:
         """How many prefill and decode nodes take requests."""
         troubles = self.troubles()
 
-        def count(nodes: dict[str, Node]) -> int:
-            return sum(not node.load.draining and id not in troubles for id, node in nodes.items())
+        def count(nodes: dict[str, Node], seen: Field) -> int:
+            ill = sum(id in nodes and not nodes[id].load.draining for id in troubles)
+            return seen.staying() - ill
 
-        return count(self.prefill), count(self.decode)
+        return count(self.prefill, self.sources), count(self.decode, self.targets)
+
+    def forget_misfits(self) -> None:
+        """They are to be found again."""
+        self._blocked = None
 
     def wake(self) -> None:
         """There is a node for those that wait: the oldest first."""
@@ -166,19 +272,35 @@ class Group:
             callback()
         self.line.advance()
 
-    def announce(self) -> None:
-        """Tells decode nodes which prefill nodes may be named as a source, so that they connect ahead of use."""
-        for node in list(self.decode.values()):
-            sources = [p for p in self.prefill.values() if p is not node and p.hello.layout == node.hello.layout]
-            node.tell(link.Peers([source.source for source in sources]))
+    def introduce(self, node: Node) -> None:
+        """Decode nodes hear of a bounded number of prefill nodes before they need them, those of their own host first,
+        so that nothing has to be connected for a request; of others when one comes."""
+        if node.decodes:
+            sources = _acquaintances(node, self.prefill)
+            for source in sources:
+                node.meet(source.id)
+            if sources:
+                node.tell(link.Peers([source.source for source in sources]))
+        if node.prefills:
+            for reader in _acquaintances(node, self.decode):
+                reader.meet(node.id)
+                reader.tell(link.Peers([node.source]))
+                self._changed(reader)
+        self._changed(node)
 
 
-def _no_partner(node: Node, others: list[Node]) -> str:
-    theirs = " and ".join(dict.fromkeys(_layout(other) for other in others))
-    return (
-        f"no decode node has its KV layout, {_layout(node)}, but {theirs}: start all nodes with the same --dtype and "
-        "--kv-cache-dtype"
-    )
+def _acquaintances(node: Node, others: dict[str, Node]) -> list[Node]:
+    """Some of ``others``, of equal layout: those on its host first."""
+    near: list[Node] = []
+    far: list[Node] = []
+    if len(others) <= MAX_MET:
+        seen: Iterable[Node] = others.values()
+    else:  # whoever came beside it is likely to be on its host; and any
+        seen = chain(islice(reversed(others.values()), MAX_MET), random.sample(list(others.values()), MAX_MET))
+    for other in {id(o): o for o in seen}.values():
+        if other is not node and other.hello.layout == node.hello.layout:
+            (near if other.host == node.host else far).append(other)
+    return [*near, *random.sample(far, len(far))][:MAX_MET]
 
 
 def _layout(node: Node) -> str:
@@ -190,10 +312,13 @@ def _text_key(info: link.ModelInfo) -> tuple[object, ...]:
     return info.text, info.vocab_size, tuple(info.eos_token_ids)
 
 
-def _lengths(nodes: dict[str, Node]) -> list[tuple[str, int]]:
-    """Layout and limit of each; of those that drain only where there are no others."""
-    staying = [node for node in nodes.values() if not node.load.draining] or nodes.values()
-    return [(node.hello.layout, node.hello.model.max_model_len) for node in staying]
+def _layouts(seen: Field) -> Counter[str]:
+    """How many nodes of each layout do not drain."""
+    found = Counter[str]()
+    for (layout, _, draining), count in seen.kinds.items():
+        if not draining:
+            found[layout] += count
+    return found
 
 
 class Registry:
@@ -223,7 +348,7 @@ class Registry:
     def add_group(self, text: TextModel) -> Group:
         """A model's text side; groups of the same name that have no nodes left give way."""
         key = (text.info.name, text.info.fingerprint)
-        for other in [k for k, g in self.groups.items() if k[0] == key[0] and k != key and not g.nodes()]:
+        for other in [k for k, g in self.groups.items() if k[0] == key[0] and k != key and not g.linked]:
             del self.groups[other]
         group = self.groups.setdefault(key, Group(text, self._now_s))
         group.add_text(text)
@@ -242,23 +367,27 @@ class Registry:
         if group is None or self._by_id.get(node.id) is not node:
             return
         log.info("%s is %s from now on", node.title, role.role)
-        group.prefill.pop(node.id, None)
-        group.decode.pop(node.id, None)
+        group.leave(node)
         node.hello = msgspec.structs.replace(node.hello, role=role.role, peer_addresses=role.peer_addresses)
         self._take_up(group, node)
 
     def _take_up(self, group: Group, node: Node) -> None:
-        if node.prefills:
-            group.prefill[node.id] = node
-        if node.decodes:
-            group.decode[node.id] = node
+        group.enter(node)
+        node.prefix_frame = None  # what was known of it in another role is gone
+        node.tell(link.GetPrefixes())
         self._compare(node.hello.model.name)
         group.refresh()
-        group.announce()
+        group.introduce(node)
         group.judge()
         for watcher in tuple(self.watchers):
             watcher()
         group.wake()
+
+    def cached(self, node: Node, frame: link.Prefixes) -> None:
+        """What a node says of its cache. Raises ValueError where that makes no sense."""
+        group = self.group(node.hello.model)
+        if group is not None and self._by_id.get(node.id) is node:
+            group.cached(node, frame)
 
     def remove(self, node: Node, why: str) -> None:
         """The node is gone: its attempts are told. Does nothing when it was removed before."""
@@ -269,14 +398,11 @@ class Registry:
         attempts, node.attempts = node.attempts, {}
         group = self.groups.get((node.hello.model.name, node.hello.model.fingerprint))
         if group is not None:
-            group.prefill.pop(node.id, None)
-            group.decode.pop(node.id, None)
+            group.leave(node)
             self._compare(node.hello.model.name)
             if attempts and not node.load.draining:
                 group.breakers.failed(node.id, why)
             group.refresh()
-            if node.prefills:
-                group.announce()
             group.judge()
         for attempt in attempts.values():
             attempt.lost(node, why)
@@ -286,7 +412,10 @@ class Registry:
         groups = [group for (other, _), group in self.groups.items() if other == name]
         for group in groups:
             rivals = [other.info.fingerprint for other in groups if other is not group and other.decode]
-            group.rival = rivals[-1] if rivals else ""
+            rival = rivals[-1] if rivals else ""
+            if rival != group.rival:
+                group.rival = rival
+                group.forget_misfits()
 
     def status(self, node: Node, status: link.Status) -> None:
         before = node.load.draining, node.misfits
@@ -294,11 +423,12 @@ class Registry:
         group = self.group(node.hello.model)
         if group is None:
             return
-        group.judge()
         if before != (status.load.draining, status.misfits):
+            group.learn(node)
             group.refresh()
-            if not status.load.draining:
-                group.wake()
+        group.judge()
+        if before != (status.load.draining, status.misfits) and not status.load.draining:
+            group.wake()
 
     def names(self) -> list[str]:
         """Served names, those whose nodes have all left included: they may come back."""
@@ -309,7 +439,7 @@ class Registry:
 
         None while it has no node: there is nothing that a request could be read by.
         """
-        groups = [group for (other, _), group in self.groups.items() if other == name and group.nodes()]
+        groups = [group for (other, _), group in self.groups.items() if other == name and group.linked]
         return max(reversed(groups), key=_usefulness, default=None)
 
 

@@ -40,7 +40,7 @@ _BACKOFF_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # the last one for ever
 _REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that answers and cannot be worked with
 # Registered ones and listed ones. Far more than one router has tokens to carry for; each costs a socket and a task, and
 # where strangers may register it is they who say what is dialled.
-MAX_LINKS = 1000
+MAX_LINKS = 16_384
 _TICK_S = 0.5
 _PING_AFTER_S = 1.0
 _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict on others then
@@ -282,6 +282,11 @@ class Links:
                 node.outputs(message.items, now_s)
             case wire.Status() if node is not None:
                 self._registry.status(node, message)
+            case wire.Prefixes() if node is not None:
+                try:
+                    self._registry.cached(node, message)
+                except ValueError as error:
+                    raise _Impossible(str(error)) from None
             case wire.Role() if node is not None:
                 self._registry.role(node, message)
             case wire.Role():

@@ -8,15 +8,19 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
-from pd_serve.router.policy import NodeView
+from pd_serve.router.field import NodeView
 from pd_serve.wire import link
 from pd_serve.wire.memory import MemoryReport
 
 log = logging.getLogger(__name__)
+
+MAX_MET = 16  # sources that a decode node is told of before it needs them; it may come to keep more
 
 
 class Attempt(Protocol):
@@ -39,7 +43,8 @@ class Node:
         self.hello = hello
         self.id = hello.node_id
         self.url = hello.url
-        self.load = hello.load
+        self.host = urlsplit(hello.url).hostname
+        self._take(hello.load)
         self.counters: dict[str, float] = {}
         self.memory: MemoryReport | None = None
         self.running: link.Running | None = None
@@ -47,9 +52,13 @@ class Node:
         self.attempts: dict[str, Attempt] = {}
         self.alive = True
         self._send = send
+        self.changed: Callable[[Node], None] = _nobody  # told whenever its view may be another one
+        self.prefix_frame: int | None = None  # the last frame about what it has cached; None: it has said nothing yet
+        self.met: dict[str, None] = {}  # decode: the last sources that it was told of, or was to read from
         self._numbers = itertools.count(1)
         # Submits that no status includes yet: number and prompt tokens to be computed here, by attempt.
         self._unseen: dict[str, tuple[int, int]] = {}
+        self._unseen_tokens = 0
 
     @property
     def role(self) -> str:
@@ -76,19 +85,38 @@ class Node:
         """The attempt will be submitted here, or is: it is told when the node is lost."""
         self.attempts[attempt.id] = attempt
 
-    def submit(self, attempt: Attempt, submit: link.Submit) -> bool:
-        """Whether it could be written; a link that is closing takes it too, and tells the attempt when it ends."""
+    def submit(self, attempt: Attempt, submit: link.Submit, cached: int = 0) -> bool:
+        """Whether it could be written; a link that is closing takes it too, and tells the attempt when it ends.
+
+        ``cached``: prompt tokens that it is thought to have.
+        """
         self.expect(attempt)
         number = next(self._numbers)
         # A decode node with a source does not compute the prompt.
-        self._unseen[attempt.id] = number, 0 if submit.source is not None else len(submit.tokens) // 4
+        tokens = 0 if submit.source is not None else len(submit.tokens) // 4 - cached
+        self._unseen[attempt.id] = number, tokens
+        self._unseen_tokens += tokens
+        if submit.source is not None:
+            self.meet(submit.source.node_id)
+        self.changed(self)
         return self.tell(msgspec.structs.replace(submit, number=number))
 
     def release(self, attempt: Attempt, *, abort: bool) -> None:
         """The attempt has no part here any more; with ``abort`` the node has to be told so."""
         if self.attempts.pop(attempt.id, None) is not None and abort:
             self.tell(link.Abort([attempt.id]))
-        self._unseen.pop(attempt.id, None)
+        unseen = self._unseen.pop(attempt.id, None)
+        if unseen is not None:
+            self._unseen_tokens -= unseen[1]
+            self.changed(self)
+
+    def meet(self, source_id: str) -> bool:
+        """It is connected to the source from now on; whether that is new."""
+        new = source_id not in self.met
+        self.met[source_id] = None
+        if len(self.met) > MAX_MET:
+            del self.met[next(iter(self.met))]
+        return new
 
     def tell(self, message: link.ToNode) -> bool:
         if not self.alive:
@@ -107,31 +135,43 @@ class Node:
                 attempt.output(self, item, now_s)
 
     def status(self, status: link.Status) -> None:
-        self.load = status.load
+        self._take(status.load)
         self.running = status.running
         self.misfits = status.misfits
         if status.counters:
             self.counters = status.counters
         if status.memory is not None:
             self.memory = status.memory
-        for id in [id for id, (number, _) in self._unseen.items() if number <= status.last_submit]:
-            del self._unseen[id]
+        # by number: the first that is not included ends it
+        for id in list(takewhile(lambda id: self._unseen[id][0] <= status.last_submit, self._unseen)):
+            self._unseen_tokens -= self._unseen.pop(id)[1]
+        self.changed(self)
 
-    def view(self, *, unwell: bool = False) -> NodeView:
+    def _take(self, load: link.Load) -> None:
+        self.load = load
+        self._kv_used = max((group.used / group.total for group in load.groups if group.total), default=0.0)
+        self._room = _room(load)
+
+    def view(self) -> NodeView:
         load, sent = self.load, len(self._unseen)
         return NodeView(
             id=self.id,
             layout=self.hello.layout,
             sequences=load.waiting + load.running + load.pulling + sent,
-            waiting_tokens=load.waiting_tokens + sum(tokens for _, tokens in self._unseen.values()),
-            kv_used=max((group.used / group.total for group in load.groups if group.total), default=0.0),
+            waiting_tokens=load.waiting_tokens + self._unseen_tokens,
+            kv_used=self._kv_used,
             draining=load.draining,
             local_prefill_tokens=self.hello.local_prefill_tokens,
             max_model_len=self.hello.model.max_model_len,
             full=0 < load.max_queue <= load.queued + sent,
-            queueing=load.queue_wait_s > 0 or load.queued + sent > _room(load),
-            unwell=unwell,
+            queueing=load.queue_wait_s > 0 or load.queued + sent > self._room,
+            queue_wait_s=load.queue_wait_s,
+            met=tuple(self.met),
         )
+
+
+def _nobody(_: Node) -> None:
+    """No group has it yet."""
 
 
 def _room(load: link.Load) -> float:

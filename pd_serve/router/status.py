@@ -17,7 +17,7 @@ def models(registry: Registry, created_s: int) -> list[dict[str, Any]]:
     found = []
     for name in registry.names():
         group = registry.find(name)
-        if group is not None and group.nodes():
+        if group is not None:
             found.append(
                 {
                     "id": name,

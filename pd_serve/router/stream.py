@@ -26,11 +26,12 @@ import msgspec
 from pd_serve.api.errors import APIError
 from pd_serve.config import RouterConfig
 from pd_serve.router.attempt import Attempt, Disagreement
-from pd_serve.router.groups import Group, Views
+from pd_serve.router.groups import Group
 from pd_serve.router.line import Clock, Timer
 from pd_serve.router.nodes import Node
 from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
 from pd_serve.wire import link
+from pd_serve.wire.chunks import CHUNK_TOKENS, chain
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Stream:
         self._sink = sink
         self._name = name
         self._prompt = prompt
+        # Of a prompt that is worth finding again: what nodes that have its beginning are found by.
+        self._chain = chain(group.info.fingerprint, _int32(prompt)) if len(prompt) >= CHUNK_TOKENS else []
         self._sampling = sampling
         self.outputs: list[int] = []
         self.num_cached = 0
@@ -142,14 +145,11 @@ class Stream:
             self.broken("its placement")  # timers, links and other streams call this
 
     def _place(self) -> None:
-        made = len(self.outputs)
-        prefill, decode, _ = views = self._group.views()
         placement = place(
-            prefill,
-            decode,
-            self._terms(views, begun=self._sink.started),
-            prompt_tokens=len(self._prompt) + made,
-            last_token=self._sampling.max_tokens - made == 1,
+            self._group.sources,
+            self._group.targets,
+            self._terms(begun=self._sink.started),
+            last_token=self._sampling.max_tokens - len(self.outputs) == 1,
             local=self._failed_transfers >= _LOCAL_AFTER,
         )
         match placement:
@@ -161,14 +161,18 @@ class Stream:
                 self._stop_waiting()
                 self._submit(placement)
 
-    def _terms(self, views: Views, *, begun: bool) -> Terms:
+    def _terms(self, *, begun: bool) -> Terms:
+        group = self._group
         return Terms(
+            prompt_tokens=len(self._prompt) + len(self.outputs),
             total_tokens=len(self._prompt) + self._sampling.max_tokens,
             avoid=self._avoid,
             refused=self._refused,
-            unfit=views[2],
+            unfit=group.unfit().keys(),
+            unwell=group.troubles(due=False),
             begun=begun,
-            turn=self._group.turn(),
+            turn=group.turn(),
+            chain=self._chain,
         )
 
     def _submit(self, placement: Placement) -> None:
@@ -177,6 +181,11 @@ class Stream:
         decode = self._group.decode[placement.decode] if placement.decode is not None else None
         attempt_id = f"{self._name[:48]}~{shared.prefix}{next(shared.numbers):x}"
         attempt = self._attempt = Attempt(attempt_id, self, made, prefill, decode)
+        attempt.cached = placement.cached
+        if prefill is not None:
+            self._group.sources.chosen(prefill.id)
+        if decode is not None:
+            self._group.targets.chosen(decode.id)
         both = prefill is not None and decode is not None
         shared.count("attempts", "pair" if both else "decode" if decode is not None else "prefill")
         # The decode node first: it has claimed the key by the time the first chunk is ready.
@@ -213,7 +222,8 @@ class Stream:
             age_s=self._shared.clock.now_s() - self.created_s,
         )
         self._group.breakers.tried(node.id)
-        if not node.submit(attempt, submit) and attempt is self._attempt:
+        cached = attempt.cached if node is attempt.prefill else 0
+        if not node.submit(attempt, submit, cached) and attempt is self._attempt:
             # A link that is closing takes everything, and tells us when it ends. This is another matter.
             self._end_attempt()
             self._avoid[node.id] = self._avoid.get(node.id, 0) + 1
@@ -267,7 +277,7 @@ class Stream:
 
     def _retry_after_s(self) -> int:
         """When the nodes expect to have room, and not before the one that refused last does."""
-        waits = [node.load.queue_wait_s for node in self._group.decode.values() if not node.load.draining]
+        waits = [view.queue_wait_s for _, view in self._group.targets.some(self._group.turn()) if not view.draining]
         soonest_s = max(min(waits, default=0.0), self._refusal.retry_after_s, 1.0)
         return math.ceil(soonest_s * random.uniform(1.0, 1.0 + _SPREAD))
 
@@ -338,6 +348,8 @@ class Stream:
             return
         if not self.outputs:
             self.num_cached = news.num_cached
+        if self._chain and len(self.outputs) == attempt.base:
+            self._learn(attempt, node, news.num_cached)
         self.outputs.extend(news.tokens)
         if self._group.breakers:
             made = len(self.outputs) - attempt.base
@@ -347,6 +359,12 @@ class Stream:
             node.release(attempt, abort=False)  # it has ended there; the other node is told
             self._close()
         self._deliver(news, now_s)
+
+    def _learn(self, attempt: Attempt, node: Node, num_cached: int) -> None:
+        """A node made its first token: it has computed the prompt, and said what it had of it before."""
+        self._group.computed(node, self._chain, num_cached)
+        if attempt.decode is not None and attempt.decode is not node:
+            self._group.computed(attempt.decode, self._chain, None)  # it is about to have it
 
     def _disagreement(self, attempt: Attempt) -> None:
         """Both nodes made the same token and it is not the same (kernels differ): the client's copy counts."""
@@ -369,11 +387,10 @@ class Stream:
         self._refused.add(node.id)
         self._refusal = failure
         if node is attempt.decode and attempt.prefill is not None:
-            views = self._group.views()
-            source = next((view for view in views[0] if view.id == attempt.prefill.id), None)
+            source = self._group.sources.get(attempt.prefill.id)
             # What is being computed is worth asking every node for.
-            terms = self._terms(views, begun=self._sink.started or not attempt.postponed)
-            other = reader(source, views[1], terms) if source is not None else None
+            terms = self._terms(begun=self._sink.started or not attempt.postponed)
+            other = reader(source, self._group.targets, terms) if source is not None else None
             if other is not None:
                 attempt.accepted = False
                 self._submit_decode(attempt, self._group.decode[other])

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from pd_serve.wire.memory import MemoryReport
 
-LINK_VERSION = 3
+LINK_VERSION = 4
 
 ROLES = ("prefill", "decode", "both")
 
@@ -117,7 +117,11 @@ class GetModel(msgspec.Struct, tag="get_model"):
     """The router has no copy of the model's text side: the node answers with ``Model``. Once a link."""
 
 
-ToNode = Submit | Abort | Peers | GetModel
+class GetPrefixes(msgspec.Struct, tag="get_prefixes"):
+    """The router wants to know what is cached: the node answers with all of it, and says from then on what changes."""
+
+
+ToNode = Submit | Abort | Peers | GetModel | GetPrefixes
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -255,7 +259,19 @@ class Model(msgspec.Struct, tag="model"):
     bundle: bytes
 
 
-FromNode = Hello | Role | Status | Outputs | Model
+class Prefixes(msgspec.Struct, tag="prefixes"):
+    """What became of cached prefixes since the frame before: names of :mod:`pd_serve.wire.chunks`, of 8 bytes each.
+
+    Hints about where to send prompts; nodes compare exact tokens. One frame at most for each step.
+    """
+
+    number: Count  # counts frames from 1; with ``whole`` the last one that is included
+    stored: bytes
+    evicted: bytes = b""
+    whole: bool = False  # ``stored`` is all there is
+
+
+FromNode = Hello | Role | Status | Outputs | Model | Prefixes
 
 encoder = msgspec.msgpack.Encoder()
 decode_opening = msgspec.msgpack.Decoder(Greeting | Proof).decode

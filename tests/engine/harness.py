@@ -137,6 +137,7 @@ class Node:
         self.said: list[str] = []
         self.heard: list[wire.FromEngine] = []
         self.outputs: list[link.Output] = []
+        self.prefixes: list[tuple[int, link.Prefixes]] = []  # by router
         self.role: ScriptedRole
         self.lets_go = True
         self.executor = executor(self.said)
@@ -207,9 +208,12 @@ class Node:
                 if origin == wire.NODE:
                     self.heard.append(wire.decode_from_engine(payload))
                 else:
-                    outputs = link.decode_from_node(payload)
-                    assert isinstance(outputs, link.Outputs)
-                    self.outputs += outputs.items
+                    message = link.decode_from_node(payload)
+                    if isinstance(message, link.Prefixes):
+                        self.prefixes.append((int.from_bytes(origin, "little"), message))
+                        continue
+                    assert isinstance(message, link.Outputs)
+                    self.outputs += message.items
 
     def order(self, message: wire.Sleep | wire.Wake) -> wire.SleepState:
         """Sends it and waits for its answer."""

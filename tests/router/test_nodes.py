@@ -13,6 +13,7 @@ from pd_serve.router.breaker import Breakers
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.nodes import Node
 from pd_serve.wire import link
+from pd_serve.wire.chunks import pack
 from tests.api import tiny
 from tests.router.test_stream import ManualClock
 
@@ -166,8 +167,7 @@ def test_a_misfit_is_named_once_and_comes_back(caplog: pytest.LogCaptureFixture)
             registry.status(decode, link.Status(link.Load(0, 0, 0, []), misfits=refusal))
     assert group.troubles() == {"p1": ("misfit", refusal["p1"])} and group.serving() == (1, 2)
     assert [r.levelno for r in caplog.records if "p1" in r.getMessage()] == [logging.WARNING]
-    prefill, _, unfit = group.views()
-    assert {view.id for view in prefill if view.unwell} == {"p1"} and unfit == {("p1", "d0"), ("p1", "d1")}
+    assert set(group.troubles(due=False)) == {"p1"} and group.unfit().keys() == {("p1", "d0"), ("p1", "d1")}
     registry.status(group.decode["d0"], link.Status(link.Load(0, 0, 0, [])))
     assert not group.troubles() and group.serving() == (2, 2)
 
@@ -239,7 +239,7 @@ def test_a_node_of_both_roles_serves_alone_and_counts_as_both() -> None:
     said = told(node)
     group = joined(registry, node)
     assert group.serving() == (1, 1) and group.nodes() == [node] and group.troubles() == {}
-    assert said == [link.Peers([])], "it does not read from itself"
+    assert said == [link.GetPrefixes()], "it does not read from itself"
     other = make("both", 1)
     joined(registry, other)
     assert said[-1] == link.Peers([other.source])
@@ -268,7 +268,7 @@ def test_a_role_is_taken_at_once_and_attempts_stay() -> None:
     group.waiting[work] = 0.0, lambda: woken.append("a")
     registry.role(prefill, link.Role("decode", ("tcp://x",)))
     assert (list(group.prefill), list(group.decode)) == ([], ["d0", "p0"]) and woken == ["a"]
-    assert said[-1] == link.Peers([])
+    assert not any(isinstance(message, link.Peers) for message in said), "nobody is there to read from"
     registry.role(decode, link.Role("prefill", ("tcp://new",)))
     assert (list(group.prefill), list(group.decode)) == (["d0"], ["p0"])
     assert decode.source.addresses == ("tcp://new",)
@@ -276,3 +276,36 @@ def test_a_role_is_taken_at_once_and_attempts_stay() -> None:
     registry.remove(decode, "gone")
     registry.role(decode, link.Role("both", ()))
     assert (list(group.prefill), group.nodes(), work.losses) == ([], [prefill], 1)
+
+
+# --- what nodes say of their caches
+
+
+def test_what_a_node_tells_of_its_cache_and_what_is_lost_of_it() -> None:
+    registry = Registry()
+    node, silent = make("prefill"), make("prefill", 1)
+    said = told(node)
+    group = joined(registry, node, silent, make("decode"))
+    assert link.GetPrefixes() in said
+    known = group.sources.prefixes
+
+    def tell(number: int, stored: list[int], evicted: list[int] | None = None, *, whole: bool = False) -> set[int]:
+        registry.cached(node, link.Prefixes(number, pack(stored), pack(evicted or []), whole=whole))
+        return known.names(node.id)
+
+    assert tell(4, [9]) == set(), "before the whole"
+    assert tell(5, [1, 2], whole=True) == {1, 2}
+    assert tell(5, [7]) == {1, 2}, "the whole had it"
+    assert tell(6, [3], [1]) == {2, 3}
+    said.clear()
+    assert tell(8, [4]) == {2, 3} and said == [link.GetPrefixes()], "the 7th is missing"
+    assert tell(9, [5]) == {2, 3} and len(said) == 1
+    assert tell(9, [2, 4, 5], whole=True) == {2, 4, 5}
+    # its own word counts, not what the router saw it compute; of others nothing better is known
+    group.computed(node, [100, 101], 0)
+    group.computed(silent, [100, 101], 0)
+    assert tell(10, []) == {2, 4, 5} and known.names(silent.id) == {100, 101}
+    with pytest.raises(ValueError, match="9 bytes"):
+        registry.cached(node, link.Prefixes(11, bytes(9)))
+    registry.remove(node, "gone")
+    assert known.names(node.id) == set()

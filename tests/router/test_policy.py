@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_serve.router.policy import NodeView, Nowhere, Placement, Terms, longest, reader
+from pd_serve.router.field import Field, NodeView, sources, targets
+from pd_serve.router.policy import Nowhere, Placement, Terms, longest
 from pd_serve.router.policy import place as place_on
+from pd_serve.router.policy import reader as reader_in
+from pd_serve.wire.chunks import CHUNK_TOKENS
 
 
 def view(id: str, **fields: Any) -> NodeView:
@@ -18,6 +22,12 @@ def view(id: str, **fields: Any) -> NodeView:
     return NodeView(id, **{**defaults, **fields})
 
 
+def field(made: Field, views: list[NodeView]) -> Field:
+    for view in views:
+        made.put(view)
+    return made
+
+
 def place(
     prefill: list[NodeView],
     decode: list[NodeView],
@@ -25,11 +35,29 @@ def place(
     prompt_tokens: int,
     last_token: bool = False,
     local: bool = False,
+    held: dict[str, int] | None = None,
     **terms: Any,
 ) -> Placement | Nowhere:
-    return place_on(prefill, decode, Terms(**terms), prompt_tokens=prompt_tokens, last_token=last_token, local=local)
+    """``held``: how many chunks of ``PROMPT`` a node has."""
+    p, d = field(sources(), prefill), field(targets(), decode)
+    for id, count in (held or {}).items():
+        (p if p.get(id) is not None else d).prefixes.stored(id, PROMPT[:count])
+    found = place_on(
+        p,
+        d,
+        Terms(prompt_tokens=prompt_tokens, **terms),
+        last_token=last_token,
+        local=local,
+    )
+    return found._replace(cached=0) if isinstance(found, Placement) else found
 
 
+def reader(source: NodeView, decode: list[NodeView], terms: Terms) -> str | None:
+    return reader_in(source, field(targets(), decode), terms)
+
+
+PROMPT = list(range(1, 17))  # names of 16 chunks
+TOKENS = len(PROMPT) * CHUNK_TOKENS
 P, D = [view("p0"), view("p1")], [view("d0"), view("d1")]
 
 
@@ -92,12 +120,12 @@ def test_full_nodes_come_last_and_only_one_of_them_is_asked() -> None:
 
 def test_pairs_that_cannot_work_get_nothing() -> None:
     unfit = {("p0", "d0"), ("p1", "d0"), ("p0", "d1")}
-    busy = [view("d0", unwell=True), view("d1", sequences=50)]
+    busy = [view("d0"), view("d1", sequences=50)]
     for turn in range(4):
-        assert place(P, busy, prompt_tokens=10, unfit=unfit, turn=turn) == Placement("p1", "d1")
+        assert place(P, busy, prompt_tokens=10, unfit=unfit, unwell={"d0"}, turn=turn) == Placement("p1", "d1")
     # where nothing else is left the decode node computes the prompt
-    assert place(P, busy[:1], prompt_tokens=10, unfit=unfit) == Placement(None, "d0")
-    assert place([view("p0", unwell=True)], D, prompt_tokens=10, last_token=True) == Placement("p0", None)
+    assert place(P, busy[:1], prompt_tokens=10, unfit=unfit, unwell={"d0"}) == Placement(None, "d0")
+    assert place(P[:1], D, prompt_tokens=10, last_token=True, unwell={"p0"}) == Placement("p0", None)
 
 
 def test_a_sequence_goes_where_it_fits() -> None:
@@ -169,3 +197,105 @@ def test_of_nodes_of_both_roles_the_freer_one_computes_the_prompt() -> None:
 def test_what_a_node_computes_for_another_is_not_sent_to_itself() -> None:
     assert reader(B[0], B, Terms()) == "b1"
     assert reader(B[0], B[:1], Terms()) is None
+
+
+# --- what is cached where
+
+
+def test_a_prefix_draws_its_prompt_until_computing_it_again_is_cheaper() -> None:
+    for queue, expected in ((0, "p1"), (8 * CHUNK_TOKENS - 500, "p1"), (10 * CHUNK_TOKENS, "p0")):
+        nodes = [view("p0"), view("p1", waiting_tokens=queue)]
+        found = place(nodes, D, prompt_tokens=TOKENS, chain=PROMPT, held={"p1": 8})
+        assert isinstance(found, Placement) and found.prefill == expected, queue
+
+
+def test_who_has_most_keeps_it_within_a_tenth_of_the_prompt() -> None:
+    # p0 would be done first, by less than a tenth of what the prompt takes
+    nodes = [view("p0"), view("p1", waiting_tokens=4 * CHUNK_TOKENS + TOKENS // 20)]
+    found = place(nodes, D, prompt_tokens=TOKENS, chain=PROMPT, held={"p0": 4, "p1": 8})
+    assert isinstance(found, Placement) and found.prefill == "p1"
+
+
+def test_a_decode_node_that_has_nearly_all_of_it_is_asked_first() -> None:
+    nodes = [view("d0", local_prefill_tokens=600), view("d1", local_prefill_tokens=600)]
+    found = place(P, nodes, prompt_tokens=TOKENS, chain=PROMPT, held={"d1": 15})
+    assert isinstance(found, Placement) and found.decode == "d1" and found.ask
+    found = place(P, nodes, prompt_tokens=TOKENS, chain=PROMPT, held={"d1": 14})
+    assert isinstance(found, Placement) and found.decode == "d1" and not found.ask
+
+
+def test_paced_equal_prompts_still_spread() -> None:
+    """Nothing is ever queued and all is cached where it went first: that node does not serve them all."""
+    prefill, decode = field(sources(), [view(f"p{i}") for i in range(4)]), field(targets(), D)
+    times = Counter[str]()
+    for turn in range(448):
+        found = place_on(prefill, decode, Terms(prompt_tokens=2048, chain=PROMPT[:4], turn=turn))
+        assert isinstance(found, Placement) and found.prefill is not None
+        times[found.prefill] += 1
+        prefill.chosen(found.prefill)
+        prefill.put(view(found.prefill))
+        prefill.prefixes.stored(found.prefill, PROMPT[:4])
+    assert len(times) == 4 and max(times.values()) < 448 / 2, times
+
+
+# --- thousands of nodes
+
+
+def many(role: str, count: int, **fields: Any) -> list[NodeView]:
+    return [view(f"{role}{i}", **fields) for i in range(count)]
+
+
+def test_of_many_nodes_the_least_loaded_is_found() -> None:
+    p = many("p", 2000, waiting_tokens=9000, sequences=9)
+    d = many("d", 2000, sequences=30)
+    p[1234], d[777] = p[1234]._replace(waiting_tokens=10), d[777]._replace(sequences=1)
+    assert place(p, d, prompt_tokens=500) == Placement("p1234", "d777")
+    assert place(p, d, prompt_tokens=500, last_token=True) == Placement("p1234", None)
+    found = place(p, d, prompt_tokens=500, refused={"p1234", "d777"})
+    assert isinstance(found, Placement) and not {*found[:2]} & {"p1234", "d777"}
+    found = place(p, d, prompt_tokens=500, unwell={"p1234"}, avoid={"d777": 1})
+    assert isinstance(found, Placement) and not {*found[:2]} & {"p1234", "d777"}
+
+
+def test_of_many_nodes_an_owner_and_one_that_is_connected_are_found() -> None:
+    p, d = many("p", 2000), many("d", 2000, met=("p7", "p8", "p9", "p10"))
+    found = place(p, d, prompt_tokens=TOKENS, chain=PROMPT, held={"p1234": 8, "d777": 3})
+    assert found == Placement("p1234", "d777")
+    found = place(p, d, prompt_tokens=TOKENS)
+    assert isinstance(found, Placement) and found.prefill in ("p7", "p8", "p9", "p10")
+
+
+def test_of_many_nodes_the_only_one_that_fits_is_found() -> None:
+    p, d = many("p", 2000, max_model_len=100), many("d", 2000, max_model_len=100)
+    assert place(p, d, prompt_tokens=50, total_tokens=200) is Nowhere.NO_NODES
+    p[1234], d[777] = (one._replace(max_model_len=400, waiting_tokens=9000, sequences=99) for one in (p[1234], d[777]))
+    assert place(p, d, prompt_tokens=50, total_tokens=200) == Placement("p1234", "d777")
+    drained = [one._replace(draining=True) for one in d]
+    assert place(p, drained, prompt_tokens=50, total_tokens=100) is Nowhere.NO_NODES
+
+
+def test_of_many_full_nodes_one_is_asked_and_speaks_for_all() -> None:
+    d = many("d", 2000, full=True)
+    found = place(P, d, prompt_tokens=500)
+    assert isinstance(found, Placement) and found.ask and found.decode is not None
+    assert place(P, d, prompt_tokens=500, refused={found.decode}) is Nowhere.REFUSED
+    assert isinstance(place(P, d, prompt_tokens=500, refused={found.decode}, begun=True), Placement)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 99), st.booleans(), st.booleans()), max_size=120))
+def test_a_field_knows_its_nodes_whatever_happened_to_them(events: list[tuple[int, int, bool, bool]]) -> None:
+    made, truth = targets(), dict[str, NodeView]()
+    for number, sequences, draining, leaves in events:
+        one = view(f"d{number}", sequences=sequences, draining=draining, layout="ab"[number % 2])
+        if leaves:
+            made.drop(one.id)
+            truth.pop(one.id, None)
+        else:
+            made.put(one)
+            truth[one.id] = one
+    assert {one.id: one for _, one in made.all()} == truth
+    assert made.staying() == sum(not one.draining for one in truth.values())
+    for layout in "ab":
+        loads = [one.sequences for one in truth.values() if one.layout == layout and not one.draining]
+        seen = [one.sequences for _, one in made.some(7, layout) if not one.draining]
+        assert min(seen, default=None) == min(loads, default=None)
