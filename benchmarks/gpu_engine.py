@@ -151,9 +151,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options.directory = options.directory or folder
         others = [] if options.rank else [start_rank(rank, folder) for rank in range(1, options.tp)]
-        measure(options)
-        for other in others:
-            other.wait(20)
+        try:
+            measure(options)
+            for other in others:
+                other.wait(20)
+        finally:
+            for other in others:
+                other.kill()
 
 
 def start_rank(rank: int, directory: str) -> subprocess.Popen[bytes]:

@@ -81,6 +81,7 @@ class Upload:
         self._staging.close()
 
     def _take_lane(self) -> None:
+        torch.cuda.set_device(self._device)  # else what ends a stream's turn makes a context on the first GPU
         self._lanes.own = self._free.pop()
 
     @torch.inference_mode()  # of a thread, as the targets are
