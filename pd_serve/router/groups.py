@@ -20,7 +20,7 @@ from pd_serve.router.breaker import Breakers
 from pd_serve.router.field import Field
 from pd_serve.router.line import Line
 from pd_serve.router.nodes import MAX_MET, Node
-from pd_serve.router.policy import Pair, longest
+from pd_serve.router.policy import Pair, Placement, longest
 from pd_serve.wire import link
 from pd_serve.wire.chunks import unpack
 
@@ -114,6 +114,15 @@ class Group:
                 if cached_tokens is not None:
                     seen.prefixes.found(node.id, names, cached_tokens)
                 seen.prefixes.stored(node.id, names)
+
+    def ttft_s(self, placement: Placement, prompt_tokens: int) -> float:
+        """When the first token is expected there, by the prompt tokens before it; 0 where no rate was seen yet."""
+        computes_here = placement.prefill is None
+        id = placement.decode if computes_here else placement.prefill
+        node = (self.decode if computes_here else self.prefill).get(id or "")
+        if node is None or not node.tokens_a_second:
+            return 0.0
+        return (node.view().waiting_tokens + prompt_tokens - placement.cached) / node.tokens_a_second
 
     def cached(self, node: Node, frame: link.Prefixes) -> None:
         """What the node says of its cache. Raises ValueError where that makes no sense."""
