@@ -630,6 +630,15 @@ class RouterConfig(RouterSettings):
 
     prefill: tuple[str, ...] = setting((), values.URLS, "Nodes", "Prefill nodes that do not register themselves.")
     decode: tuple[str, ...] = setting((), values.URLS, "Nodes", "Decode nodes that do not register themselves.")
+    discover: tuple[str, ...] = setting(
+        (),
+        values.NODE_LISTS,
+        "Nodes",
+        "Where nodes are listed: file:///PATH (one URL a line, read again when it changes), or "
+        "k8s://NAMESPACE/SELECTOR (EndpointSlices with these labels, such as app=pd-serve-node, of the cluster that "
+        "the router runs in).",
+        reason="Empty: nodes register themselves. They may besides.",
+    )
     min_prefill: int = setting(
         1, integer(0), "Nodes", "/ready says no with fewer prefill nodes.", reason="0: decode nodes may serve alone."
     )

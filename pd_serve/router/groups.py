@@ -439,6 +439,13 @@ class Registry:
         if before != (status.load.draining, status.misfits) and not status.load.draining:
             group.wake()
 
+    def leaving(self, node: Node, leaving: bool) -> None:
+        """Whoever lists it says that the node is about to leave, before it does so itself."""
+        if node.leaving == leaving:
+            return
+        node.leaving = leaving
+        self.status(node, link.Status(node.load, misfits=node.misfits))
+
     def names(self) -> list[str]:
         """Served names, those whose nodes have all left included: they may come back."""
         return list(dict.fromkeys(name for name, _ in self.groups))

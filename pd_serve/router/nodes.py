@@ -46,6 +46,7 @@ class Node:
         self.id = hello.node_id
         self.url = hello.url
         self.host = urlsplit(hello.url).hostname
+        self.leaving = False  # as somebody else says
         self._take(hello.load)
         self.counters: dict[str, float] = {}
         self.tokens_a_second = 0.0  # of prompts that it computed lately; 0: not seen yet
@@ -163,7 +164,7 @@ class Node:
             self.tokens_a_second += (rate - self.tokens_a_second) * (_NEW if self.tokens_a_second else 1.0)
 
     def _take(self, load: link.Load) -> None:
-        self.load = load
+        self.load = load if not self.leaving else msgspec.structs.replace(load, draining=True)
         self._kv_used = max((group.used / group.total for group in load.groups if group.total), default=0.0)
         self._room = _room(load)
 
