@@ -1,6 +1,7 @@
 """What routing costs with thousands of nodes: CPU time of one decision, of a join, and of a status.
 
-Runs the router's own objects (registry, groups, placement) over fake nodes, whose frames are dropped (those of joins are encoded first):
+Runs the router's own objects (registry, groups, placement) over fake nodes, whose frames are dropped (those of joins
+are encoded first):
 
     python benchmarks/placement.py --nodes 1024 10000
 

@@ -142,6 +142,10 @@ class Group:
                 seen.prefixes.evicted(node.id, evicted)
                 seen.prefixes.stored(node.id, stored)
 
+    def known_prefixes(self, node: Node) -> int:
+        """How many of its cached prefixes are known, by their names."""
+        return max(self.sources.prefixes.count(node.id), self.targets.prefixes.count(node.id))
+
     def learn(self, node: Node) -> None:
         """Who it cannot read from, or whether it drains, may be something else now."""
         self._blocked = None
