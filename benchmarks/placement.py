@@ -1,6 +1,7 @@
 """What routing costs with thousands of nodes: CPU time of one decision, of a join, and of a status.
 
-Runs the router's own objects (registry, groups, placement) over fake nodes, whose frames are encoded and dropped:
+Runs the router's own objects (registry, groups, placement) over fake nodes, whose frames are dropped (those of joins
+are encoded first):
 
     python benchmarks/placement.py --nodes 1024 10000
 
@@ -31,14 +32,16 @@ PROMPT_TOKENS = 16 * CHUNK_TOKENS
 
 
 class Network:
-    """Counts what would be sent."""
+    """Counts what would be sent, while it is open."""
 
     def __init__(self) -> None:
         self.frames = self.size_bytes = 0
+        self.open = True
 
     def send(self, message: link.ToNode) -> None:
-        self.frames += 1
-        self.size_bytes += len(link.encoder.encode(message))
+        if self.open:
+            self.frames += 1
+            self.size_bytes += len(link.encoder.encode(message))
 
 
 class Work:
@@ -130,6 +133,7 @@ def main() -> None:
     for count in given.nodes:
         network = Network()
         group, nodes = joins(count, network)
+        network.open = False
         print(f"{count:6d} nodes, a decision: {percentiles(decisions(group, given.decisions))}")
         statuses = []
         registry = Registry()

@@ -551,6 +551,22 @@ class RouterSettings(Guarded):
         "token, a client that does not read.",
         unit="seconds",
     )
+    ttft_objective_ms: float = setting(
+        0.0,
+        decimal(0.0),
+        "Requests",
+        "A request whose first token is expected later than this is refused at once (429 with Retry-After), by the "
+        "prompt tokens before it and how fast nodes computed prompts lately.",
+        unit="milliseconds",
+        reason="0: no objective; the nodes' own bounds on queues hold.",
+    )
+    max_concurrent_per_key: int = setting(
+        0,
+        integer(0),
+        "Requests",
+        "Requests of one API key that are served at a time; more are refused (429 with Retry-After).",
+        reason="0: no bound. Without keys there is nobody to tell apart.",
+    )
     max_attempts: int = setting(
         4,
         integer(1),
@@ -614,6 +630,15 @@ class RouterConfig(RouterSettings):
 
     prefill: tuple[str, ...] = setting((), values.URLS, "Nodes", "Prefill nodes that do not register themselves.")
     decode: tuple[str, ...] = setting((), values.URLS, "Nodes", "Decode nodes that do not register themselves.")
+    discover: tuple[str, ...] = setting(
+        (),
+        values.NODE_LISTS,
+        "Nodes",
+        "Where nodes are listed: file:///PATH (one URL a line, read again when it changes), or "
+        "k8s://NAMESPACE/SELECTOR (EndpointSlices with these labels, such as app=pd-serve-node, of the cluster that "
+        "the router runs in).",
+        reason="Empty: nodes register themselves. They may besides.",
+    )
     min_prefill: int = setting(
         1, integer(0), "Nodes", "/ready says no with fewer prefill nodes.", reason="0: decode nodes may serve alone."
     )

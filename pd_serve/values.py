@@ -98,6 +98,31 @@ SECRET = Kind("TEXT", _text, is_key=True)
 URLS = Kind("URL,...", lambda value: tuple(_url(item) for item in _items(value)))
 
 
+def _list_of_nodes(value: object) -> str:
+    raw = _text(value)
+    parts = urlsplit(raw)
+    if parts.scheme == "file" and not parts.netloc and parts.path:
+        return raw
+    if parts.scheme == "k8s" and parts.netloc and parts.path.strip("/"):
+        return raw
+    raise ValueError(f"must be file:///PATH or k8s://NAMESPACE/SELECTOR, not {raw!r}")
+
+
+NODE_LISTS = Kind("LIST,...", lambda value: tuple(_list_of_nodes(item) for item in _node_lists(value)))
+
+
+def _node_lists(value: object) -> list[object]:
+    """A comma within a selector separates labels: what does not begin a list goes on with the one before."""
+    found: list[str] = []
+    for item in _items(value):
+        text = _text(item)
+        if "://" in text or not found:
+            found.append(text)
+        else:
+            found[-1] += f",{text}"
+    return list(found)
+
+
 def _cores(value: object) -> tuple[int, ...]:
     cores: list[int] = []
     for item in _items(value):

@@ -128,6 +128,7 @@ class _Sampled(Body):
     truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[Int, Field(ge=-_INT64, lt=_INT64)] | None = None
 
     @field_validator("seed", mode="after")
     @classmethod
@@ -220,7 +221,7 @@ class _Sampled(Body):
 
 _COMMON_IGNORED = frozenset(
     {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store", "metadata"}
-    | {"request_id", "priority", "spaces_between_special_tokens", "parallel_tool_calls", "provider", "reasoning"}
+    | {"request_id", "spaces_between_special_tokens", "parallel_tool_calls", "provider", "reasoning"}
     | {"include_reasoning"}
 )
 _TEXT_FORMAT = {"type": "text"}

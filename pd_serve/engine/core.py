@@ -36,6 +36,7 @@ from pd_serve.wire.chunks import pack
 log = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
+_PRIORITY_S = 1e7  # what a request may be younger for each step of priority and still come first: always
 _STATUS_SOON_S = 0.05  # after a submit, where other routers place by what they heard last
 
 
@@ -283,7 +284,7 @@ class Engine:
             capacity=min(num_prompt + submit.sampling.max_tokens, self._scheduler.limits.max_model_len) + 1,
             handoff=submit.handoff,
             source=submit.source,
-            arrival_s=now_s - submit.age_s,
+            arrival_s=now_s - submit.age_s + submit.priority * _PRIORITY_S,
             admitted_s=now_s,
         )
         self._seqs[seq.id] = seq

@@ -77,7 +77,7 @@ class Sequence:
         self.sampling = sampling
         self.handoff = handoff
         self.source = source
-        self.arrival_s = arrival_s  # of the request at its router, on this engine's clock: the oldest is served first
+        self.arrival_s = arrival_s  # of the request at its router, on this engine's clock, by priority: the least first
         self.admitted_s = admitted_s  # of the attempt, here
         self.started = False  # it has run; a preempted one waits again
         self.state = State.WAITING

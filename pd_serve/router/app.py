@@ -237,7 +237,10 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],
-        middleware=[*_cors(settings), Middleware(Edge, api_keys=settings.api_keys(), admin=admin)],
+        middleware=[
+            *_cors(settings),
+            Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
+        ],
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )

@@ -89,7 +89,9 @@ class Choice:
         self._scores: list[Any] = []
         self._finish: Finish | None = None
         self.num_tokens = 0
-        self.stream = Stream(shared, answer.group, prompt.ids, sampling, self, request_id)
+        self.stream = Stream(
+            shared, answer.group, prompt.ids, sampling, self, request_id, priority=request.priority or 0
+        )
 
     def _prompt_text(self, request: CompletionRequest | ChatCompletionRequest) -> str:
         if self._prompt.text is not None:

@@ -20,7 +20,7 @@ from pd_serve.router.breaker import Breakers
 from pd_serve.router.field import Field
 from pd_serve.router.line import Line
 from pd_serve.router.nodes import MAX_MET, Node
-from pd_serve.router.policy import Pair, longest
+from pd_serve.router.policy import Pair, Placement, longest
 from pd_serve.wire import link
 from pd_serve.wire.chunks import unpack
 
@@ -115,6 +115,15 @@ class Group:
                     seen.prefixes.found(node.id, names, cached_tokens)
                 seen.prefixes.stored(node.id, names)
 
+    def ttft_s(self, placement: Placement, prompt_tokens: int) -> float:
+        """When the first token is expected there, by the prompt tokens before it; 0 where no rate was seen yet."""
+        computes_here = placement.prefill is None
+        id = placement.decode if computes_here else placement.prefill
+        node = (self.decode if computes_here else self.prefill).get(id or "")
+        if node is None or not node.tokens_a_second:
+            return 0.0
+        return (node.view().waiting_tokens + prompt_tokens - placement.cached) / node.tokens_a_second
+
     def cached(self, node: Node, frame: link.Prefixes) -> None:
         """What the node says of its cache. Raises ValueError where that makes no sense."""
         stored, evicted = unpack(frame.stored), unpack(frame.evicted)
@@ -132,6 +141,10 @@ class Group:
                     seen.prefixes.forget(node.id)
                 seen.prefixes.evicted(node.id, evicted)
                 seen.prefixes.stored(node.id, stored)
+
+    def known_prefixes(self, node: Node) -> int:
+        """How many of its cached prefixes are known, by their names."""
+        return max(self.sources.prefixes.count(node.id), self.targets.prefixes.count(node.id))
 
     def learn(self, node: Node) -> None:
         """Who it cannot read from, or whether it drains, may be something else now."""
@@ -429,6 +442,13 @@ class Registry:
         group.judge()
         if before != (status.load.draining, status.misfits) and not status.load.draining:
             group.wake()
+
+    def leaving(self, node: Node, leaving: bool) -> None:
+        """Whoever lists it says that the node is about to leave, before it does so itself."""
+        if node.leaving == leaving:
+            return
+        node.leaving = leaving
+        self.status(node, link.Status(node.load, misfits=node.misfits))
 
     def names(self) -> list[str]:
         """Served names, those whose nodes have all left included: they may come back."""

@@ -17,13 +17,15 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
 from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
 from pd_serve.config import RouterConfig
-from pd_serve.errors import PDServeError
+from pd_serve.errors import ConfigError, PDServeError
+from pd_serve.router.discovery import follow
 from pd_serve.router.groups import Registry
 from pd_serve.router.nodes import Node
 from pd_serve.router.websocket import WebSocket, connect
@@ -84,6 +86,8 @@ class Links:
         self._complaints: dict[str, str] = {}
         self._tick_s = time.monotonic()
         self._watcher: asyncio.Task[None] | None = None
+        self._lists: dict[str, set[str]] = {}  # of discovery, as far as they are linked to
+        self._followers: list[asyncio.Task[None]] = []
 
     @functools.cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -93,9 +97,12 @@ class Links:
         self._watcher = asyncio.create_task(self._watch())
         for url in (*self._settings.prefill, *self._settings.decode):
             self.add(url, static=True)
+        for where in self._settings.discover:
+            self._followers.append(asyncio.create_task(follow(where, functools.partial(self.listed, where))))
 
     async def close(self) -> None:
         tasks = [task for entry in self._links.values() if (task := entry.task) is not None]
+        tasks += self._followers
         tasks += [self._watcher] if self._watcher is not None else []
         for task in tasks:
             task.cancel()
@@ -134,6 +141,39 @@ class Links:
         elif not entry.static and entry.task is not None:
             entry.task.cancel()
         return True
+
+    def listed(self, where: str, urls: dict[str, bool]) -> None:
+        """What a list of discovery says now: nodes that came are linked to, those that left are not tried again. With
+        True a node is about to leave, and gets nothing new."""
+        before, now = self._lists.get(where, set()), set[str]()
+        for url, leaving in urls.items():
+            url = url.rstrip("/")
+            try:
+                self._settings.check_door(urlsplit(url).hostname or "", "discovered")
+            except ConfigError as error:
+                self._complain(url, str(error))
+                continue
+            now.add(url)
+            entry = self._links.get(url)
+            if entry is None and not leaving:
+                self.add(url, static=True)
+            elif entry is not None:
+                entry.static = True
+                if entry.node is not None:
+                    self._registry.leaving(entry.node, leaving)
+        self._lists[where] = now
+        for url in before - now:
+            if not any(url in others for others in self._lists.values()):
+                self.forget(url)
+
+    def forget(self, url: str) -> None:
+        """A node is listed no more: its link goes on to its own end, and is not begun again."""
+        entry = self._links.get(url)
+        if entry is None or url in (*self._settings.prefill, *self._settings.decode):
+            return
+        entry.static = False
+        if entry.node is None and entry.task is not None:
+            entry.task.cancel()
 
     def unlinked(self) -> list[Unlinked]:
         """Nodes that are known and not linked."""
@@ -195,7 +235,7 @@ class Links:
             entry.reason = str(error) or type(error).__name__
             entry.refused = not isinstance(error, OSError)
             entry.state = "refused" if entry.refused else "unreachable"
-            self._complain(entry, entry.reason)
+            self._complain(entry.url, entry.reason)
             return False
         finally:
             node, entry.node, entry.socket = entry.node, None, None
@@ -205,13 +245,13 @@ class Links:
             if socket is not None:
                 socket.close(why)
 
-    def _complain(self, entry: _Link, what: str) -> None:
+    def _complain(self, url: str, what: str) -> None:
         """Once for each cause: a node registers every few seconds."""
-        if self._complaints.get(entry.url) != what:
+        if self._complaints.get(url) != what:
             if len(self._complaints) > 1000:
                 self._complaints.clear()
-            self._complaints[entry.url] = what
-            log.warning("cannot link to the node at %s: %s", entry.url, what)
+            self._complaints[url] = what
+            log.warning("cannot link to the node at %s: %s", url, what)
 
     async def _said(self, what: asyncio.Future[_T], socket: WebSocket, timeout_s: float) -> _T:
         """Raises OSError when the link ends first, or nothing comes; _Unfit when the node refuses."""

@@ -17,6 +17,7 @@ from types import FrameType
 from pd_serve import logs
 from pd_serve.config import RouterConfig
 from pd_serve.net import end_unread, listen, netloc
+from pd_serve.router import discovery
 from pd_serve.trust import client_tls, is_loopback, server_tls
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
 def check(settings: RouterConfig) -> None:
     """Raises ConfigError for doors that would be open by mistake; says which are open on purpose."""
     settings.check_nodes()
+    for where in settings.discover:
+        discovery.check(where)
     server_tls(settings.ssl_certfile, settings.ssl_keyfile)
     if settings.ssl_ca:
         client_tls(settings.ssl_ca)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
+from collections import Counter
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pd_serve.api.errors import APIError
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _OPEN = ("/health", "/ready", "/nodes")  # for probes; nodes hold no client's key and prove the secret instead
 _ADMIN = ("/metrics", "/v1/status")
+_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
 
@@ -31,12 +33,16 @@ class Admin(NamedTuple):
 
 
 class Edge:
-    """ASGI middleware. Adds nothing to a stream's chunks but one call."""
+    """ASGI middleware. Adds nothing to a stream's chunks but one call. ``at_once``: completions of one key; 0: any."""
 
-    def __init__(self, app: ASGIApp, api_keys: AbstractSet[str] = frozenset(), admin: Admin | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: AbstractSet[str] = frozenset(), admin: Admin | None = None, at_once: int = 0
+    ) -> None:
         self._app = app
         self._admin = admin
         self._keys = [key.encode() for key in api_keys]
+        self._at_once = at_once
+        self._served: Counter[bytes] = Counter()  # completions, by key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,10 +71,18 @@ class Edge:
         if error is not None:
             headers = [(b"content-type", b"application/json")]
             headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+            headers += [(b"retry-after", b"1")] if error.status == 429 else []
             await send_with_id({"type": "http.response.start", "status": error.status, "headers": headers})
             await send_with_id({"type": "http.response.body", "body": error.body(id.decode())})
             return
-        await self._app(scope, receive, send_with_id)
+        key = self._known(keys) if scope["path"] in _COMPLETIONS else b""
+        self._served[key] += 1
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._served[key] -= 1
+            if not self._served[key]:
+                del self._served[key]
 
     def _refusal(self, scope: Scope, keys: list[bytes]) -> APIError | None:
         path, needs_key = scope["path"], bool(self._keys)
@@ -78,11 +92,19 @@ class Edge:
             if (scope.get("server") or ("", 0))[1] != self._admin.port:
                 return APIError(404, f"{path} is on the admin listener, not here: --admin-host, --admin-port")
             needs_key = needs_key and self._admin.needs_key
-        if needs_key and not self._known(keys):
+        key = self._known(keys)
+        if needs_key and not key:
             return APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
+        if key and path in _COMPLETIONS and 0 < self._at_once <= self._served[key]:
+            return APIError(
+                429,
+                f"{self._at_once} requests of this API key are being served: wait for one of them to end",
+                code="too_many_requests",
+            )
         return None
 
-    def _known(self, given: list[bytes]) -> bool:
+    def _known(self, given: list[bytes]) -> bytes:
+        """The key of ours that was given, or nothing."""
         # All keys are compared, each in constant time: how long it takes tells nothing.
-        found = [hmac.compare_digest(key, known) for key in given for known in self._keys]
-        return any(found)
+        found = [known for key in given for known in self._keys if hmac.compare_digest(key, known)]
+        return found[0] if found else b""

@@ -20,6 +20,8 @@ from pd_serve.wire.memory import MemoryReport
 
 log = logging.getLogger(__name__)
 
+_PROMPT_STEP_TOKENS = 128
+_NEW = 0.3  # the share of what was seen last in a rate
 MAX_MET = 16  # sources that a decode node is told of before it needs them; it may come to keep more
 
 
@@ -44,8 +46,10 @@ class Node:
         self.id = hello.node_id
         self.url = hello.url
         self.host = urlsplit(hello.url).hostname
+        self.leaving = False  # as somebody else says
         self._take(hello.load)
         self.counters: dict[str, float] = {}
+        self.tokens_a_second = 0.0  # of prompts that it computed lately; 0: not seen yet
         self.memory: MemoryReport | None = None
         self.running: link.Running | None = None
         self.misfits: dict[str, str] = {}
@@ -139,6 +143,7 @@ class Node:
         self.running = status.running
         self.misfits = status.misfits
         if status.counters:
+            self._learn_rate(status.counters)
             self.counters = status.counters
         if status.memory is not None:
             self.memory = status.memory
@@ -147,8 +152,19 @@ class Node:
             self._unseen_tokens -= self._unseen.pop(id)[1]
         self.changed(self)
 
+    def _learn_rate(self, counters: dict[str, float]) -> None:
+        """Of steps that are mostly prompts: others take as long for fewer tokens."""
+
+        def since(name: str) -> float:
+            return counters.get(name, 0.0) - self.counters.get(name, 0.0)
+
+        steps, seconds, tokens = since("steps"), since("step_seconds"), since("computed_tokens")
+        if self.counters and steps > 0 and seconds > 0 and tokens >= _PROMPT_STEP_TOKENS * steps:
+            rate = tokens / seconds
+            self.tokens_a_second += (rate - self.tokens_a_second) * (_NEW if self.tokens_a_second else 1.0)
+
     def _take(self, load: link.Load) -> None:
-        self.load = load
+        self.load = load if not self.leaving else msgspec.structs.replace(load, draining=True)
         self._kv_used = max((group.used / group.total for group in load.groups if group.total), default=0.0)
         self._room = _room(load)
 

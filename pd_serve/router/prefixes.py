@@ -56,6 +56,9 @@ class Prefixes:
             self._drop(id, held, name)
         self._held.pop(id, None)
 
+    def count(self, id: str) -> int:
+        return len(self._held.get(id, ()))
+
     def names(self, id: str) -> set[int]:
         return set(self._held.get(id, ()))
 

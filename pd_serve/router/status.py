@@ -33,7 +33,11 @@ def models(registry: Registry, created_s: int) -> list[dict[str, Any]]:
 def describe(registry: Registry, unlinked: Sequence[Unlinked]) -> dict[str, Any]:
     """``unlinked``: nodes that are known but not linked."""
     troubles = {id: trouble for group in registry.groups.values() for id, trouble in group.troubles().items()}
-    nodes = [_node(node, *state(node, troubles)) for node in sorted(registry.nodes(), key=lambda n: (n.role, n.id))]
+    nodes = []
+    for node in sorted(registry.nodes(), key=lambda n: (n.role, n.id)):
+        group = registry.group(node.hello.model)
+        known = group.known_prefixes(node) if group is not None else 0
+        nodes.append({**_node(node, *state(node, troubles)), "known_prefixes": known})
     nodes += [{"url": entry.url, "state": entry.state, "reason": entry.reason} for entry in unlinked]
     return {"models": [_group(group) for group in registry.groups.values()], "nodes": nodes}
 

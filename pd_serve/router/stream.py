@@ -69,9 +69,18 @@ class Shared:
 
 class Stream:
     def __init__(
-        self, shared: Shared, group: Group, prompt: list[int], sampling: link.SamplingParams, sink: Sink, name: str
+        self,
+        shared: Shared,
+        group: Group,
+        prompt: list[int],
+        sampling: link.SamplingParams,
+        sink: Sink,
+        name: str,
+        *,
+        priority: int = 0,
     ) -> None:
-        """``name``: the request's id (and choice), for logs and as the head of attempt ids."""
+        """``name``: the request's id (and choice), for logs and as the head of attempt ids. ``priority``: a lower one
+        is served before a higher one."""
         self._shared = shared
         self._group = group
         self._sink = sink
@@ -80,6 +89,7 @@ class Stream:
         # Of a prompt that is worth finding again: what nodes that have its beginning are found by.
         self._chain = chain(group.info.fingerprint, _int32(prompt)) if len(prompt) >= CHUNK_TOKENS else []
         self._sampling = sampling
+        self._priority = max(-1000, min(1000, priority))
         self.outputs: list[int] = []
         self.num_cached = 0
         self.prompt_logprobs: list[link.TokenLogprob | None] | None = None
@@ -159,7 +169,8 @@ class Stream:
                 self._all_refused()
             case Placement():
                 self._stop_waiting()
-                self._submit(placement)
+                if not self._too_late(placement):
+                    self._submit(placement)
 
     def _terms(self, *, begun: bool) -> Terms:
         group = self._group
@@ -220,6 +231,7 @@ class Stream:
             handoff=handoff,
             source=source,
             age_s=self._shared.clock.now_s() - self.created_s,
+            priority=self._priority,
         )
         self._group.breakers.tried(node.id)
         cached = attempt.cached if node is attempt.prefill else 0
@@ -228,6 +240,23 @@ class Stream:
             self._end_attempt()
             self._avoid[node.id] = self._avoid.get(node.id, 0) + 1
             self._again("unsent", f"{node.title} could not be written to", pause_s=_UNSENT_S)
+
+    def _too_late(self, placement: Placement) -> bool:
+        """Ends a stream whose first token is expected after the objective: refusing it at once costs others nothing."""
+        objective_s = self._shared.settings.ttft_objective_ms / 1000
+        if not objective_s or self._sink.started:
+            return False
+        expected_s = self._group.ttft_s(placement, len(self._prompt)) + self._shared.clock.now_s() - self.created_s
+        if expected_s <= objective_s:
+            return False
+        self._shared.count("aborts", "ttft_objective")
+        wait_s = math.ceil(max(expected_s - objective_s, 1.0) * random.uniform(1.0, 1.0 + _SPREAD))
+        message = (
+            f"the first token is expected after {expected_s:.1f} s, and {objective_s:g} s are promised: try again in "
+            f"{wait_s} s"
+        )
+        self.fail(APIError(429, message, code="overloaded", retry_after_s=wait_s))
+        return True
 
     def _wait_for_node(self) -> None:
         if self._waits_for_node:

@@ -99,6 +99,7 @@ class Submit(msgspec.Struct, tag="submit"):
     source: Source | None = None
     number: int = 0  # counts the submits of a link from 1: a status names the last one that it includes
     age_s: float = 0.0  # since the request reached the router: nodes serve the oldest first
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0  # a lower one comes before all of a higher one
 
 
 class Abort(msgspec.Struct, tag="abort"):

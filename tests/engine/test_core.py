@@ -140,3 +140,21 @@ def test_a_wait_without_work_is_no_step(node: Node) -> None:
     time.sleep(0.3)
     beats = [node.beat() for _ in range(5)]
     assert beats[-1].running is None
+
+
+def test_what_is_urgent_overtakes_what_waits(node: Node) -> None:
+    def submit(name: str, start: int, priority: int = 0) -> None:
+        data = array("i", range(start, start + 20)).tobytes()  # nobody waits for another one's prefix
+        node.say(link.Submit(name, data, 0, PARAMS, priority=priority))
+
+    node.executor.go.clear()
+    names = [f"usual{number}" for number in range(8)]
+    for number, name in enumerate(names):
+        submit(name, 2 + number)
+    submit("later", 20, priority=5)
+    submit("urgent", 30, priority=-1)
+    node.executor.go.set()
+    node.finished("later")
+    first = list(dict.fromkeys(o.id for o in node.outputs if o.tokens))
+    assert first[-1] == "later" and first.index("urgent") < first.index("usual3")
+    assert [name for name in first if name in names] == names

@@ -11,7 +11,7 @@ import pytest
 from pd_serve.api.text_model import TextModel
 from pd_serve.router.breaker import Breakers
 from pd_serve.router.groups import Group, Registry
-from pd_serve.router.nodes import Node
+from pd_serve.router.nodes import MAX_MET, Node
 from pd_serve.wire import link
 from pd_serve.wire.chunks import pack
 from tests.api import tiny
@@ -309,3 +309,24 @@ def test_what_a_node_tells_of_its_cache_and_what_is_lost_of_it() -> None:
         registry.cached(node, link.Prefixes(11, bytes(9)))
     registry.remove(node, "gone")
     assert known.names(node.id) == set()
+
+
+# --- many nodes
+
+
+def test_a_join_among_many_nodes_costs_a_few_frames() -> None:
+    registry, said = Registry(), list[tuple[str, link.ToNode]]()
+    for number in range(200):
+        role = ("prefill", "decode")[number % 2]
+        node = make(role, number)
+        node.host = f"host{number // 8}"
+        node._send = lambda message, id=node.id: said.append((id, message))  # type: ignore[misc]
+        joined(registry, node)
+        told_of = [(id, source.node_id) for id, m in said if isinstance(m, link.Peers) for source in m.sources]
+        assert len(said) <= MAX_MET + 1, "its own question, and those that meet it"
+        assert len(told_of) == min(MAX_MET, (number + 1) // 2), number
+        if number % 8 == 7:  # its host's are among them
+            assert {f"p{number - 1 - 2 * place}" for place in range(3)} <= {source for _, source in told_of}
+        said.clear()
+    registry.remove(node, "left")
+    assert said == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -280,6 +281,24 @@ def test_of_many_full_nodes_one_is_asked_and_speaks_for_all() -> None:
     assert isinstance(found, Placement) and found.ask and found.decode is not None
     assert place(P, d, prompt_tokens=500, refused={found.decode}) is Nowhere.REFUSED
     assert isinstance(place(P, d, prompt_tokens=500, refused={found.decode}, begun=True), Placement)
+
+
+def test_a_decision_takes_as_long_among_five_thousand_nodes_as_among_a_hundred() -> None:
+    def seconds(count: int) -> float:
+        p = field(sources(), [one._replace(waiting_tokens=7 * at % 999) for at, one in enumerate(many("p", count))])
+        d = field(targets(), [one._replace(sequences=7 * at % 99) for at, one in enumerate(many("d", count))])
+        for number in range(50):
+            p.prefixes.stored(f"p{number}", PROMPT[: number % 16])
+        terms = [Terms(prompt_tokens=TOKENS, chain=PROMPT, turn=turn) for turn in range(200)]
+        times = []
+        for _ in range(10):
+            begun_s = time.process_time()
+            for one in terms:
+                assert isinstance(place_on(p, d, one), Placement)
+            times.append(time.process_time() - begun_s)
+        return min(times)
+
+    assert seconds(5000) < 3 * seconds(100)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 99), st.booleans(), st.booleans()), max_size=120))
