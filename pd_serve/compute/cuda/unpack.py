@@ -1,7 +1,7 @@
 """K and V of sequences out of a pool in FP8, one token behind the other, in the dtype of queries.
 
 Called by :mod:`pd_serve.compute.cuda.attention` for chunks of prompts: attention that converts what it reads takes
-three times as long as this and attention over what it leaves (docs/benchmarks.md).
+three times as long as attention over bfloat16 (docs/benchmarks.md).
 """
 
 from __future__ import annotations
