@@ -1,6 +1,6 @@
 """Starting child processes that never outlive their parent, and learning of their end without polling.
 
-Used by ``up`` for the router and the nodes, and by a node for its engine.
+Used by ``up`` for the router and the nodes, by a node for its engine, and by an engine for its other ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,8 +30,12 @@ class Child:
         environ: Mapping[str, str] | None = None,
         stdin: bytes | None = None,
         capture: bool = False,
+        fds: Collection[int] = (),
     ) -> None:
-        """``stdin``: all that the child can read there. ``capture``: its output goes to ``stdout``, else to ours."""
+        """``stdin``: all that the child can read there. ``capture``: its output goes to ``stdout``, else to ours.
+
+        ``fds``: file descriptors that it has, too.
+        """
         parent = os.getpid()
 
         def die_with_parent() -> None:
@@ -46,6 +50,7 @@ class Child:
             stdout=subprocess.PIPE if capture else None,
             stderr=subprocess.STDOUT if capture else None,
             start_new_session=True,
+            pass_fds=fds,
             preexec_fn=die_with_parent,  # noqa: PLW1509  (forked from a process without other threads that hold locks)
         )
         if stdin is not None:

@@ -113,7 +113,8 @@ class Stopwatch:
 
 def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    whole = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    config = share_of(whole, 0)
     logs.configure(config.log_level, "engine")
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
@@ -126,12 +127,12 @@ def main(make_role: RoleFactory) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
         stack.callback(context.term)
+        ranks = start_ranks(whole, stack)  # while this process has no other threads
         pulse = Pulse(context, config.pulse_address, config.engine_timeout_s, config.step_timeout_s)
         stack.callback(pulse.close)
         pulse.start()  # before all that takes time
         channel = stack.enter_context(Channel(context, config.address))
         try:
-            ranks = start_ranks(config, stack)
             engine, ready = build(config, channel, pulse, make_role, ranks)
         except PDServeError as error:
             channel.send_node(EngineFailed(str(error)))
@@ -150,6 +151,14 @@ def main(make_role: RoleFactory) -> int:
             log.critical("the engine ends: %s", error)
             return 1
     return 0
+
+
+def share_of(config: EngineConfig, rank: int) -> EngineConfig:
+    """What is a rank's: of cores and threads its part, or all of the cores where there are too few to deal."""
+    if config.tp == 1:
+        return config
+    cpus = config.cpus[rank :: config.tp] if len(config.cpus) >= config.tp else config.cpus
+    return replace(config, cpus=cpus, threads=max(1, config.threads // config.tp))
 
 
 def start_ranks(config: EngineConfig, stack: contextlib.ExitStack) -> Ranks | None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from pd_serve.engine import line
 from pd_serve.engine.line import Kind, Line, LineClosed
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.memory.region import PoolMemory
+from pd_serve.processes import Child, describe_exit
 from pd_serve.transfer.relay import Relays
 from pd_serve.wire.memory import MemoryReport
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 START_S = 600.0  # a rank may compile kernels
+LAST_WORD_S = 1.0  # for what a rank says that cannot start
 ORDER_S = 120.0
 END_S = 5.0
 
@@ -56,16 +59,6 @@ class RankConfig(msgspec.Struct):
     relay_fd: int
 
 
-def cores_of(config: EngineConfig, rank: int) -> tuple[int, ...]:
-    """The engine's cores, dealt; all of them where there are not enough."""
-    cpus: tuple[int, ...] = tuple(config.cpus)
-    return cpus[rank :: config.tp] if len(cpus) >= config.tp else cpus
-
-
-def threads_of(config: EngineConfig) -> int:
-    return max(1, config.threads // config.tp)
-
-
 def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
     """Waits for the other ranks."""
     from pd_serve.distributed.group import Group
@@ -74,31 +67,41 @@ def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
 
 
 class Ranks:
-    """Starts the other ranks' processes, and ends them."""
+    """Starts the other ranks' processes, and ends them. Made on the main thread before there are others."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._count = config.tp
         self._folder = tempfile.TemporaryDirectory(prefix="pd-serve-ranks-")
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Child] = []
         self._lines: list[Line] = []
         self._relays: list[socket.socket] = []
         self._started = False
+        self._closed = threading.Event()
         for rank in range(1, config.tp):
             self._start(config, rank)
+        threading.Thread(target=self._watch, name="pd-ranks", daemon=True).start()
 
     def _start(self, config: EngineConfig, rank: int) -> None:
         (ours, theirs), (our_relay, their_relay) = socket.socketpair(), socket.socketpair()
         with theirs, their_relay:
             fds = (theirs.fileno(), their_relay.fileno())
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pd_serve.engine.worker"], stdin=subprocess.PIPE, pass_fds=fds
-            )
-        assert process.stdin is not None
-        self._processes.append(process)
+            told = msgspec.json.encode(RankConfig(config, rank, self._folder.name, *fds))
+            command = [sys.executable, "-m", "pd_serve.engine.worker"]
+            self._processes.append(Child(command, stdin=told, fds=fds))
         self._lines.append(Line(ours))
         self._relays.append(our_relay)
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(msgspec.json.encode(RankConfig(config, rank, self._folder.name, *fds)))
+
+    def _watch(self) -> None:
+        """Until all have started: whoever waits for one that has ended would wait for long."""
+        while not self._started:
+            for rank, process in enumerate(self._processes, 1):
+                status = process.returncode()
+                if status is not None and not self._closed.wait(LAST_WORD_S) and not self._started:
+                    log.critical("rank %d ended while the engine started (%s)", rank, describe_exit(status))
+                    logging.shutdown()
+                    os._exit(1)
+            if self._closed.wait(0.2):
+                return
 
     def relays(self) -> Relays:
         """Their transfer ends."""
@@ -139,6 +142,9 @@ class Ranks:
                 raise kind(f"rank {rank}: {answer.error}")
 
     def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
         with contextlib.suppress(LineClosed):
             if self._started:
                 self.tell(Kind.ORDER, line.encode(line.Stop()))
@@ -146,11 +152,9 @@ class Ranks:
             each.close()
         deadline_s = time.monotonic() + (END_S if self._started else 0.0)
         for process in self._processes:
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            while process.returncode() is None and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
         for relay in self._relays:
             relay.close()
         self._folder.cleanup()

@@ -23,9 +23,9 @@ from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import decode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
-from pd_serve.engine.boot import bound_caches, identity_of, leave_out_shapes
+from pd_serve.engine.boot import bound_caches, identity_of, leave_out_shapes, share_of
 from pd_serve.engine.line import Answer, Kind, Line, LineClosed
-from pd_serve.engine.ranks import RankConfig, cores_of, meet, threads_of
+from pd_serve.engine.ranks import RankConfig, meet
 from pd_serve.errors import PDServeError
 from pd_serve.transfer.relay import RelayServer
 
@@ -96,7 +96,7 @@ def build(told: RankConfig, config: EngineConfig, orders: Line) -> Worker:
 
 def main() -> int:
     told = msgspec.json.decode(sys.stdin.buffer.read(), type=RankConfig)
-    config = replace(told.config, cpus=cores_of(told.config, told.rank), threads=threads_of(told.config))
+    config = share_of(told.config, told.rank)
     logs.configure(config.log_level, f"rank {told.rank}")
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
