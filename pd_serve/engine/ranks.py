@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -74,7 +76,7 @@ def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
 
 
 class Ranks:
-    """Starts the other ranks' processes, and ends them."""
+    """Starts the other ranks' processes, and ends them. One that ends by itself, also asleep, ends this process."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._count = config.tp
@@ -83,6 +85,7 @@ class Ranks:
         self._lines: list[Line] = []
         self._relays: list[socket.socket] = []
         self._started = False
+        self._closing = False
         for rank in range(1, config.tp):
             self._start(config, rank)
 
@@ -112,6 +115,19 @@ class Ranks:
         """Raises ConfigError for what a user can mend, else PDServeError."""
         self._answers(START_S)
         self._started = True
+        threading.Thread(target=self._watch, name="pd-ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        """An engine that sleeps or waits for its device does not look at the others' lines."""
+        with select.epoll() as poll:
+            ranks = {os.pidfd_open(process.pid): rank for rank, process in enumerate(self._processes, 1)}
+            for fd in ranks:
+                poll.register(fd, select.EPOLLIN)
+            [(fd, _)] = poll.poll(maxevents=1)
+        for each in ranks:
+            os.close(each)
+        if not self._closing:
+            _end(f"rank {ranks[fd]} has ended; its log says why")
 
     def tell(self, kind: Kind, payload: bytes) -> None:
         for each in self._lines:
@@ -121,11 +137,17 @@ class Ranks:
     def order(self, message: line.Sleep | line.Wake) -> Iterator[None]:
         """All ranks do it while this one does, within the block. Raises PDServeError where one cannot."""
         self.tell(Kind.ORDER, line.encode(message))
-        yield
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(PDServeError):  # the next order has answers of its own
+                self._answers(ORDER_S)
+            raise
         self._answers(ORDER_S)
 
     def _answers(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
+        failure: PDServeError | None = None
         for rank, each in enumerate(self._lines, 1):
             try:
                 _, payload = each.receive(max(0.001, deadline_s - time.monotonic()))
@@ -136,9 +158,14 @@ class Ranks:
             answer = line.decode_answer(payload)
             if answer.error:
                 kind = ConfigError if answer.mendable else PDServeError
-                raise kind(f"rank {rank}: {answer.error}")
+                failure = failure or kind(f"rank {rank}: {answer.error}")
+                if not self._started:  # others may wait for it, and not answer
+                    break
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
+        self._closing = True
         with contextlib.suppress(LineClosed):
             if self._started:
                 self.tell(Kind.ORDER, line.encode(line.Stop()))
@@ -154,6 +181,13 @@ class Ranks:
         for relay in self._relays:
             relay.close()
         self._folder.cleanup()
+
+
+def _end(why: str) -> NoReturn:
+    """Without the interpreter's end, which may wait for a device that waits for another rank."""
+    log.critical("the engine ends: %s", why)
+    logging.shutdown()
+    os._exit(1)
 
 
 class RankedExecutor:
@@ -185,13 +219,8 @@ class RankedExecutor:
         try:
             yield
         except Exception as error:
-            self._end(error)
-
-    @staticmethod
-    def _end(error: Exception) -> NoReturn:
-        log.critical("a step failed, and with it the ranks of this engine: %r", error, exc_info=error)
-        logging.shutdown()
-        os._exit(1)
+            log.exception("a step failed, and with it the ranks of this engine")
+            _end(repr(error))
 
     def memory(self) -> list[PoolMemory]:
         return self._own.memory()
