@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,9 @@ from pd_serve.errors import PDServeError
 # NVLink multicast needs what containers often lack, and then hangs or fails in mid-use; two-shot does without.
 _NO_MULTICAST = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 _LOOK_S = 0.01  # between looks at the other ranks' sockets
+_NAP_S = 20e-6  # between looks at the device, which nobody waits for as long: the process has other threads
 _RANK = struct.Struct("<i")
+_SIZE = struct.Struct("<I")
 
 
 class RankLost(PDServeError):
@@ -59,7 +62,7 @@ class Group:
         try:
             self._meet(directory, time.monotonic() + timeout_s)
             for peer in self._peers.values():
-                peer.setblocking(False)
+                peer.settimeout(None)
             store = dist.FileStore(str(directory / "store"), size)  # type: ignore[attr-defined]
             cuda = device.type == "cuda"
             if cuda:
@@ -86,21 +89,60 @@ class Group:
         self._looked_s = time.monotonic()
         for rank, peer in self._peers.items():
             try:
-                ended = not peer.recv(1, socket.MSG_PEEK)
+                ended = not peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             except BlockingIOError:
                 continue
             except OSError:
                 ended = True
             if ended:
-                self._lost = True
-                raise RankLost(f"rank {rank} of {self.size} has ended: its log says why; this rank ends, too")
+                raise self._ended(rank)
+
+    def exchange(self, data: bytes = b"") -> list[bytes]:
+        """What each rank gave, a few kilobytes at most, when all have come here. Raises RankLost.
+
+        What a rank wrote to memory that others see is there for them afterwards.
+        """
+        given = {self.rank: data}
+        for rank, peer in self._peers.items():
+            with self._noticing(rank):
+                peer.sendall(_SIZE.pack(len(data)) + data)
+        for rank, peer in self._peers.items():
+            with self._noticing(rank):
+                given[rank] = _receive(peer, *_SIZE.unpack(_receive(peer, _SIZE.size)))
+        return [given[rank] for rank in range(self.size)]
+
+    def least(self, number: int) -> int:
+        """The least that any rank gave, when all have come here."""
+        return min(int(given) for given in self.exchange(str(number).encode()))
+
+    def share(self, descriptor: int) -> list[int]:
+        """File descriptors that ranks open to each other, in the order of ranks; others' are the caller's to close."""
+        given = {self.rank: descriptor}
+        for rank, peer in self._peers.items():
+            with self._noticing(rank):
+                socket.send_fds(peer, [b"f"], [descriptor])
+        for rank, peer in self._peers.items():
+            with self._noticing(rank):
+                _, (given[rank],), _, _ = socket.recv_fds(peer, 1, 1)
+        return [given[rank] for rank in range(self.size)]
+
+    @contextlib.contextmanager
+    def _noticing(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: its end, in place of a descriptor
+            raise self._ended(rank) from None
+
+    def _ended(self, rank: int) -> RankLost:
+        self._lost = True
+        return RankLost(f"rank {rank} of {self.size} has ended: its log says why; this rank ends, too")
 
     def wait(self, event: Awaited) -> None:
         """Until the device has come to ``event``. Raises RankLost, within about 10 ms of another rank's end."""
         while not event.query():
             if time.monotonic() - self._looked_s > _LOOK_S:
                 self.check()
-            time.sleep(0)
+            time.sleep(_NAP_S)
 
     def close(self) -> None:
         """Leaves the group. Where a rank was lost nothing is torn down on the device: the process is to end."""
@@ -128,6 +170,16 @@ class Group:
                     missing = sorted(set(range(self.size)) - set(self._peers) - {self.rank})
                     raise RankLost(f"ranks {missing} of {self.size} did not start: their logs say why") from None
                 self._peers[rank] = peer
+
+
+def _receive(peer: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = peer.recv(size - len(data))
+        if not piece:
+            raise ConnectionResetError
+        data += piece
+    return data
 
 
 def _connect(path: Path, rank: int, deadline_s: float) -> socket.socket:

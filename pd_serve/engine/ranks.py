@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 START_S = 600.0  # a rank may compile kernels
-LAST_WORD_S = 1.0  # for what a rank says that cannot start
+LAST_WORD_S = 5.0  # for what a rank says that cannot start
 ORDER_S = 120.0
 END_S = 5.0
 
@@ -67,7 +68,10 @@ def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
 
 
 class Ranks:
-    """Starts the other ranks' processes, and ends them. Made on the main thread before there are others."""
+    """Starts the other ranks' processes, and ends them. One that ends by itself, also asleep, ends this process.
+
+    Made on the main thread, before there are others.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._count = config.tp
@@ -92,16 +96,18 @@ class Ranks:
         self._relays.append(our_relay)
 
     def _watch(self) -> None:
-        """Until all have started: whoever waits for one that has ended would wait for long."""
-        while not self._started:
-            for rank, process in enumerate(self._processes, 1):
-                status = process.returncode()
-                if status is not None and not self._closed.wait(LAST_WORD_S) and not self._started:
-                    log.critical("rank %d ended while the engine started (%s)", rank, describe_exit(status))
-                    logging.shutdown()
-                    os._exit(1)
-            if self._closed.wait(0.2):
-                return
+        """An engine that starts, sleeps or waits for its device does not look at the others' lines."""
+        with select.epoll() as poll:
+            ranks = {os.pidfd_open(process.pid): number for number, process in enumerate(self._processes)}
+            for fd in ranks:
+                poll.register(fd, select.EPOLLIN)
+            [(fd, _)] = poll.poll(maxevents=1)
+        for each in ranks:
+            os.close(each)
+        if not self._closed.wait(0.0 if self._started else LAST_WORD_S):
+            status = self._processes[ranks[fd]].returncode()
+            how = "" if status is None else f" ({describe_exit(status)})"
+            _end(f"rank {ranks[fd] + 1} has ended{how}; its log says why")
 
     def relays(self) -> Relays:
         """Their transfer ends."""
@@ -124,11 +130,17 @@ class Ranks:
     def order(self, message: line.Sleep | line.Wake) -> Iterator[None]:
         """All ranks do it while this one does, within the block. Raises PDServeError where one cannot."""
         self.tell(Kind.ORDER, line.encode(message))
-        yield
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(PDServeError):  # the next order has answers of its own
+                self._answers(ORDER_S)
+            raise
         self._answers(ORDER_S)
 
     def _answers(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
+        failure: PDServeError | None = None
         for rank, each in enumerate(self._lines, 1):
             try:
                 _, payload = each.receive(max(0.001, deadline_s - time.monotonic()))
@@ -139,7 +151,11 @@ class Ranks:
             answer = line.decode_answer(payload)
             if answer.error:
                 kind = ConfigError if answer.mendable else PDServeError
-                raise kind(f"rank {rank}: {answer.error}")
+                failure = failure or kind(f"rank {rank}: {answer.error}")
+                if not self._started:  # others may wait for it, and not answer
+                    break
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -158,6 +174,13 @@ class Ranks:
         for relay in self._relays:
             relay.close()
         self._folder.cleanup()
+
+
+def _end(why: str) -> NoReturn:
+    """Without the interpreter's end, which may wait for a device that waits for another rank."""
+    log.critical("the engine ends: %s", why)
+    logging.shutdown()
+    os._exit(1)
 
 
 class RankedExecutor:
@@ -189,13 +212,8 @@ class RankedExecutor:
         try:
             yield
         except Exception as error:
-            self._end(error)
-
-    @staticmethod
-    def _end(error: Exception) -> NoReturn:
-        log.critical("a step failed, and with it the ranks of this engine: %r", error, exc_info=error)
-        logging.shutdown()
-        os._exit(1)
+            log.exception("a step failed, and with it the ranks of this engine")
+            _end(repr(error))
 
     def memory(self) -> list[PoolMemory]:
         return self._own.memory()

@@ -100,11 +100,12 @@ def test_ranks_sleep_and_wake_together(nodes: Cluster, expected: list[str]) -> N
 
 
 def test_a_rank_that_dies_takes_its_engine_and_streams_go_on(nodes: Cluster, device: str) -> None:
-    """Also while nothing is computed."""
+    """Also while it sleeps, when nothing is asked of it."""
     prompt = "Once upon a time"
     text = str(nodes.complete(prompt, LONG[device], ignore_eos=True)["choices"][0]["text"])
     idle = nodes.prefills[1]
     (pid,) = workers(idle)
+    assert HTTP.post(f"{idle.url}/sleep?level=1", timeout=60).json()["is_sleeping"]
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: idle.process.poll() is not None, 10, "the end of the prefill node")
     assert "rank 1 has ended" in idle.log.read_text()

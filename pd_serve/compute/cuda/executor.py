@@ -120,7 +120,8 @@ class CudaExecutor:
         if meet is not None:
             with self._phase("ranks", LIBRARIES):
                 group, rows = meet(self._device), max(settings.max_num_batched_tokens, settings.max_num_seqs)
-                self._ranks = CudaRanks(group, rows, config.hidden_size, DTYPES[layout.dtype])
+                dtype = DTYPES[settings.dtype or layout.dtype]  # the cache may be in FP8
+                self._ranks = CudaRanks(group, rows, config.hidden_size, dtype)
         self._start()
         gauge.close()
 

@@ -86,9 +86,11 @@ class Experts:
         """From now on goes the ways that :func:`choose` found for its shape."""
         self._gate_up_tiles, self._down_tiles = by_rows(gate_up), by_rows(down)
 
-    def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
-        """``x [T, hidden]``, ``logits [T, experts]``: ``[T, hidden]``."""
-        rows, out = len(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def __call__(self, x: Tensor, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x [T, hidden]``, ``logits [T, experts]``: ``[T, hidden]``, in ``out`` if given, which may be ``x``."""
+        rows = len(x)
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if not rows:
             return out
         routed, per_token = self.route(logits), self._routing.per_token

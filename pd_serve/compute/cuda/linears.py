@@ -117,10 +117,12 @@ class Linear:
         """Whether so many rows become FP8 first."""
         return rows > 0 and _rounds_inputs(self._way(rows), self._weight)
 
-    def of_gated(self, gate_up: Tensor, act: Activation) -> Tensor:
+    def of_gated(self, gate_up: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
         """Of ``act(gate) * up``, for numbers of rows that become FP8, which they do when they are computed."""
         rows, weight = len(gate_up), self._weight
-        tile, out = self._way(rows).tile, gate_up.new_empty((rows, self.shape.outputs))
+        tile = self._way(rows).tile
+        if out is None:
+            out = gate_up.new_empty((rows, self.shape.outputs))
         if isinstance(tile, fp8.GemmTile):
             fp8.multiply(gate_up, weight, self._bias, out, tile, act)
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda import activations, experts, kernels, linears, splitk
+from pd_serve.compute.cuda.ranks import Summed
 from pd_serve.models.interface import Fp8Weight, Linear, Routing
 
 
@@ -60,6 +61,6 @@ class CudaOps:
 
     def gated(self, gate_up: Tensor, activation: str, down: Linear) -> Tensor:
         """See :meth:`pd_serve.models.interface.Ops.gated`."""
-        if isinstance(down, linears.Linear) and down.rounds_inputs(len(gate_up)):
+        if isinstance(down, linears.Linear | Summed) and down.rounds_inputs(len(gate_up)):
             return down.of_gated(gate_up, activations.named(activation))
         return down(kernels.silu_mul(gate_up) if activation == "silu" else kernels.gelu_tanh_mul(gate_up))

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pd_serve.compute.cuda import experts, linears
+from pd_serve.compute.cuda.activations import Activation
 from pd_serve.distributed import all_reduce
 from pd_serve.distributed.all_reduce import AllReduce
 from pd_serve.distributed.group import Group
@@ -24,19 +26,19 @@ class CudaRanks:
         self._sum = AllReduce(group, max_rows, width, dtype, timed)
 
     def summed(self, linear: Linear) -> Linear:
-        return _Summed(linear, self._sum)
+        assert isinstance(linear, linears.Linear)  # of CudaOps
+        return Summed(linear, self._sum)
 
-    def summed_experts(self, experts: Experts) -> Experts:
-        return _SummedExperts(experts, self._sum)
+    def summed_experts(self, mixture: Experts) -> Experts:
+        assert isinstance(mixture, experts.Experts)
+        return _SummedExperts(mixture, self._sum)
 
     def gathered(self, linear: Linear) -> Linear:
         return _Gathered(linear, self.group.size)
 
     def least(self, number: int) -> int:
         """Of all ranks' numbers the least."""
-        value = torch.tensor([number], dtype=torch.int64, device=self.group.device)
-        dist.all_reduce(value, dist.ReduceOp.MIN)
-        return int(value)
+        return self.group.least(number)
 
     def first_rank_first(self) -> _Turn:
         """What rank 0 leaves on disk in it the others find there."""
@@ -49,21 +51,17 @@ class _Turn:
 
     def __enter__(self) -> None:
         if self._group.rank:
-            self._wait()
+            self._group.exchange()
 
     def __exit__(self, *_: object) -> None:
         if not self._group.rank:
-            self._wait()
-
-    def _wait(self) -> None:
-        dist.all_reduce(torch.zeros(1, device=self._group.device))
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._group.wait(event)
+            self._group.exchange()
 
 
-class _Summed:
-    def __init__(self, linear: Linear, total: AllReduce) -> None:
+class Summed:
+    """Its part goes straight to where it is summed."""
+
+    def __init__(self, linear: linears.Linear, total: AllReduce) -> None:
         self._linear = linear
         self._sum = total
 
@@ -72,12 +70,22 @@ class _Summed:
         return self._linear.tensors
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _sum(self._sum, self._linear(x))
+        self._linear(x, self._sum.input(len(x)))
+        return self._sum(len(x))
+
+    def rounds_inputs(self, rows: int) -> bool:
+        """See :meth:`pd_serve.compute.cuda.linears.Linear.rounds_inputs`."""
+        return self._linear.rounds_inputs(rows)
+
+    def of_gated(self, gate_up: Tensor, act: Activation) -> Tensor:
+        """See :meth:`pd_serve.compute.cuda.linears.Linear.of_gated`."""
+        self._linear.of_gated(gate_up, act, self._sum.input(len(gate_up)))
+        return self._sum(len(gate_up))
 
 
 class _SummedExperts:
-    def __init__(self, experts: Experts, total: AllReduce) -> None:
-        self._experts = experts
+    def __init__(self, mixture: experts.Experts, total: AllReduce) -> None:
+        self._experts = mixture
         self._sum = total
 
     @property
@@ -85,7 +93,9 @@ class _SummedExperts:
         return self._experts.tensors
 
     def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
-        return _sum(self._sum, self._experts(x, logits))
+        """``x`` may be what was summed last: it is read before it is written over."""
+        self._experts(x, logits, self._sum.input(len(x)))
+        return self._sum(len(x))
 
 
 class _Gathered:
@@ -102,8 +112,3 @@ class _Gathered:
         parts = own.new_empty(self._ranks, *own.shape)
         dist.all_gather_into_tensor(parts, own)
         return parts.transpose(0, 1).reshape(len(own), -1)
-
-
-def _sum(total: AllReduce, part: Tensor) -> Tensor:
-    total.input(len(part)).copy_(part)
-    return total(len(part))
