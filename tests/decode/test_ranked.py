@@ -179,9 +179,11 @@ def test_a_failure_at_one_rank_fails_all_of_it(make: Make) -> None:
     ranked = make(2, 2)
     ranked.start("warm")
     ranked.heard("warm", Arrived)
-    ranked.nodes.scripts[0].hangs = True
+    script = ranked.nodes.scripts[0]
+    script.hangs, before = True, script.pulls
     ranked.start()
     until(lambda: ranked.look() or ranked.nodes.d[1].inbox.counters()["pulls"] >= 2)  # rank 1 has its part
+    until(lambda: ranked.look() or script.pulls > before)  # rank 0 has begun
     ranked.nodes.p[0].worker.close()  # of rank 0 the source is lost
     assert ranked.heard("k", Failed).kind is FailureKind.PEER_LOST
     ranked.look()
