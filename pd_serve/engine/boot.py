@@ -115,14 +115,7 @@ def main(make_role: RoleFactory) -> int:
     """Runs one engine; its configuration is JSON on standard input. Returns the exit status."""
     whole = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     config = share_of(whole, 0)
-    logs.configure(config.log_level, "engine")
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
-        signal.signal(ignored, signal.SIG_IGN)
-    if config.cpus:
-        os.sched_setaffinity(0, config.cpus)
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    bound_caches()
-    leave_out_shapes(config)
+    set_up(config, "engine")
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack:
@@ -151,6 +144,18 @@ def main(make_role: RoleFactory) -> int:
             log.critical("the engine ends: %s", error)
             return 1
     return 0
+
+
+def set_up(config: EngineConfig, name: str) -> None:
+    """What a process that computes does first: before torch is imported."""
+    logs.configure(config.log_level, name)
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
+        signal.signal(ignored, signal.SIG_IGN)
+    if config.cpus:
+        os.sched_setaffinity(0, config.cpus)
+    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    bound_caches()
+    leave_out_shapes(config)
 
 
 def share_of(config: EngineConfig, rank: int) -> EngineConfig:

@@ -41,7 +41,7 @@ class Answer(msgspec.Struct, frozen=True):
     mendable: bool = False
 
 
-class LineClosed(Exception):
+class LineClosed(ConnectionError):
     """The other process has ended."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 from collections import deque
@@ -18,12 +17,11 @@ from typing import Any
 
 import msgspec
 
-from pd_serve import logs
 from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import decode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
-from pd_serve.engine.boot import bound_caches, identity_of, leave_out_shapes, share_of
+from pd_serve.engine.boot import identity_of, set_up, share_of
 from pd_serve.engine.line import Answer, Kind, Line, LineClosed
 from pd_serve.engine.ranks import RankConfig, meet
 from pd_serve.errors import PDServeError
@@ -97,14 +95,7 @@ def build(told: RankConfig, config: EngineConfig, orders: Line) -> Worker:
 def main() -> int:
     told = msgspec.json.decode(sys.stdin.buffer.read(), type=RankConfig)
     config = share_of(told.config, told.rank)
-    logs.configure(config.log_level, f"rank {told.rank}")
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
-        signal.signal(ignored, signal.SIG_IGN)
-    if config.cpus:
-        os.sched_setaffinity(0, config.cpus)
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    bound_caches()
-    leave_out_shapes(config)
+    set_up(config, f"rank {told.rank}")
     orders = Line(socket.socket(fileno=told.line_fd))
     try:
         try:

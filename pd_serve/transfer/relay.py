@@ -113,10 +113,13 @@ class Relays:
         return self._poll.fileno()
 
     def ask(self, end: str, message: object) -> None:
-        """Of each other rank's end of that name. ``message``: encoded here."""
+        """Of each other rank's end of that name. ``message``: encoded here. Raises TransferError where one is gone."""
         frame = _encode(Frame(end, _encode(message)))
-        for send, _ in self._ranks:
-            send(frame)
+        for rank, (send, _) in enumerate(self._ranks, 1):
+            try:
+                send(frame)
+            except OSError:
+                raise TransferError(FailureKind.TRANSFER, _ended(rank)) from None
 
     def said(self, end: str) -> list[tuple[int, bytes]]:
         """Rank and message, of what has come. Raises TransferError where a rank has given up or is gone."""
@@ -174,7 +177,7 @@ class Relays:
         try:
             self.ask(THREAD, Close())
             self._wait(lambda: len(closed) == len(self._ranks), take, _CLOSE_S)
-        except (OSError, TransferError) as error:
+        except TransferError as error:
             log.error("the transfer threads of other ranks do not end: %s", error)
             return False
         return all(each.let_go for each in closed)
@@ -212,7 +215,7 @@ class Relays:
         with contextlib.suppress(OSError):
             self._poll.unregister(sock)
         sock.close()
-        self._failure = f"rank {rank} has ended; its log says why"
+        self._failure = _ended(rank)
 
     def _take(self, rank: int, frame: Frame) -> None:
         if frame.end != THREAD:
@@ -378,6 +381,10 @@ class RelayServer:
         payload = _encode(Frame(end, message))
         with self._lock, contextlib.suppress(OSError):  # rank 0 is gone: the main thread hears it
             self._sock.sendall(_LENGTH.pack(len(payload)) + payload)
+
+
+def _ended(rank: int) -> str:
+    return f"rank {rank} has ended; its log says why"
 
 
 def _whole(buffer: bytearray) -> list[bytes]:

@@ -5,6 +5,8 @@ See :class:`pd_serve.models.interface.Ranks`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from pd_serve.distributed.group import Group
@@ -17,49 +19,22 @@ class CpuRanks:
         self._sums = HostSum(group)
 
     def summed(self, linear: Linear) -> Linear:
-        return _Summed(linear, self._sums)
+        return _Then(linear, linear.tensors, self._sums.sum_)
 
     def summed_experts(self, experts: Experts) -> Experts:
-        return _SummedExperts(experts, self._sums)
+        return _Then(experts, experts.tensors, self._sums.sum_)
 
     def gathered(self, linear: Linear) -> Linear:
-        return _Gathered(linear, self._sums)
+        return _Then(linear, linear.tensors, self._sums.gather)
 
 
-class _Summed:
-    def __init__(self, linear: Linear, sums: HostSum) -> None:
-        self._linear = linear
-        self._sums = sums
+class _Then:
+    """A layer that holds ``tensors``, and what happens to its output."""
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self._linear.tensors
+    def __init__(self, layer: Callable[..., Tensor], tensors: list[Tensor], then: Callable[[Tensor], Tensor]) -> None:
+        self._layer = layer
+        self.tensors = tensors
+        self._then = then
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._sums.sum_(self._linear(x))
-
-
-class _SummedExperts:
-    def __init__(self, experts: Experts, sums: HostSum) -> None:
-        self._experts = experts
-        self._sums = sums
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self._experts.tensors
-
-    def __call__(self, x: Tensor, logits: Tensor) -> Tensor:
-        return self._sums.sum_(self._experts(x, logits))
-
-
-class _Gathered:
-    def __init__(self, linear: Linear, sums: HostSum) -> None:
-        self._linear = linear
-        self._sums = sums
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self._linear.tensors
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._sums.gather(self._linear(x))
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self._then(self._layer(*inputs))
