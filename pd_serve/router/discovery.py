@@ -28,6 +28,7 @@ Found = Callable[[dict[str, bool]], None]  # by URL: whether it is about to leav
 _POLL_S = 1.0
 _WATCH_S = 240.0  # API servers end a watch after 5 to 10 minutes
 _PAUSE_S = (1.0, 30.0)  # after a failure; doubled each time
+_BREATH_S = 0.2  # between two watches: a server may end each at once
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _GONE = 410
 
@@ -161,8 +162,10 @@ class EndpointSlices:
                     self._tell(found)
                 version = await self._watch(version, found)
                 pause_s = _PAUSE_S[0]
+                await asyncio.sleep(_BREATH_S)
             except Expired:
                 version = ""
+                await asyncio.sleep(_BREATH_S)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.warning("cannot follow the endpoints of %s (%s): the last list holds", self._selector, error)
                 version = ""

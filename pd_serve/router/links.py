@@ -98,7 +98,9 @@ class Links:
         for url in (*self._settings.prefill, *self._settings.decode):
             self.add(url, static=True)
         for where in self._settings.discover:
-            self._followers.append(asyncio.create_task(follow(where, functools.partial(self.listed, where))))
+            follower = asyncio.create_task(follow(where, functools.partial(self.listed, where)), name=where)
+            follower.add_done_callback(_follows_no_more)
+            self._followers.append(follower)
 
     async def close(self) -> None:
         tasks = [task for entry in self._links.values() if (task := entry.task) is not None]
@@ -362,6 +364,11 @@ class Links:
             socket.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
         elif silent_s > _PING_AFTER_S:
             socket.ping()
+
+
+def _follows_no_more(follower: asyncio.Task[None]) -> None:
+    if not follower.cancelled() and (error := follower.exception()) is not None:
+        log.critical("%s is followed no more: restart the router", follower.get_name(), exc_info=error)
 
 
 class _Opening:

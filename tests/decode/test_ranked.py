@@ -256,6 +256,19 @@ def test_a_rank_that_is_gone(make: Make) -> None:
     assert not ranked.reader.thread.close()
 
 
+def test_a_rank_that_cannot_be_asked_any_more() -> None:
+    def send(payload: bytes) -> None:
+        raise ConnectionResetError
+
+    here, there = socket.socketpair()
+    with there:
+        relays = Relays([(send, here)])
+        with pytest.raises(TransferError, match="rank 1 has ended"):
+            relays.ask("outbox", None)
+        assert not relays.close()
+    here.close()
+
+
 def test_a_rank_whose_transfers_have_given_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = make(2, 1)
     monkeypatch.setattr(ranked.nodes.p[1].worker, "_failure", "every turn fails")
