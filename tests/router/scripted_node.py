@@ -7,6 +7,7 @@ are right. KV blocks are an entry in a dictionary that prefill and decode nodes 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import ssl
 from array import array
@@ -213,7 +214,9 @@ class ScriptedNode:
                         self.submits.append(submit)
                         self._last_submits[connection] = submit.number
                         mine.append(submit.id)
-                        self.running[submit.id] = asyncio.create_task(self._run(connection, submit))
+                        task = self.running[submit.id] = asyncio.create_task(self._run(connection, submit))
+                        # not in a finally of its own: one that is cancelled before it begins has none
+                        task.add_done_callback(functools.partial(self._ran, submit.id))
                     case link.Abort(ids=ids):
                         self.aborted += ids
                         for id in ids:
@@ -249,16 +252,17 @@ class ScriptedNode:
         async def say(**fields: object) -> None:
             await self._send(connection, link.Outputs([link.Output(submit.id, **fields)]))  # type: ignore[arg-type]
 
-        try:
-            if submit.source is not None:
-                await self.accept.wait()
-            failure = self.refuse or (self.fail.pop(0) if self.fail else None)
-            if failure is not None:
-                await say(index=submit.num_output, tokens=[], failure=failure)
-                return
-            await self._compute(submit, say)
-        finally:
-            self.running.pop(submit.id, None)
+        if submit.source is not None:
+            await self.accept.wait()
+        failure = self.refuse or (self.fail.pop(0) if self.fail else None)
+        if failure is not None:
+            await say(index=submit.num_output, tokens=[], failure=failure)
+            return
+        await self._compute(submit, say)
+
+    def _ran(self, id: str, task: asyncio.Task[None]) -> None:
+        if self.running.get(id) is task:
+            del self.running[id]
 
     async def _compute(self, submit: link.Submit, say) -> None:  # type: ignore[no-untyped-def]
         tokens = list(array("i", submit.tokens))
