@@ -30,6 +30,7 @@ FIRST = (
     ("transfer/test_nixl.",),
     ("decode/test_kills",),
     ("transfer/test_ucx_processes",),
+    ("models/test_gguf.", "models/test_gguf_"),
 )
 
 # Whoever started us behind a shell's & or nohup ignores Ctrl-C, and so would every process that a test sends it to.

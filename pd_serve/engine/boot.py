@@ -238,6 +238,7 @@ def build(
         pulse=pulse,
         eos_token_ids=fit.model.eos_token_ids,
         vocab_size=fit.model.vocab_size,
+        status_interval_s=pulse.interval_s,
     )
     return engine, roles.introduce(role, engine.load(), watch.phases)
 

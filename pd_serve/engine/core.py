@@ -35,7 +35,6 @@ from pd_serve.wire.chunks import pack
 
 log = logging.getLogger(__name__)
 
-STATUS_INTERVAL_S = 1.0
 _PRIORITY_S = 1e7  # what a request may be younger for each step of priority and still come first: always
 _STATUS_SOON_S = 0.05  # after a submit, where other routers place by what they heard last
 
@@ -52,7 +51,9 @@ class Engine:
         pulse: Pulse,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
+        status_interval_s: float,
     ) -> None:
+        """``status_interval_s``: between two reports of an engine that works; an idle one makes half as many."""
         self._kv = kv
         self._scheduler = scheduler
         self._executor = executor
@@ -63,6 +64,7 @@ class Engine:
         self._pulse = pulse
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
+        self._status_interval_s = status_interval_s
         self._seqs: dict[str, Sequence] = {}
         self._outbound: defaultdict[int, list[link.Output]] = defaultdict(list)
         self._followers: set[int] = set()  # origins that want to know what is cached
@@ -369,7 +371,7 @@ class Engine:
         if now_s >= self._status_due_s or idle != self._reported_idle or misfits != self._reported_misfits:
             self._reported_misfits = misfits
             self._reported_idle = idle
-            self._status_due_s = now_s + STATUS_INTERVAL_S
+            self._status_due_s = now_s + self._status_interval_s * (2 if idle else 1)
             if idle and not self._checked_idle:
                 self._check_idle()
             memory = self._executor.report()

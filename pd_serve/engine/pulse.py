@@ -50,7 +50,7 @@ class Pulse:
     ) -> None:
         self._context = context
         self._address = address
-        self._interval_s = min(INTERVAL_MAX_S, engine_timeout_s / BEATS_PER_TIMEOUT)
+        self.interval_s = min(INTERVAL_MAX_S, engine_timeout_s / BEATS_PER_TIMEOUT)
         self._step_timeout_s = step_timeout_s
         self._doing: _Doing | None = None  # replaced as a whole: two threads look at it
         self._steps = 0
@@ -122,13 +122,13 @@ class Pulse:
                 else:
                     since_s = before_s if doing is was else doing.began_s
                     # a process that was stopped did not get its time: that is nothing that the step has used
-                    passed_s = (passed_s if doing is was else 0.0) + min(now_s - since_s, 2 * self._interval_s)
+                    passed_s = (passed_s if doing is was else 0.0) + min(now_s - since_s, 2 * self.interval_s)
                     running = Running(doing.step, doing.tokens, round(passed_s, 3), round(doing.limit_s, 3))
                 try:
                     socket.send(wire.encoder.encode(wire.Beat(running)), zmq.NOBLOCK)
                 except zmq.Again:
                     log.debug("the node does not listen to the engine's pulse")
-                if self._stopping.wait(self._interval_s):
+                if self._stopping.wait(self.interval_s):
                     return
         finally:
             socket.close()

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pd_serve.trust import client_tls
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
@@ -21,13 +21,15 @@ import httpx  # noqa: E402
 
 log = logging.getLogger(__name__)
 
-REPEAT_S = 5.0  # how long a router that was started anew may be without a node that still serves another one
+REPEAT_S = 5.0  # to routers that took the registration and have not linked to this node
+LINKED_REPEAT_S = 15.0  # with a link for each router: nothing is amiss, and the end of a link is heard of at once
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # the last one for ever
 _LEAVE_TIMEOUT_S = 1.0  # a router that is not told sees the link end
 
 
 class Registration:
-    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended.
+    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended. ``linked``: how
+    many links there are.
 
     ``secret``: proved to routers; empty: none. ``ssl_ca``: what https routers are verified against. ``timeout_s``: of
     each try.
@@ -38,6 +40,7 @@ class Registration:
         routers: Sequence[str],
         advertise_url: str,
         lost: asyncio.Event,
+        linked: Callable[[], int],
         *,
         timeout_s: float,
         secret: bytes = b"",
@@ -48,6 +51,7 @@ class Registration:
         self._routers = routers
         self._url = advertise_url
         self._lost = lost
+        self._linked = linked
         secure = any(router.startswith("https:") for router in routers)
         # Without https nothing is verified, and reading a machine's certificates takes 20 ms.
         verify = client_tls(ssl_ca) if secure else False
@@ -74,7 +78,7 @@ class Registration:
                 if failures:
                     log.info("router %s is back", router)
                 failures = 0
-                delay_s = REPEAT_S
+                delay_s = LINKED_REPEAT_S if self._linked() >= len(self._routers) else REPEAT_S
             else:
                 delay_s = RETRY_S[min(failures, len(RETRY_S) - 1)]
                 failures += 1

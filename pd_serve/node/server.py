@@ -189,6 +189,7 @@ class Node:
                 self._config.router,
                 self._url,
                 self.links.lost,
+                self.links.__len__,
                 timeout_s=self._config.connect_timeout_s,
                 secret=self._secret,
                 ssl_ca=self._config.ssl_ca,

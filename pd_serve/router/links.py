@@ -44,7 +44,7 @@ _REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that ans
 # where strangers may register it is they who say what is dialled.
 MAX_LINKS = 16_384
 _TICK_S = 0.5
-_PING_AFTER_S = 1.0
+_PING_AFTER = 0.6  # of ``link_timeout_s``; idle engines speak more often than that by default
 _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict on others then
 
 
@@ -362,7 +362,7 @@ class Links:
             socket.abort(f"its engine was silent for {now_s - entry.spoke_s:.1f} s")
         elif node.running is not None and node.running.seconds > node.running.limit_s:
             socket.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
-        elif silent_s > _PING_AFTER_S:
+        elif silent_s > _PING_AFTER * self._settings.link_timeout_s:
             socket.ping()
 
 

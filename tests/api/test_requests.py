@@ -344,7 +344,7 @@ json_values = st.recursive(
 fields = st.sampled_from([*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "user", "suffix", "x"])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(fields, json_values, max_size=6), st.booleans())
 def test_any_json_is_a_request_or_a_400(body: dict[str, Any], chatting: bool) -> None:
     try:

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -208,11 +209,13 @@ class Chaos:
         return tokens
 
     async def _client(
-        self, http: httpx.AsyncClient, leaving: httpx.AsyncClient, bodies: list[dict[str, Any]], expected: list[Any]
+        self,
+        http: httpx.AsyncClient,
+        leaving: httpx.AsyncClient,
+        load: Iterator[tuple[int, dict[str, Any]]],
+        expected: list[Any],
     ) -> None:
-        while bodies:
-            body = bodies.pop()
-            number = body.pop("case")
+        for number, body in load:
             started_s = time.monotonic()
             self.report.requests += 1
             while True:
@@ -304,7 +307,17 @@ class Chaos:
 
     # --- all of it ------------------------------------------------------------------------------------
 
-    async def _run(self, requests: int) -> Report:
+    def _load(self, requests: int, faults: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers of cases and their bodies: at least so many, and until there were so many faults."""
+        number = 0
+        while number < requests or sum(self.report.faults.values()) < faults:
+            order = list(enumerate(cases()))
+            self._chance.shuffle(order)
+            for case, body in order:
+                yield case, {**body, "stream": self._chance.random() < 0.5}
+            number += len(order)
+
+    async def _run(self, requests: int, faults: int) -> Report:
         limits = httpx.Limits(max_connections=None)
         make = partial(httpx.AsyncClient, timeout=TIMEOUT_S, limits=limits, trust_env=False)
         # those who leave share no connections with the others: what these see is then the router's doing
@@ -312,11 +325,7 @@ class Chaos:
             bodies = cases()
             expected = [await self.answer(http, body) for body in bodies]
             self.misfit = self.system.start_node("decode", **self._misfit)
-            load = []
-            for number in range(requests):
-                case = number % CASES
-                load.append({**bodies[case], "stream": self._chance.random() < 0.5, "case": case})
-            self._chance.shuffle(load)
+            load = self._load(requests, faults)
             started_s = time.monotonic()
             done = asyncio.Event()
             torment = asyncio.create_task(self._torment(done, http))
@@ -326,10 +335,11 @@ class Chaos:
             await torment
         return self.report
 
-    def run(self, requests: int) -> Report:
-        """Raises AssertionError when a node does not come back, or a block, lease or pull is left."""
+    def run(self, requests: int, faults: int = 0) -> Report:
+        """At least so many of both. Raises AssertionError when a node does not come back, or a block, lease or pull is
+        left."""
         self.system.wait_ready()
-        report = asyncio.run(self._run(requests))
+        report = asyncio.run(self._run(requests, faults))
         self.system.assert_idle(30)
         for node in self.system.nodes:
             report.leaks += node.get("/v1/status")["counters"]["leaks"]

@@ -26,12 +26,12 @@ SOURCES = [textwrap.dedent, json.JSONEncoder, functools.partial, functools.lru_c
 
 
 def raw_prompts() -> list[str]:
-    """24 prompts: 12 short ones, 12 of 60 to about 900 tokens."""
+    """24 prompts: 12 short ones, 11 of 50 to about 300 tokens, and one of about 900."""
     long = []
     for i, source in enumerate(SOURCES):
         text = f"# Part {i}\n" + inspect.getsource(source)
-        long.append(text[: 250 + 300 * i])
-        long.append(text[: 500 + 420 * i] + "\n\nSummary of the above:")
+        long.append(text[: 200 + 60 * i])
+        long.append(text[: 400 + 120 * i] + "\n\nSummary of the above:")
     long[-1] = "# The longest\n" + inspect.getsource(json.JSONEncoder)[:3900]
     return TEXTS + long
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import openai
 import pytest
 
 from tests.e2e.cluster import Cluster
+
+if TYPE_CHECKING:
+    import openai  # takes seconds, and each worker imports all files of tests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -21,6 +24,8 @@ def running(smol: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(running: Cluster) -> openai.OpenAI:
+    import openai
+
     return openai.OpenAI(base_url=running.url + "/v1", api_key="sk-test", max_retries=0)
 
 
@@ -63,6 +68,8 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
 
 
 async def test_async_completions_with_stop_and_n(running: Cluster) -> None:
+    import openai
+
     client = openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="sk-test", max_retries=0)
     model = (await client.models.list()).data[0].id
     answer = await client.completions.create(
@@ -93,6 +100,8 @@ async def test_async_completions_with_stop_and_n(running: Cluster) -> None:
 
 
 def test_errors_are_the_clients_own_types(running: Cluster, client: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=running.url + "/v1", api_key="wrong", max_retries=0).models.list()
     with pytest.raises(openai.NotFoundError):

@@ -88,8 +88,8 @@ def test_short_prompts_on_the_decode_node(uncached: Cluster, baseline: Texts) ->
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
     """A pair whose steps take a block and a half, and whose decode node has room for a long prompt and little more."""
-    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 1300, "max_queue_wait_s": 300}
-    decode: dict[str, object] = {"kv_cache_memory": 84 * SMALL.block_bytes}
+    flags: dict[str, object] = {"max_num_batched_tokens": 24, "max_model_len": 800, "max_queue_wait_s": 300}
+    decode: dict[str, object] = {"kv_cache_memory": 64 * SMALL.block_bytes}
     directory = tmp_path_factory.mktemp("narrow")
     with cluster(directory, model=small_model, only={"decode": decode}, **flags) as running:
         yield running

@@ -118,10 +118,10 @@ def test_a_prefill_node_sleeps_at_level_2_and_wakes_by_tags(nodes: Cluster) -> N
 def test_a_stream_waits_out_the_sleep_of_its_node(nodes: Cluster) -> None:
     """It has time to end; then the node sleeps. A longer one is cut off after drain_timeout_s and told so."""
     decode = nodes.decodes[0]
-    short = Stream(nodes, PROMPT, max_tokens=100)
+    short = Stream(nodes, PROMPT, max_tokens=40)
     wait_for(lambda: short.tokens, 20, "a token")
     assert post(decode, "/sleep")["is_sleeping"]
-    assert short.wait().error is None and len(short.tokens) == 100
+    assert short.wait().error is None and len(short.tokens) == 40
     post(decode, "/wake_up")
     wait_for(lambda: decode.url in linked(nodes), 5, "the node is back")
 

@@ -133,7 +133,9 @@ class Node:
 
     lets_in = False
 
-    def __init__(self, address: str, executor: type[ScriptedExecutor] = ScriptedExecutor) -> None:
+    def __init__(
+        self, address: str, executor: type[ScriptedExecutor] = ScriptedExecutor, status_interval_s: float = 1.0
+    ) -> None:
         self.said: list[str] = []
         self.heard: list[wire.FromEngine] = []
         self.outputs: list[link.Output] = []
@@ -163,6 +165,7 @@ class Node:
             pulse=self._pulse,
             eos_token_ids=(1,),
             vocab_size=VOCAB,
+            status_interval_s=status_interval_s,
         )
         self._thread = threading.Thread(target=self._engine.run)
         self._thread.start()

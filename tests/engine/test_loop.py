@@ -180,6 +180,7 @@ class World:
             channel=self.wire,  # type: ignore[arg-type]
             pulse=pulse,
             eos_token_ids=(EOS,),
+            status_interval_s=1.0,
             vocab_size=VOCAB,
         )
         self.orders = 0

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pd_serve.engine import core
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
 from pd_serve.wire.chunks import pack
@@ -16,9 +15,8 @@ from tests.engine.harness import Node
 
 
 @pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
-    monkeypatch.setattr(core, "STATUS_INTERVAL_S", 60.0)  # nothing comes because it is time
-    node = Node(f"ipc://{tmp_path}/engine")
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(f"ipc://{tmp_path}/engine", status_interval_s=60)  # nothing comes because it is time
     yield node
     node.close()
 

@@ -235,5 +235,5 @@ class Books(RuleBasedStateMachine):
                     assert self.content[group, block] == tuple(tokens[: min(done, (i + 1) * BLOCK)])
 
 
-Books.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+Books.TestCase.settings = settings(max_examples=75, stateful_step_count=30, deadline=None)
 TestBooks = Books.TestCase

@@ -164,6 +164,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("gguf_read_once")
 def test_smollm2_has_the_weights_that_transformers_reads(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM
 

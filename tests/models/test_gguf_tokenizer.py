@@ -66,6 +66,7 @@ def test_smollm2_splits_every_digit_and_adds_no_bos(smollm2: Path) -> None:
     assert tokenizer.decode([1, 28120, 2], skip_special_tokens=True) == tokenizer.decode([28120])
 
 
+@pytest.mark.usefixtures("gguf_read_once")
 def test_smollm2_agrees_with_transformers_once_digits_are_split(smollm2: Path) -> None:
     """transformers' own conversion forgets the digits; given them, it says the same of every text."""
     from transformers import AutoTokenizer

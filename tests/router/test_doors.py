@@ -130,7 +130,9 @@ def test_nonces_age_and_asking_for_many_harms_nobody() -> None:
 async def test_a_node_registers_by_proof_and_leaves(start_node: StartNode, start_router: StartRouter) -> None:
     node = await start_node("decode", secret=SECRET)
     running = await start_router(secret=SECRET, ready=False)
-    registration = Registration([running.url], node.url, asyncio.Event(), timeout_s=4, secret=SECRET.encode())
+    registration = Registration(
+        [running.url], node.url, asyncio.Event(), lambda: 1, timeout_s=4, secret=SECRET.encode()
+    )
     await running.ready()
     await running.complete()
     await registration.leave()

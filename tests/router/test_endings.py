@@ -161,7 +161,7 @@ class Endings:
             stream.check_time(self.clock.now_s())
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_each_request_ends_exactly_once(data: st.DataObject) -> None:
     logging.disable(logging.CRITICAL)

@@ -34,7 +34,7 @@ class NotedSocket:
     ("socket_s", "engine_s", "step_s", "forgive", "said"),
     [
         (0.5, 0.5, 0.0, False, []),
-        (1.5, 1.5, 0.0, False, ["ping"]),
+        (2.0, 2.0, 0.0, False, ["ping"]),
         (3.5, 3.5, 0.0, False, ["silent for 3.5 s"]),
         (0.5, 5.5, 0.0, False, ["its engine was silent for 5.5 s"]),
         (0.5, 0.5, 9.0, False, []),  # a long step is no hang

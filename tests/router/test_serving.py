@@ -8,7 +8,6 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-import openai
 import pytest
 
 from pd_serve.api.chat_template import ChatTemplates
@@ -389,6 +388,8 @@ async def test_tokenize_and_back(pair: Running) -> None:
 
 
 async def test_the_official_clients(pair: Running) -> None:
+    import openai  # takes seconds, and each worker imports this file
+
     messages: Any = [{"role": "user", "content": "the fox"}]
     client = openai.AsyncOpenAI(base_url=pair.url + "/v1", api_key="none", max_retries=0)
     whole = await client.chat.completions.create(

@@ -199,7 +199,7 @@ ACTIONS = ("step",) * 10 + ("late", "kill", "add", "tick", "transfer", "internal
 
 
 @pytest.mark.slow
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), st.integers(1, 12), st.integers(0, 2), st.integers(1, 2))
 def test_any_order_of_events(data: st.DataObject, max_tokens: int, prefill: int, decode: int) -> None:
     world = World(max_tokens)
