@@ -28,9 +28,9 @@ _LEAVE_TIMEOUT_S = 1.0  # a router that is not told sees the link end
 
 
 class Registration:
-    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended. ``linked``: how
-    many links there are.
+    """Registers ``advertise_url`` with every router until ``leave``. ``lost``: set when a link has ended.
 
+    ``linked``: how many links there are.
     ``secret``: proved to routers; empty: none. ``ssl_ca``: what https routers are verified against. ``timeout_s``: of
     each try.
     """
