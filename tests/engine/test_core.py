@@ -157,7 +157,6 @@ def test_what_is_urgent_overtakes_what_waits(node: Node) -> None:
     node.executor.go.set()
     node.finished("later")
     first = list(dict.fromkeys(o.id for o in node.outputs if o.tokens))
-    assert first[-1] == "later" and first.index("urgent") < first.index(
-        "usual4"
-    )  # a step takes three and begins a fourth
+    assert first[-1] == "later"
+    assert first.index("urgent") < first.index("usual4")  # a step takes three of these prompts and begins a fourth
     assert [name for name in first if name in names] == names
