@@ -83,11 +83,12 @@ class Common:
         "info", choice("debug", "info", "warning", "error"), "Processes", "Least severe messages to log."
     )
     drain_timeout_s: float = setting(
-        30.0,
+        20.0,
         decimal(0.0),
         "Processes",
         "After SIGTERM, the longest wait for running streams and, on nodes, for leased blocks.",
         unit="seconds",
+        reason="Slurm and Kubernetes kill after 30 s; a process needs up to 5 s more to end.",
     )
     engine_timeout_s: float = setting(
         5.0,
@@ -514,6 +515,15 @@ class RouterSettings(Guarded):
         reason="Empty: no key is needed.",
     )
     api_key_file: str = setting("", values.TEXT, "API", "File with further keys, one a line.")
+    drain_delay_s: float = setting(
+        0.0,
+        decimal(0.0),
+        "Processes",
+        "After SIGTERM, how long the router still takes requests while /ready says 503: load balancers need time to "
+        "hear that it leaves. The drain follows.",
+        unit="seconds",
+        reason="Nothing stands before a router by default; 5 to 10 behind a Kubernetes Service.",
+    )
     cors_origin: tuple[str, ...] = setting(
         (),
         values.ORIGINS,

@@ -17,7 +17,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         self._exits = False
         self._exit = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # once it serves
         super().__init__(config)
 
     @property
@@ -27,12 +27,12 @@ class Server(uvicorn.Server):
     @should_exit.setter
     def should_exit(self, exits: bool) -> None:
         self._exits = exits
-        if exits and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._exit.set)
+        if exits and self.loop is not None:
+            self.loop.call_soon_threadsafe(self._exit.set)
 
     async def main_loop(self) -> None:
         """uvicorn's wakes up ten times a second, which was most of what an idle node cost. This wakes for the date."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DATE_S):

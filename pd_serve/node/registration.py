@@ -134,7 +134,9 @@ class Registration:
         try:
             await self._order("DELETE", router, _LEAVE_TIMEOUT_S)
         except httpx.HTTPError as error:
-            log.info("could not deregister from router %s (%s)", router, error)
+            # one that has ended before its nodes knows nobody any more
+            level = logging.DEBUG if isinstance(error, httpx.ConnectError) else logging.INFO
+            log.log(level, "could not deregister from router %s (%s)", router, error)
 
 
 def _what_it_says(response: httpx.Response) -> str:

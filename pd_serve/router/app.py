@@ -66,6 +66,7 @@ class Router:
         self.shared = Shared(settings, _LoopClock(), self.metrics.count)
         self.requests = Requests(self.registry, self.shared, self.metrics)
         self.started_s = time.time()
+        self.leaving = False
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -86,6 +87,11 @@ class Router:
                     stream.check_time(now_s)
                 except Exception:
                     log.exception("a request could not be checked")  # the others are still to be
+
+    def begin_leaving(self) -> None:
+        """Whoever asks for readiness hears that this router goes; requests are taken as before."""
+        self.leaving = True
+        log.info("leaving: not ready any more, takes requests for %g s", self.settings.drain_delay_s)
 
     def begin_drain(self) -> None:
         """The server takes nothing new; what runs may finish for ``drain_timeout_s``."""
@@ -122,10 +128,11 @@ class Router:
             prefill >= wanted[0] and decode >= wanted[1]
             for prefill, decode in (group.serving() for group in self.registry.groups.values())
         )
-        ready = enough and not self.shared.draining
+        leaving = self.leaving or self.shared.draining
+        ready = enough and not leaving
         reason = (
             "draining"
-            if self.shared.draining
+            if leaving
             else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
         )
         return json_response({"ready": ready} if ready else {"ready": False, "reason": reason}, 200 if ready else 503)

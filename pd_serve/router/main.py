@@ -53,7 +53,10 @@ def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
     router: Router = app.state.router
 
     class Draining(Server):
-        """The first signal drains, the second ends every stream with an error event. The exit status is 0."""
+        """The first signal drains, a SIGTERM after ``drain_delay_s``; the second ends every stream with an error event.
+
+        The exit status is 0.
+        """
 
         signals = 0
 
@@ -68,6 +71,13 @@ def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.signals += 1
+            if self.signals == 1 and sig == signal.SIGTERM and settings.drain_delay_s and self.loop is not None:
+                router.begin_leaving()
+                self.loop.call_soon_threadsafe(self.loop.call_later, settings.drain_delay_s, self._leave)
+            else:
+                self._leave()
+
+        def _leave(self) -> None:
             self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

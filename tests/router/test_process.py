@@ -33,17 +33,17 @@ def test_nothing_heavy_is_imported() -> None:
 
 
 class Process:
-    def __init__(self, *urls: tuple[str, str]) -> None:
+    def __init__(self, *urls: tuple[str, str], **options: object) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         code = (
             "import sys, json; from pd_serve.config import RouterConfig; from pd_serve.router.main import run;"
-            "d = json.loads(sys.argv[1]); sys.exit(run(RouterConfig(port=d['port'], decode=tuple(d['decode']),"
-            "prefill=tuple(d['prefill']))))"
+            "d = json.loads(sys.argv[1]); d |= {role: tuple(d[role]) for role in ('prefill', 'decode')};"
+            "sys.exit(run(RouterConfig(**d)))"
         )
-        settings = {"port": self.port, **{r: [u for x, u in urls if x == r] for r in ("prefill", "decode")}}
+        settings = {"port": self.port, **{r: [u for x, u in urls if x == r] for r in ("prefill", "decode")}, **options}
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(settings)], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
@@ -62,9 +62,10 @@ class Process:
 
 
 @pytest.fixture
-async def process(start_node: StartNode) -> AsyncIterator[Process]:
+async def process(start_node: StartNode, request: pytest.FixtureRequest) -> AsyncIterator[Process]:
     prefill, decode = await start_node("prefill"), await start_node("decode", token_s=0.02)
-    process = Process((prefill.role, prefill.url), (decode.role, decode.url))
+    options: dict[str, object] = getattr(request, "param", {})
+    process = Process((prefill.role, prefill.url), (decode.role, decode.url), **options)
     try:
         await until(lambda: process.answers("/ready"), "ready", 20)
         yield process
@@ -95,6 +96,20 @@ async def test_a_signal_lets_streams_finish(process: Process, number: int) -> No
     assert len(seen) == 61 and seen[-1] == "data: [DONE]"
     status, log = await process.end()
     assert status == 0 and "Traceback" not in log
+    assert not await process.answers()
+
+
+@pytest.mark.parametrize("process", [{"drain_delay_s": 0.6}], indirect=True)
+async def test_who_stands_before_a_router_has_time_to_hear_that_it_leaves(process: Process) -> None:
+    os.kill(process.process.pid, signal.SIGTERM)
+    async with httpx.AsyncClient(trust_env=False, verify=False, base_url=process.url) as client:
+        ready = await client.get("/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "draining")
+    seen: list[str] = []
+    await _stream(process, 8, seen)  # asked for after the signal
+    assert seen[-1] == "data: [DONE]"
+    status, log = await process.end()
+    assert status == 0 and "Traceback" not in log and "leaving" in log
     assert not await process.answers()
 
 
