@@ -31,11 +31,12 @@ class Server(uvicorn.Server):
             self.loop.call_soon_threadsafe(self._exit.set)
 
     async def main_loop(self) -> None:
-        """uvicorn's wakes up ten times a second, which was most of what an idle node cost. This wakes for the date."""
+        """uvicorn's wakes up ten times a second, most of what an idle node cost. This wakes for the date, where
+        answers have one."""
         self.loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_DATE_S):
+                async with asyncio.timeout(_DATE_S if self.config.date_header else None):
                     await self._exit.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

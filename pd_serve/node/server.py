@@ -220,6 +220,7 @@ class Node:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                date_header=False,  # for which it would wake up every second
                 ssl_certfile=self._config.ssl_certfile or None,
                 ssl_keyfile=self._config.ssl_keyfile or None,
                 timeout_keep_alive=int(self._config.keep_alive_s),
