@@ -40,11 +40,12 @@ test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at 
 test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
-lint: $(RUN_DEV)  ## ruff, mypy, and whether docs/configuration.md is up to date
+lint: $(RUN_DEV)  ## ruff, mypy, hadolint, and whether docs/configuration.md is up to date
 	@$(BIN)/python -m compileall -q pd_serve
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint deploy/docker/Dockerfile
 	@$(BIN)/python -m pd_serve.config --check docs/configuration.md
 
 format: $(RUN_DEV)  ## let ruff mend what it can
