@@ -56,7 +56,10 @@ for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT; do
 done
 
 base() {
-    [[ -e $work/base.tar ]] || mmdebstrap --mode=root --variant=minbase --include=ca-certificates bookworm "$work/base.tar"
+    # Without what Debian's images for containers leave out as well.
+    [[ -e $work/base.tar ]] || mmdebstrap --mode=root --variant=minbase --include=ca-certificates \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' bookworm "$work/base.tar"
     local container
     container=$("${store[@]}" from scratch)
     "${store[@]}" add "$container" "$work/base.tar" /
