@@ -18,7 +18,7 @@ store=(buildah --storage-driver "${STORAGE_DRIVER:-overlay}" --root "$work/root"
 pids=()
 
 finish() {
-    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do stop "$pid" 2>/dev/null || true; done
     wait || true
     [[ -n ${KEEP:-} ]] || { "${store[@]}" umount --all >/dev/null 2>&1 || true; rm -rf --one-file-system "$work"; }
 }
@@ -94,6 +94,14 @@ serve() {
     containers[$name]=$container
 }
 
+# stop PID: TERM to the tini under a `buildah run`, which would itself end with everything below it.
+stop() {
+    local child
+    for child in $(pgrep -P "$1"); do
+        if [[ $(<"/proc/$child/comm") == tini ]]; then kill -TERM "$child"; else stop "$child"; fi
+    done
+}
+
 # healthy NAME PORT PATH SECONDS: by the image's own check.
 healthy() {
     local deadline=$((SECONDS + $4))
@@ -110,11 +118,11 @@ head -c 32 /dev/urandom | base64 >"$work/secret"
 chmod 400 "$work/secret"
 chown 10001 "$work/secret"
 
-timed base base
-timed router image router
+timed build-base base
+timed build-router image router
 size router
 if [[ $only != --router ]]; then
-    timed cpu image cpu
+    timed build-cpu image cpu
     size cpu
     serve prefill cpu $((port + 1)) prefill --router "http://127.0.0.1:$port"
     serve decode cpu $((port + 2)) decode --router "http://127.0.0.1:$port"
@@ -134,7 +142,7 @@ PYTHON
 fi
 
 # As an engine stops a container: TERM, and each ends by itself with status 0.
-for pid in "${pids[@]}"; do kill -TERM "$pid"; done
+for pid in "${pids[@]}"; do stop "$pid"; done
 for pid in "${pids[@]}"; do wait "$pid" || fail "a container ended with $? after TERM"; done
 pids=()
 echo "ended by TERM, each with status 0"
