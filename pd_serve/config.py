@@ -618,6 +618,13 @@ class RouterSettings(Guarded):
     access_log: bool = setting(
         True, values.FLAG, "Processes", "Log a line for every answered request: its id, status, tokens and times."
     )
+    vllm_metric_names: bool = setting(
+        False,
+        values.FLAG,
+        "Processes",
+        "Export what vLLM has metrics for under its names, too (vllm:num_requests_waiting, ...).",
+        reason="For boards and autoscalers that exist already. Off: who collects both would count twice.",
+    )
     max_body_bytes: int = setting(8 << 20, values.SIZE, "Requests", "Longest body of a request; 413 beyond it.")
 
     def admin_address(self) -> tuple[str, int] | None:

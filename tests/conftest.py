@@ -21,7 +21,7 @@ REAL_MODELS = {"smollm2", "gemma3"}
 # What takes longest begins first, so that workers end together: names of files, or what a name begins with.
 # Files in one entry share a system, and therefore a worker.
 FIRST = (
-    ("e2e/test_parity", "e2e/test_openai", "e2e/test_limits"),
+    ("e2e/test_parity", "e2e/test_openai", "e2e/test_limits", "e2e/test_grafana"),
     ("e2e/test_chaos",),
     ("e2e/test_failures",),
     ("e2e/",),

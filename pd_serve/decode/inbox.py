@@ -33,6 +33,7 @@ from pd_serve.transfer.session.tls import Tls
 from pd_serve.transfer.slices import needed
 from pd_serve.transfer.worker import TransferWorker
 from pd_serve.wire import peer as wire
+from pd_serve.wire.counted import TRANSFER, no_times, observe
 from pd_serve.wire.link import Source
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Inbox:
                 *COUNTERS,
             ),
             0.0,
-        )
+        ) | no_times(TRANSFER)
         self._peers = Peers(
             identity,
             worker,
@@ -431,6 +432,7 @@ class Inbox:
         self._counters["pull_bytes"] += pull.size_bytes
         self._counters[f"pull_bytes_{peer.lane.name}"] += pull.size_bytes
         self._counters["pull_seconds"] += seconds
+        observe(self._counters, TRANSFER, seconds)
         self._counters["pull_descriptors"] += pull.num_descriptors
         if pull.size_bytes >= JUDGED_BYTES and pull.size_bytes < SLOW_BYTES_PER_S * seconds:
             self._slow(peer, pull.size_bytes / seconds)

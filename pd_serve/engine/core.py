@@ -411,7 +411,7 @@ class Engine:
             **self._counters,
             "step_failures": self._pipeline.num_failures,
             "preemptions": self._scheduler.num_preemptions,
-            "queue_seconds": self._scheduler.queue_seconds,
+            **self._scheduler.times,
             "started": self._scheduler.num_started,
             "prefix_query_tokens": self._scheduler.prefix_queries,
             "prefix_hit_tokens": self._scheduler.prefix_hits,

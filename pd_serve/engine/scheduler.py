@@ -21,6 +21,7 @@ from pd_serve.engine.plan import Work
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.manager import KVManager
 from pd_serve.kv.prefix import PrefixNode, block_keys
+from pd_serve.wire.counted import QUEUE, no_times, observe
 from pd_serve.wire.link import Failure
 
 # Logits of prompt rows are wanted in float32 over the whole vocabulary: few rows at a time.
@@ -57,7 +58,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_started = 0
-        self.queue_seconds = 0.0  # between admission and start, of all that started
+        self.times = no_times(QUEUE)  # between admission and start, of all that started
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.prefix_hits = 0  # of these, found
 
@@ -93,7 +94,7 @@ class Scheduler:
         """Lets a sequence run that has its blocks: computed from here on, or with KV that has arrived."""
         if not seq.started:
             seq.started = True
-            self.queue_seconds += time.monotonic() - seq.admitted_s
+            observe(self.times, QUEUE, time.monotonic() - seq.admitted_s)
             self.num_started += 1
         seq.state = State.RUNNING
         seq.num_scheduled = seq.num_computed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, InfoMetricFamily, Metric
 
+from pd_serve.wire.counted import counted_metrics
 from pd_serve.wire.engine import EngineReady
 from pd_serve.wire.link import Status
 from pd_serve.wire.memory import memory_metrics
@@ -61,9 +62,8 @@ class _Collector:
                 blocks.add_metric([str(number), state], getattr(group, state))
         yield blocks
         if (memory := self._status.memory) is not None:
-            yield from memory_metrics([], [([], memory)])
-        for name, value in sorted(self._status.counters.items()):
-            yield CounterMetricFamily(PREFIX + name, "Counted by the engine since it started", value=value)
+            yield from memory_metrics(PREFIX, [], [([], memory)])
+        yield from counted_metrics(PREFIX, [], [([], self._status.counters)])
 
 
 def render(

@@ -62,7 +62,7 @@ class Router:
         self.secret = settings.node_secret().encode()
         self.links = Links(settings, self.registry, self.secret)
         self.doors = Doors(self.secret, settings.allow_insecure_nodes, time.monotonic)
-        self.metrics = Metrics()
+        self.metrics = Metrics(vllm_names=settings.vllm_metric_names)
         self.shared = Shared(settings, _LoopClock(), self.metrics.count)
         self.requests = Requests(self.registry, self.shared, self.metrics)
         self.started_s = time.time()

@@ -128,6 +128,12 @@ class Choice:
             if self._finish is not None:
                 return
 
+    @property
+    def finish(self) -> Finish:
+        """Of a choice that has ended well."""
+        assert self._finish is not None
+        return self._finish
+
     def _step(self, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish | None) -> None:
         self.num_tokens += len(tokens)
         # The token that stopped it (EOS or a stop token) is no text, unless asked for.
@@ -206,7 +212,6 @@ class Choice:
 
     def document(self) -> dict[str, Any]:
         """The whole choice, of a request that is not streamed."""
-        assert self._finish is not None
         chat = self._answer.chat
         scores: Any = None
         if self._scores:
@@ -215,7 +220,7 @@ class Choice:
             self._index,
             "".join(self._texts),
             logprobs=scores,
-            finish=self._finish,
+            finish=self.finish,
             token_ids=self._ids if self._return_ids else None,
             prompt_token_ids=self._prompt.ids if self._return_ids and not chat else None,
             prompt_logprobs=None if chat else self.prompt_scores(),

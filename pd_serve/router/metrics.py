@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 
 from pd_serve.router.groups import Registry
 from pd_serve.router.status import state as state_of
+from pd_serve.router.vllm_names import Aliases
+from pd_serve.wire.counted import counted_metrics
 from pd_serve.wire.link import ROLES
 from pd_serve.wire.memory import memory_metrics
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
+# What a router has heard of its nodes. Nodes say the same of themselves, after ``pd_serve_node_`` and without a label
+# for the node: whoever collects both and sums must not count anything twice.
+PREFIX_NODES = "pd_serve_router_node_"
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6, 5.0)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -51,16 +56,19 @@ class ModelMetrics:
 
     def __init__(self) -> None:
         self.ttft = Histogram(_LATENCY_S)
+        self.queue = Histogram(_LATENCY_S)
         self.itl = Histogram(_ITL_S)
         self.e2e = Histogram(_LATENCY_S)
         self.prompt_tokens = Histogram(_TOKENS)
         self.generation_tokens = Histogram(_TOKENS)
         self.cached_tokens = 0
         self.in_flight = 0
+        self.succeeded: defaultdict[str, int] = defaultdict(int)  # choices, by their finish reason
 
 
 _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds", "From the request's arrival to its first token"),
+    "queue": ("queue_time_seconds", "From a request's arrival to its first attempt on nodes"),
     "itl": ("inter_token_latency_seconds", "Between two steps of a stream that brought tokens"),
     "e2e": ("request_seconds", "From a request's arrival to its end"),
     "prompt_tokens": ("request_prompt_tokens", "Prompt tokens of a request"),
@@ -88,7 +96,10 @@ _STATES = ("ready", "draining", "misfit", "failing")
 
 
 class Metrics:
-    def __init__(self) -> None:
+    """``vllm_names``: whether what vLLM has a name for is exported under that name, too."""
+
+    def __init__(self, *, vllm_names: bool = False) -> None:
+        self._vllm_names = vllm_names
         self.models: defaultdict[str, ModelMetrics] = defaultdict(ModelMetrics)
         self.counters: dict[str, defaultdict[tuple[str, ...], int]] = {name: defaultdict(int) for name in _COUNTERS}
 
@@ -100,6 +111,8 @@ class Metrics:
 
         collector = CollectorRegistry(auto_describe=False)
         collector.register(_Collector(self, registry))
+        if self._vllm_names:
+            collector.register(Aliases(self.models, registry))
         return generate_latest(collector)
 
 
@@ -146,7 +159,7 @@ class _Collector:
             yield counter
 
     def _of_nodes(self) -> Iterable[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.metrics_core import GaugeMetricFamily
 
         nodes = sorted(self._registry.nodes(), key=lambda node: (node.role, node.id))
         groups = self._registry.groups.values()
@@ -165,15 +178,15 @@ class _Collector:
             gauge.add_metric(list(pair), 1)
         yield gauge
         for name, text in _LOAD.items():
-            gauge = GaugeMetricFamily(f"pd_serve_node_{name}", text, labels=["node", "role"])
+            gauge = GaugeMetricFamily(PREFIX_NODES + name, text, labels=["node", "role"])
             for node in nodes:
                 gauge.add_metric([node.id, node.role], getattr(node.load, name))
             yield gauge
         gauge = GaugeMetricFamily(
-            "pd_serve_node_attempts", "Attempts of this router that the node works on", labels=["node", "role"]
+            PREFIX_NODES + "attempts", "Attempts of this router that the node works on", labels=["node", "role"]
         )
         blocks = GaugeMetricFamily(
-            "pd_serve_node_kv_blocks", "KV blocks by layer group and state", labels=["node", "role", "group", "state"]
+            PREFIX_NODES + "kv_blocks", "KV blocks by layer group and state", labels=["node", "role", "group", "state"]
         )
         for node in nodes:
             gauge.add_metric([node.id, node.role], len(node.attempts))
@@ -183,14 +196,9 @@ class _Collector:
         yield gauge
         yield blocks
         reports = [([node.id, node.role], node.memory) for node in nodes if node.memory is not None]
-        yield from memory_metrics(["node", "role"], reports)
-        for name in sorted({name for node in nodes for name in node.counters}):
-            counter = CounterMetricFamily(
-                f"pd_serve_node_{name}",
-                "Counted by the node's engine since it started",
-                labels=["node", "role", "transport"],
-            )
-            for node in nodes:
-                if name in node.counters:
-                    counter.add_metric([node.id, node.role, node.hello.transport], node.counters[name])
-            yield counter
+        yield from memory_metrics(PREFIX_NODES, ["node", "role"], reports)
+        yield from counted_metrics(
+            PREFIX_NODES,
+            ["node", "role", "transport"],
+            [([node.id, node.role, node.hello.transport], node.counters) for node in nodes],
+        )

@@ -95,6 +95,7 @@ class Stream:
         self.prompt_logprobs: list[link.TokenLogprob | None] | None = None
         self.done = False
         self.created_s = self.last_progress_s = shared.clock.now_s()
+        self.submitted_s: float | None = None  # when nodes were first asked
         self._ended = False  # the sink has been told of the end
         self._attempt: Attempt | None = None
         self._failures = 0
@@ -193,6 +194,8 @@ class Stream:
         attempt_id = f"{self._name[:48]}~{shared.prefix}{next(shared.numbers):x}"
         attempt = self._attempt = Attempt(attempt_id, self, made, prefill, decode)
         attempt.cached = placement.cached
+        if self.submitted_s is None:
+            self.submitted_s = shared.clock.now_s()
         if prefill is not None:
             self._group.sources.chosen(prefill.id)
         if decode is not None:

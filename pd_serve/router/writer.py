@@ -103,6 +103,12 @@ class Writer:
         if self._first_s is None:
             self._first_s = now_s
             self._own.ttft.observe(now_s - self._arrived_s)
+            self._queued(now_s)
+
+    def _queued(self, now_s: float) -> None:
+        """Once a request: at its first token, or at its end where it never got one."""
+        asked = [at_s for choice in self.choices if (at_s := choice.stream.submitted_s) is not None]
+        self._own.queue.observe(min(asked, default=now_s) - self._arrived_s)
 
     def emit(self, event: bytes) -> None:
         self._events.append(event)
@@ -284,6 +290,11 @@ class Writer:
         usage = self.usage()
         own = self._own
         own.e2e.observe(now_s - self._arrived_s)
+        if self._first_s is None:
+            self._queued(now_s)
+        if status == 200:
+            for choice in self.choices:
+                own.succeeded[choice.finish.reason] += 1
         own.prompt_tokens.observe(usage.prompt_tokens)
         own.generation_tokens.observe(usage.completion_tokens)
         own.cached_tokens += usage.cached_tokens

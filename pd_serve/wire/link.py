@@ -204,7 +204,10 @@ class Running(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, tag="status"):
-    """Load and cumulative counters (monotonic since the engine started)."""
+    """Load and cumulative counters (monotonic since the engine started).
+
+    Histograms are counters, too: see :mod:`pd_serve.wire.counted`.
+    """
 
     load: Load
     counters: dict[str, float] = {}

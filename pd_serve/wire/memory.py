@@ -35,18 +35,20 @@ _USAGE = {  # field of TagUsage: the metric's name, what it means
 }
 
 
-def memory_metrics(labels: list[str], reports: Sequence[tuple[list[str], MemoryReport]]) -> Iterator[Metric]:
+def memory_metrics(
+    prefix: str, labels: list[str], reports: Sequence[tuple[list[str], MemoryReport]]
+) -> Iterator[Metric]:
     """How nodes and routers show it. ``labels``, and their values for each report: which node it is of."""
     from prometheus_client.metrics_core import GaugeMetricFamily  # 50 ms that a start need not pay
 
     for field, (name, text) in _USAGE.items():
-        gauge = GaugeMetricFamily(f"pd_serve_node_{name}", text, labels=[*labels, "device", "tag"])
+        gauge = GaugeMetricFamily(prefix + name, text, labels=[*labels, "device", "tag"])
         for values, report in reports:
             for tag, usage in report.tags.items():
                 gauge.add_metric([*values, report.device, tag], getattr(usage, field))
         yield gauge
     text = "Share of the physical memory that nobody asked for"
-    gauge = GaugeMetricFamily("pd_serve_node_memory_fragmentation_ratio", text, labels=[*labels, "device"])
+    gauge = GaugeMetricFamily(prefix + "memory_fragmentation_ratio", text, labels=[*labels, "device"])
     for values, report in reports:
         gauge.add_metric([*values, report.device], report.fragmentation)
     yield gauge

@@ -89,7 +89,7 @@ def test_a_decode_node_sleeps_and_wakes(nodes: Cluster) -> None:
     assert text(nodes) == expected
     assert decode.get("/v1/status")["engine"]["epoch"] != epoch
     nodes.assert_idle()
-    assert 'pd_serve_node_memory_bytes{device="cpu",node=' in HTTP.get(nodes.url + "/metrics").text
+    assert 'pd_serve_router_node_memory_bytes{device="cpu",node=' in HTTP.get(nodes.url + "/metrics").text
 
 
 def test_a_prefill_node_sleeps_at_level_2_and_wakes_by_tags(nodes: Cluster) -> None:

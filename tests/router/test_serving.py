@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pd_serve.api.chat_template import ChatTemplates
 from pd_serve.api.tokenizer import TextTokenizer
@@ -443,7 +444,27 @@ async def test_status_metrics_and_probes(pair: Running) -> None:
     assert 'pd_serve_requests_total{endpoint="/v1/completions",status="200"} 1.0' in metrics
     assert 'pd_serve_nodes{role="decode",state="ready"} 1.0' in metrics
     assert 'transport="test"' in metrics
+    assert 'pd_serve_queue_time_seconds_count{model="tiny"} 1.0' in metrics
+    assert "vllm:" not in metrics and "\npd_serve_node_" not in metrics  # what nodes say of themselves
     assert (await pair.http.get("/health")).status_code == 200
+
+
+async def test_vllm_metric_names(start_node: StartNode, start_router: StartRouter) -> None:
+    running = await start_router(await start_node("prefill"), await start_node("decode"), vllm_metric_names=True)
+    await running.complete(n=2)
+    names = [f"vllm:{name}" for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")]
+    families = {f.name: f for f in text_string_to_metric_families((await running.http.get("/metrics")).text)}
+    for name in names:
+        assert families[name].type == "gauge"
+        assert [sample.labels for sample in families[name].samples] == [{"model_name": "tiny"}]
+    counted = {s.name: s.value for f in families.values() if f.type == "counter" for s in f.samples}
+    assert counted["vllm:request_success_total"] == 2
+    for name in ("prompt_tokens_total", "generation_tokens_total"):
+        assert counted[f"vllm:{name}"] == counted[f"pd_serve_{name}"] > 0
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert families[f"vllm:{name}"].type == "histogram"
+        counts = [s.value for s in families[f"vllm:{name}"].samples if s.name.endswith("_count")]
+        assert counts == [1.0]
 
 
 async def test_request_ids(pair: Running, caplog: pytest.LogCaptureFixture) -> None:
