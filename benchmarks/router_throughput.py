@@ -27,6 +27,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.request import urlopen
 
 import uvloop
@@ -248,10 +249,10 @@ def free_ports(count: int) -> list[int]:
 
 def cpu_s(pid: int) -> float:
     """User and system time of a process and its living children."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as children:
-        return (int(fields[11]) + int(fields[12])) / _TICKS + sum(map(cpu_s, map(int, children.read().split())))
+    process = Path(f"/proc/{pid}")
+    fields = (process / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    children = (process / f"task/{pid}/children").read_text(encoding="ascii").split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS + sum(map(cpu_s, map(int, children)))
 
 
 class System:
@@ -274,22 +275,12 @@ class System:
         else:
             command = [*shlex.split(program), *where, "--policy", "round_robin", "--worker-urls", *urls]
             command += ["--prometheus-port", str(free_ports(1)[0]), "--log-level", "error"]
-        with open(os.devnull, "w") as nothing:
-            kept = os.dup(1)
-            os.dup2(nothing.fileno(), 1)
-            try:
-                self._children.append(Child(command))
-            finally:
-                os.dup2(kept, 1)
-                os.close(kept)
+        # Captured: they log to standard output whatever they are told, little enough to stay in the pipe.
+        self._children.append(Child(command, capture=kind != "link"))
 
     @property
     def cpu_s(self) -> float:
         return cpu_s(self._children[-1].pid)
-
-    @property
-    def pid(self) -> int:
-        return self._children[-1].pid
 
     def wait(self) -> None:
         deadline_s = time.monotonic() + 60
