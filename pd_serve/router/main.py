@@ -13,12 +13,16 @@ import signal
 import socket
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
 from pd_serve.net import end_unread, listen, netloc
 from pd_serve.router import discovery
 from pd_serve.trust import client_tls, is_loopback, server_tls
+
+if TYPE_CHECKING:
+    from pd_serve.router.siblings import Siblings
 
 log = logging.getLogger(__name__)
 
@@ -29,27 +33,44 @@ def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router", access_log=settings.access_log)
     check(settings)
-    listeners = [listen(settings.host, settings.port)]
-    if (admin := settings.admin_address()) is not None:
-        listeners.append(listen(*admin, "--admin-host or --admin-port"))
-    end_unread(listeners[0], settings.request_timeout_s)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
+    listeners = _listeners(settings)
+    if settings.workers > 1:
+        for listener in listeners:
+            listener.close()  # nobody else's: those that share a port do not notice others that do
+        of_each = [_listeners(settings, shared=True) for _ in range(settings.workers)]
+        listeners = of_each[0]
     scheme = "https" if settings.ssl_certfile else "http"
     for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
         log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
-    _serve(settings, listeners)
+    if settings.workers > 1:
+        from pd_serve.router import workers
+
+        workers.run(settings, of_each)
+    else:
+        serve(settings, listeners)
     log.info("ended")
     return 0
 
 
-def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
+def _listeners(settings: RouterConfig, *, shared: bool = False) -> list[socket.socket]:
+    """The clients', and the operators' where there is one."""
+    found = [listen(settings.host, settings.port, shared=shared)]
+    if (admin := settings.admin_address()) is not None:
+        found.append(listen(*admin, "--admin-host or --admin-port", shared=shared))
+    end_unread(found[0], settings.request_timeout_s)
+    return found
+
+
+def serve(settings: RouterConfig, listeners: list[socket.socket], siblings: Siblings | None = None) -> None:
+    """One process, until a signal. ``siblings``: the others on the same port."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
     from pd_serve.http import bounded
     from pd_serve.http_server import Server
     from pd_serve.router.app import Router, create_app
 
-    app = create_app(settings)
+    app = create_app(settings, siblings)
     router: Router = app.state.router
 
     class Draining(Server):
