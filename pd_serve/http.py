@@ -17,6 +17,7 @@ import json
 import logging
 import resource
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -170,7 +171,8 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.headers) > self.bounds.max_headers:
             raise _Refused(431, f"more than {self.bounds.max_headers} headers: send fewer", "too_many_headers")
         super().on_headers_complete()
-        chunk = functools.partial(self._chunk, self.cycle)
+        # Weak: connection and request must not hold each other, or every request would be the garbage collector's.
+        chunk = weakref.WeakMethod(self._chunk)
         self.scope["extensions"] = {_ABORT: {"call": self.transport.abort}, _CHUNK: {"call": chunk}}
 
     def on_body(self, body: bytes) -> None:
@@ -208,9 +210,12 @@ class BoundedHttp(HttpToolsProtocol):
         elif not self.pipeline and not self._in_head and self._answered():
             self.idle[self] = None
 
-    def _chunk(self, cycle: RequestResponseCycle, body: bytes) -> bool:
-        """See :func:`chunks`."""
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or cycle.response_complete:
+    def _chunk(self, scope: Scope, body: bytes) -> bool:
+        """See :func:`chunks`. Of the last request that came: others of a pipeline go the usual way."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or self.flow.write_paused or cycle.disconnected:
+            return False
+        if not cycle.chunked_encoding or cycle.response_complete:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
@@ -330,7 +335,8 @@ def chunks(scope: Scope) -> Callable[[bytes], bool] | None:
     way tells which. In tests there may be none.
     """
     found = (scope.get("extensions") or {}).get(_CHUNK)
-    return None if found is None else cast(Callable[[bytes], bool], found["call"])
+    write = None if found is None else found["call"]()
+    return None if write is None else functools.partial(write, scope)
 
 
 def bounded(settings: Common) -> type[asyncio.Protocol]:

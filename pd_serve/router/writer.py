@@ -108,7 +108,7 @@ class Writer:
 
     def emit(self, event: bytes) -> None:
         waiter = self._waiter
-        if waiter is not None and self._chunk is not None and not self._events and self._chunk(event):
+        if waiter is not None and not waiter.done() and self._chunk is not None and self._chunk(event):
             return  # nothing is in front of it
         self._events.append(event)
         if waiter is None:
