@@ -101,7 +101,7 @@ def joined_metrics(texts: dict[int, str | None], mine: int) -> bytes:
             return list(families.values())
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Joined())  # type: ignore[arg-type]
+    registry.register(Joined())
     return generate_latest(registry)
 
 
