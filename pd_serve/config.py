@@ -574,7 +574,8 @@ class RouterSettings(Guarded):
         0,
         integer(0),
         "Requests",
-        "Requests of one API key that are served at a time; more are refused (429 with Retry-After).",
+        "Requests of one API key that are served at a time, by each router process; more are refused (429 with "
+        "Retry-After).",
         reason="0: no bound. Without keys there is nobody to tell apart.",
     )
     max_attempts: int = setting(
@@ -660,6 +661,13 @@ class RouterConfig(RouterSettings):
         1, integer(0), "Nodes", "/ready says no with fewer prefill nodes.", reason="0: decode nodes may serve alone."
     )
     min_decode: int = setting(1, integer(1), "Nodes", "/ready says no with fewer decode nodes.")
+    workers: int = setting(
+        1,
+        integer(1, 64),
+        "Processes",
+        "Router processes that share the port and all nodes.",
+        reason="One uses one core.",
+    )
 
     def check_nodes(self) -> None:
         """Raises ConfigError for listed nodes that would be trusted for being there."""

@@ -4,17 +4,21 @@ Used by the router's and the nodes' servers, ``uvicorn.Config(http=bounded(...))
 request reaches the application; what a whole request may hold is the application's own limit.
 
 It relies on these parts of uvicorn's ``HttpToolsProtocol``, which tests/router/test_http_bounds.py looks for:
-``connections``, ``pipeline``, ``cycle``, ``headers``, ``flow``, ``transport``, ``send_400_response``,
-``handle_websocket_upgrade`` and httptools' ``on_...`` callbacks.
+``connections``, ``pipeline``, ``cycle`` and its ``chunked_encoding``, ``disconnected`` and ``response_complete``,
+``headers``, ``flow``, ``transport``, ``send_400_response``, ``handle_websocket_upgrade`` and httptools' ``on_...``
+callbacks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import resource
 import sys
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -33,6 +37,7 @@ _LOOK_S = 0.5  # time-outs are up to twice this late
 _MOST_FILES = 65_536
 _FEWEST_CONNECTIONS = 16
 _ABORT = "pd_serve.abort"
+_CHUNK = "pd_serve.chunk"
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,9 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.headers) > self.bounds.max_headers:
             raise _Refused(431, f"more than {self.bounds.max_headers} headers: send fewer", "too_many_headers")
         super().on_headers_complete()
-        self.scope["extensions"] = {_ABORT: {"call": self.transport.abort}}
+        # Weak: connection and request must not hold each other, or every request would be the garbage collector's.
+        chunk = weakref.WeakMethod(self._chunk)
+        self.scope["extensions"] = {_ABORT: {"call": self.transport.abort}, _CHUNK: {"call": chunk}}
 
     def on_body(self, body: bytes) -> None:
         self._carried = True
@@ -202,6 +209,16 @@ class BoundedHttp(HttpToolsProtocol):
             self._linger()  # it was answered before it was all sent; the rest is of no use
         elif not self.pipeline and not self._in_head and self._answered():
             self.idle[self] = None
+
+    def _chunk(self, scope: Scope, body: bytes) -> bool:
+        """See :func:`chunks`. Of the last request that came: others of a pipeline go the usual way."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or self.flow.write_paused or cycle.disconnected:
+            return False
+        if not cycle.chunked_encoding or cycle.response_complete:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     # --- bounds ---------------------------------------------------------------------------------------
 
@@ -310,6 +327,16 @@ def abort(scope: Scope) -> bool:
     if found is not None:
         found["call"]()
     return found is not None
+
+
+def chunks(scope: Scope) -> Callable[[bytes], bool] | None:
+    """What writes a part of a streamed answer's body at once, when its start was sent: a token costs no task and none
+    of the layers between. False where nothing was written, for now (the client does not read) or for ever; the usual
+    way tells which. In tests there may be none.
+    """
+    found = (scope.get("extensions") or {}).get(_CHUNK)
+    write = None if found is None else found["call"]()
+    return None if write is None else functools.partial(write, scope)
 
 
 def bounded(settings: Common) -> type[asyncio.Protocol]:

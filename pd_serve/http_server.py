@@ -10,6 +10,9 @@ import uvicorn
 
 from pd_serve.tls_listener import TlsListener
 
+# libuv accepts one connection of a descriptor each turn of the loop. Where turns are long (many streams have a token)
+# the last connection of a burst would wait for as many turns as there are others before it.
+_ACCEPTED = 15
 _DATE_S = 1.0  # between two looks at the clock, for the Date header
 
 
@@ -41,7 +44,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self.config.ssl is None:
-            await super().startup(sockets)
+            # Originals too: they are closed by who gave them, and a descriptor more accepts one more.
+            taken = [listener.dup() for listener in sockets or () for _ in range(_ACCEPTED)]
+            await super().startup([*(sockets or ()), *taken] or None)
             return
         await super().startup([])
         http = self.config.http_protocol_class

@@ -10,10 +10,15 @@ from pd_serve.errors import ConfigError
 _BACKLOG = 1024
 
 
-def listen(host: str, port: int, settings: str = "--host or --port") -> socket.socket:
-    """A listening socket, so that the port is known and ours before anything slow begins. ``settings``: of both."""
+def listen(host: str, port: int, settings: str = "--host or --port", *, shared: bool = False) -> socket.socket:
+    """A listening socket, so that the port is known and ours before anything slow begins. ``settings``: of both.
+
+    ``shared``: others of this user may listen there, too, and each gets a part of the connections.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
         bound.listen(_BACKLOG)

@@ -125,3 +125,32 @@ def test_a_server_sleeps_until_it_is_to_end(loop: str, monkeypatch: pytest.Monke
     server.should_exit = True
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_burst_of_connections_is_taken_in_while_turns_of_the_loop_are_long() -> None:
+    """Those that came first ask again and again; nobody waits for as many turns as there were connections before it."""
+    answered: list[int] = []  # by whom, in order
+    count = 40
+
+    async def busy(scope: Any, receive: Any, send: Any) -> None:
+        answered.append(int(scope["path"][1:]))
+        time.sleep(0.002)
+        await app(scope, receive, send)
+
+    server = Server(uvicorn.Config(busy, http=bounded(RouterConfig()), loop="uvloop", lifespan="off", log_config=None))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=count)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(count)]
+            for number, client in enumerate(clients):
+                client.sendall(b"GET /%d HTTP/1.1\r\nhost: h\r\n\r\n" % number * 12)  # as good as asking again at once
+            deadline_s = time.monotonic() + 15
+            while len(set(answered)) < count and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+        firsts = [answered.index(number) for number in range(count)]
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert max(firsts) < 8 * count  # of 12 * count

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,6 +35,7 @@ from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import Admin, Edge, request_id
 from pd_serve.router.request import Requests, body, json_response
+from pd_serve.router.siblings import Question, Siblings, gathered, joined_metrics, joined_status
 from pd_serve.router.status import describe, models
 from pd_serve.router.stream import Shared
 from pd_serve.trust import asks_for_others, is_loopback
@@ -56,12 +58,15 @@ class _LoopClock:
 class Router:
     """The running router: handlers are its methods."""
 
-    def __init__(self, settings: RouterConfig) -> None:
+    def __init__(self, settings: RouterConfig, siblings: Siblings | None = None) -> None:
         self.settings = settings
         self.registry = Registry()
         self.secret = settings.node_secret().encode()
         self.links = Links(settings, self.registry, self.secret)
-        self.doors = Doors(self.secret, settings.allow_insecure_nodes, time.monotonic)
+        self.doors = Doors(
+            self.secret, settings.allow_insecure_nodes, time.monotonic, siblings.key if siblings else b""
+        )
+        self.siblings = siblings
         self.metrics = Metrics(vllm_names=settings.vllm_metric_names)
         self.shared = Shared(settings, _LoopClock(), self.metrics.count)
         self.requests = Requests(self.registry, self.shared, self.metrics)
@@ -72,10 +77,16 @@ class Router:
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.links.start()
         sweeper = asyncio.create_task(self._sweep())
+        if self.siblings is not None:
+            await self.siblings.start(self._answer)
+            for nodes in (await self.siblings.ask({"what": "nodes"})).values():
+                self._learn(nodes or {})
         try:
             yield
         finally:
             sweeper.cancel()
+            if self.siblings is not None:
+                self.siblings.close()
             await self.links.close()
 
     async def _sweep(self) -> None:
@@ -122,6 +133,15 @@ class Router:
         return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
+        """Of all processes: any of them may get the next connection."""
+        found = await gathered(self.siblings, "ready", self._why_not_ready())
+        reason = next((why for why in found.values() if why), "")
+        if not reason and None in found.values():
+            reason = "a router process is being started"
+        return json_response({"ready": False, "reason": reason} if reason else {"ready": True}, 503 if reason else 200)
+
+    def _why_not_ready(self) -> str:
+        """Empty where it is."""
         wanted = (self.settings.min_prefill, self.settings.min_decode)
         found = max((group.serving() for group in self.registry.groups.values()), default=(0, 0))
         enough = any(
@@ -129,29 +149,34 @@ class Router:
             for prefill, decode in (group.serving() for group in self.registry.groups.values())
         )
         leaving = self.leaving or self.shared.draining
-        ready = enough and not leaving
-        reason = (
-            "draining"
-            if leaving
-            else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
-        )
-        return json_response({"ready": ready} if ready else {"ready": False, "reason": reason}, 200 if ready else 503)
+        if leaving:
+            return "draining"
+        return "" if enough else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
 
     async def metrics_text(self, _: Request) -> Response:
-        return Response(self.metrics.render(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = self.metrics.render(self.registry)
+        if self.siblings is not None:
+            texts = await gathered(self.siblings, "metrics", text.decode())
+            text = await asyncio.to_thread(joined_metrics, texts, self.siblings.index)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self, _: Request) -> Response:
-        return json_response(
-            {
-                "version": __version__,
-                "uptime_s": time.time() - self.started_s,
-                "draining": self.shared.draining,
-                "in_flight": {name: own.in_flight for name, own in self.metrics.models.items()},
-                "sequences": len(self.shared.active),
-                **describe(self.registry, self.links.unlinked()),
-                "refused_orders": self.doors.refusals(),
-            }
-        )
+        mine = self._status()
+        if self.siblings is not None:
+            mine = joined_status(mine, await gathered(self.siblings, "status", mine))
+        return json_response(mine)
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": time.time() - self.started_s,
+            "draining": self.shared.draining,
+            "in_flight": {name: own.in_flight for name, own in self.metrics.models.items()},
+            "sequences": len(self.shared.active),
+            **describe(self.registry, self.links.unlinked()),
+            "refused_orders": self.doors.refusals(),
+        }
 
     async def add_node(self, request: Request) -> Response:
         if self.shared.draining:
@@ -185,7 +210,37 @@ class Router:
             answer = _error(error, request)
             answer.headers[NONCE_HEADER] = self.doors.nonce()
             return answer
-        return json_response(carry_out(url, given.instance))
+        done = carry_out(url, given.instance)
+        if self.siblings is not None:
+            order = {"what": request.method, "url": url, "instance": given.instance}
+            await self.siblings.ask(order | {"nonce": headers.get(NONCE_HEADER, "")})
+        return json_response(done)
+
+    # --- what the other processes on this port ask, and are asked -------------------------------------
+
+    def _answer(self, question: Question) -> object:
+        match question["what"]:
+            case "ready":
+                return self._why_not_ready()
+            case "metrics":
+                return self.metrics.render(self.registry).decode()
+            case "status":
+                return self._status()
+            case "nodes":
+                return self.links.registered()
+            case "POST":
+                self.doors.use(question["nonce"])
+                self._learn({question["url"]: question["instance"]})
+            case "DELETE":
+                self.doors.use(question["nonce"])
+                self.links.remove(question["url"])
+        return {}
+
+    def _learn(self, nodes: dict[str, str]) -> None:
+        if not self.shared.draining:
+            for url, instance in nodes.items():
+                with contextlib.suppress(APIError):  # too many: the node hears it where it asked
+                    self.links.add(url, instance=instance)
 
 
 def _node_url(given: str) -> str:
@@ -198,9 +253,12 @@ def _node_url(given: str) -> str:
     return url
 
 
-def create_app(settings: RouterConfig) -> Starlette:
-    """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs."""
-    router = Router(settings)
+def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Starlette:
+    """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs.
+
+    ``siblings``: the other processes on its port.
+    """
+    router = Router(settings, siblings)
     requests = router.requests
 
     async def api_error(request: Request, error: Exception) -> Response:

@@ -30,13 +30,13 @@ _MAX_REFUSALS = 32  # that are kept: they are strangers' words
 
 
 class Doors:
-    """``now_s``: a monotonic clock."""
+    """``now_s``: a monotonic clock. ``key``: of nonces, the same for all that take each other's; empty: its own."""
 
-    def __init__(self, secret: bytes, allow_insecure: bool, now_s: Callable[[], float]) -> None:
+    def __init__(self, secret: bytes, allow_insecure: bool, now_s: Callable[[], float], key: bytes = b"") -> None:
         self._secret = secret
         self._allow_insecure = allow_insecure
         self._now_s = now_s
-        self._key = secrets.token_bytes(32)
+        self._key = key or secrets.token_bytes(32)
         self._used: dict[str, float] = {}  # nonces of proven orders, and when they expire
         self._refusals: dict[tuple[str, str, str], tuple[float, str]] = {}  # order: when it was last given, why not
 
@@ -90,6 +90,11 @@ class Doors:
         mine = order_proof(self._secret, method, nonce, url)
         if not hmac.compare_digest(mine.encode(), proof.encode()):
             raise APIError(403, f"it is another secret: {auth.SECRET_ADVICE}", code="wrong_secret")
+        self.use(nonce)
+
+    def use(self, nonce: str) -> None:
+        """It is worth nothing from now on."""
+        now_s = self._now_s()
         self._used = {old: until_s for old, until_s in self._used.items() if until_s > now_s}
         self._used[nonce] = now_s + NONCE_AGE_S
 

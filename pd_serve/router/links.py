@@ -144,6 +144,10 @@ class Links:
             entry.task.cancel()
         return True
 
+    def registered(self) -> dict[str, str]:
+        """Nodes that registered themselves: instance by URL."""
+        return {entry.url: entry.instance for entry in self._links.values() if not entry.static}
+
     def listed(self, where: str, urls: dict[str, bool]) -> None:
         """What a list of discovery says now: nodes that came are linked to, those that left are not tried again. With
         True a node is about to leave, and gets nothing new."""

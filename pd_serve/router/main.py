@@ -6,19 +6,19 @@ nothing here may begin to.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import socket
-from collections.abc import Iterator
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from pd_serve import logs
 from pd_serve.config import RouterConfig
 from pd_serve.net import end_unread, listen, netloc
 from pd_serve.router import discovery
 from pd_serve.trust import client_tls, is_loopback, server_tls
+
+if TYPE_CHECKING:
+    from pd_serve.router.siblings import Siblings
 
 log = logging.getLogger(__name__)
 
@@ -29,70 +29,44 @@ def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router", access_log=settings.access_log)
     check(settings)
-    listeners = [listen(settings.host, settings.port)]
-    if (admin := settings.admin_address()) is not None:
-        listeners.append(listen(*admin, "--admin-host or --admin-port"))
-    end_unread(listeners[0], settings.request_timeout_s)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
+    listeners = _listeners(settings)
+    if settings.workers > 1:
+        for listener in listeners:
+            listener.close()  # nobody else's: those that share a port do not notice others that do
+        of_each = [_listeners(settings, shared=True) for _ in range(settings.workers)]
+        listeners = of_each[0]
     scheme = "https" if settings.ssl_certfile else "http"
     for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
         log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
-    _serve(settings, listeners)
+    if settings.workers > 1:
+        from pd_serve.router import workers
+
+        workers.run(settings, of_each)
+    else:
+        serve(settings, listeners)
     log.info("ended")
     return 0
 
 
-def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
+def _listeners(settings: RouterConfig, *, shared: bool = False) -> list[socket.socket]:
+    """The clients', and the operators' where there is one."""
+    found = [listen(settings.host, settings.port, shared=shared)]
+    if (admin := settings.admin_address()) is not None:
+        found.append(listen(*admin, "--admin-host or --admin-port", shared=shared))
+    end_unread(found[0], settings.request_timeout_s)
+    return found
+
+
+def serve(settings: RouterConfig, listeners: list[socket.socket], siblings: Siblings | None = None) -> None:
+    """One process, until a signal. ``siblings``: the others on the same port."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     import uvicorn
 
     from pd_serve.http import bounded
-    from pd_serve.http_server import Server
-    from pd_serve.router.app import Router, create_app
+    from pd_serve.router.app import create_app
+    from pd_serve.router.ending import Draining
 
-    app = create_app(settings)
-    router: Router = app.state.router
-
-    class Draining(Server):
-        """The first signal drains, a SIGTERM after ``drain_delay_s``; the second ends every stream with an error event.
-
-        The exit status is 0.
-        """
-
-        signals = 0
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            kept = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in kept.items():
-                    signal.signal(number, handler)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.signals += 1
-            if self.signals == 1 and sig == signal.SIGTERM and settings.drain_delay_s and self.loop is not None:
-                router.begin_leaving()
-                self.loop.call_soon_threadsafe(self.loop.call_later, settings.drain_delay_s, self._leave)
-            else:
-                self._leave()
-
-        def _leave(self) -> None:
-            self.should_exit = True
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            router.begin_drain()
-            seen = self.signals
-
-            def look() -> None:
-                if self.signals > seen:
-                    router.end_all()
-                else:
-                    router.shared.clock.call_later(0.1, look)
-
-            look()
-            await super().shutdown(sockets)
-
+    app = create_app(settings, siblings)
     config = uvicorn.Config(
         app,
         http=bounded(settings),
@@ -107,7 +81,7 @@ def _serve(settings: RouterConfig, listeners: list[socket.socket]) -> None:
         timeout_keep_alive=int(settings.keep_alive_s),
         timeout_graceful_shutdown=int(settings.drain_timeout_s + _GRACE_S),
     )
-    Draining(config).run(sockets=listeners)
+    Draining(config, app.state.router).run(sockets=listeners)
 
 
 def check(settings: RouterConfig) -> None:

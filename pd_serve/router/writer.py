@@ -12,6 +12,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -21,7 +22,7 @@ from pd_serve.api.responses import DONE, KEEP_ALIVE, Format, Usage, error_event
 from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
-from pd_serve.http import abort
+from pd_serve.http import abort, chunks
 from pd_serve.router.choice import Choice
 from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
@@ -86,6 +87,7 @@ class Writer:
         self._first_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._events: list[bytes] = []
+        self._chunk: Callable[[bytes], bool] | None = None  # writes an event at once; there once the status is sent
         self._backlog_bytes = 0  # of events that came while the client's connection took no more
         self._task: asyncio.Task[None] | None = None
         self._timer: Timer | None = None
@@ -111,8 +113,10 @@ class Writer:
         self._own.queue.observe(min(asked, default=now_s) - self._arrived_s)
 
     def emit(self, event: bytes) -> None:
-        self._events.append(event)
         waiter = self._waiter
+        if waiter is not None and not waiter.done() and self._chunk is not None and self._chunk(event):
+            return  # nothing is in front of it
+        self._events.append(event)
         if waiter is None:
             self._backlog_bytes += len(event)
             if self._backlog_bytes > self._shared.settings.max_stream_backlog:
@@ -145,7 +149,7 @@ class Writer:
         try:
             for _ in range(min(_WINDOW, len(self.choices))):
                 self._start_next()
-            status = await (self._stream(send) if self.streamed else self._document(send))
+            status = await (self._stream(send, chunks(scope)) if self.streamed else self._document(send))
         except asyncio.CancelledError:
             if not self._cut:
                 raise
@@ -162,13 +166,14 @@ class Writer:
             self._own.in_flight -= 1
             self._finish(499 if self._left and not self._cut else status, scope)
 
-    async def _stream(self, send: Send) -> int:
+    async def _stream(self, send: Send, chunk: Callable[[bytes], bool] | None) -> int:
         self._look_later(self._events)
         if not await self._progress():
             return 499
         if not self._events:
             return await self._send_error(send)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS + self._warnings()})
+        self._chunk = chunk
         while True:
             if self._events:
                 events, self._events, self._backlog_bytes = self._events, [], 0
