@@ -27,6 +27,9 @@ from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
+from pd_serve.router.dashboard.frames import frame
+from pd_serve.router.dashboard.page import FILES, Dashboard
+from pd_serve.router.dashboard.recent import Recent
 from pd_serve.router.doors import Doors
 from pd_serve.router.groups import Registry
 from pd_serve.router.line import Timer
@@ -67,6 +70,8 @@ class Router:
         self.requests = Requests(self.registry, self.shared, self.metrics)
         self.started_s = time.time()
         self.leaving = False
+        self.recent = Recent(self.metrics, self.started_s)
+        self.dashboard = Dashboard(self.recent, self.frame, lambda: self.shared.draining and not self.shared.active)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -82,6 +87,7 @@ class Router:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now_s = self.shared.clock.now_s()
+            self.recent.sample(time.time(), len(self.shared.active))
             for stream in list(self.shared.active):
                 try:
                     stream.check_time(now_s)
@@ -152,6 +158,15 @@ class Router:
                 "refused_orders": self.doors.refusals(),
             }
         )
+
+    def frame(self) -> dict[str, object]:
+        """What the dashboard shows of now."""
+        return {
+            "version": __version__,
+            "uptime_s": time.time() - self.started_s,
+            "draining": self.shared.draining or self.leaving,
+            **frame(self.registry, self.links.unlinked(), self.shared.active, self.shared.clock.now_s()),
+        }
 
     async def add_node(self, request: Request) -> Response:
         if self.shared.draining:
@@ -241,6 +256,8 @@ def create_app(settings: RouterConfig) -> Starlette:
             Route("/health", router.health),
             Route("/ready", router.ready),
             Route("/metrics", router.metrics_text),
+            *(Route(f"/dashboard{end}", router.dashboard.file) for end in FILES),
+            Route("/dashboard/events", router.dashboard.events),
             Route("/nodes", router.add_node, methods=["POST"]),
             Route("/nodes", router.remove_node, methods=["DELETE"]),
         ],

@@ -35,7 +35,7 @@ def run(settings: RouterConfig) -> int:
     end_unread(listeners[0], settings.request_timeout_s)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the engines' cores
     scheme = "https" if settings.ssl_certfile else "http"
-    for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
+    for listener, purpose in zip(listeners, ("", " for /metrics, /v1/status and /dashboard"), strict=False):
         log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
     _serve(settings, listeners)
     log.info("ended")
