@@ -216,7 +216,6 @@ def _node_url(given: str) -> str:
 def create_app(settings: RouterConfig) -> Starlette:
     """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs."""
     router = Router(settings)
-    requests = router.requests
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -244,23 +243,7 @@ def create_app(settings: RouterConfig) -> Starlette:
     address = settings.admin_address()
     admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
     app = Starlette(
-        routes=[
-            Route("/v1/completions", requests.completions, methods=["POST"]),
-            Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
-            Route("/v1/models", router.models),
-            Route("/v1/models/{name:path}", router.models),
-            Route("/v1/status", router.status),
-            Route("/tokenize", requests.tokenize, methods=["POST"]),
-            Route("/detokenize", requests.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", requests.tokenizer_info),
-            Route("/health", router.health),
-            Route("/ready", router.ready),
-            Route("/metrics", router.metrics_text),
-            *(Route(f"/dashboard{end}", router.dashboard.file) for end in FILES),
-            Route("/dashboard/events", router.dashboard.events),
-            Route("/nodes", router.add_node, methods=["POST"]),
-            Route("/nodes", router.remove_node, methods=["DELETE"]),
-        ],
+        routes=_routes(router),
         middleware=[
             *_cors(settings),
             Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
@@ -270,6 +253,27 @@ def create_app(settings: RouterConfig) -> Starlette:
     )
     app.state.router = router
     return app
+
+
+def _routes(router: Router) -> list[Route]:
+    requests = router.requests
+    return [
+        Route("/v1/completions", requests.completions, methods=["POST"]),
+        Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
+        Route("/v1/models", router.models),
+        Route("/v1/models/{name:path}", router.models),
+        Route("/v1/status", router.status),
+        Route("/tokenize", requests.tokenize, methods=["POST"]),
+        Route("/detokenize", requests.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", requests.tokenizer_info),
+        Route("/health", router.health),
+        Route("/ready", router.ready),
+        Route("/metrics", router.metrics_text),
+        *(Route(f"/dashboard{end}", router.dashboard.file) for end in FILES),
+        Route("/dashboard/events", router.dashboard.events),
+        Route("/nodes", router.add_node, methods=["POST"]),
+        Route("/nodes", router.remove_node, methods=["DELETE"]),
+    ]
 
 
 def _cors(settings: RouterConfig) -> list[Middleware]:

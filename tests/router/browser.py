@@ -75,6 +75,7 @@ class Page:
 
     async def picture(self, width: int, height: int, *, dark: bool = False, scale: float = 1.0) -> bytes:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        await self.call("Emulation.setScrollbarsHidden", hidden=True)
         await self.call("Emulation.setEmulatedMedia", features=scheme)
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False

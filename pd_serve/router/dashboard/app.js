@@ -17,9 +17,9 @@ const DASH = "–";
 
 function seconds(value) {
   if (value === null || value === undefined) return DASH;
-  if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
-  if (value < 1) return `${Number((value * 1e3).toPrecision(3))} ms`;
-  return `${Number(value.toPrecision(3))} s`;
+  if (value < 0.001) return `${(value * 1e6).toFixed(0)}\u00a0µs`;
+  if (value < 1) return `${Number((value * 1e3).toPrecision(3))}\u00a0ms`;
+  return `${Number(value.toPrecision(3))}\u00a0s`;
 }
 
 function age(value) {
@@ -114,7 +114,7 @@ function plot(id, title, lines, say, least) {
   }
   for (const minutes of [5, 4, 3, 2, 1, 0]) {
     const text = minutes ? `−${minutes} min` : "now";
-    if (width < 330 && minutes % 2 === 0 && minutes) continue;
+    if (width < 400 && minutes % 2 === 0 && minutes) continue;
     drawn.append(svg("text", { x: x(now - minutes * 60), y: height - 4, "text-anchor": minutes === 5 ? "start" : minutes ? "middle" : "end" }, text));
   }
   lines.forEach(([, place], order) => {
@@ -135,7 +135,7 @@ function plot(id, title, lines, say, least) {
     drawn.append(svg("path", { class: "ab"[order], d: path }));
   });
   const keys = lines.map((_, order) => make("span", { className: `key ${"ab"[order]}` }, spoken[order]));
-  figure.replaceChildren(make("figcaption", {}, title, ...keys), drawn);
+  figure.replaceChildren(make("figcaption", {}, make("strong", {}, title), ...keys), drawn);
 }
 
 function plots() {
@@ -154,15 +154,18 @@ function tiles(frame) {
     ["Nodes ready", number(ready), ` of ${number(frame.nodes_total)}`],
     ["Open streams", number(frame.streams_total), ""],
     ["Waiting for a node", number(frame.waiting), ""],
-    ["First token, p50", seconds(ttft), " last min"],
-    ["First token, p99", seconds(ttft99), " last min"],
-    ["Between tokens, p50", seconds(itl), " last min"],
-    ["Between tokens, p99", seconds(itl99), " last min"],
-    ["Requests", rate(requests), " /s"],
-    ["Errors", rate(errors), " /s"],
+    ["First token, 1 min", seconds(ttft), ` p99 ${seconds(ttft99)}`],
+    ["Between tokens, 1 min", seconds(itl), ` p99 ${seconds(itl99)}`],
+    ["Requests, 1 min", rate(requests), " a second"],
+    ["Errors, 1 min", rate(errors), " a second"],
   ];
   byId("tiles").replaceChildren(...shown.map(([name, value, unit]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, unit)))));
+}
+
+function share(lane) {
+  if (lane.bytes_per_s === null || !lane.self_test_bytes_per_s) return DASH;
+  return `${rate((100 * lane.bytes_per_s) / lane.self_test_bytes_per_s)}%`;
 }
 
 const why = (reason) => (reason ? [make("span", { className: "why" }, reason)] : []);
@@ -182,7 +185,7 @@ function show(frame) {
     ["Waiting", "n", linked((node) => number(node.waiting))],
     ["Tokens queued", "n", linked((node) => number(node.waiting_tokens))],
     ["Leases", "n", linked((node) => number(node.leases))],
-    ["KV used", "", linked(kv)],
+    ["KV used, lighter: cached", "kv", linked(kv)],
   ], nodes);
   table("lanes", "Lanes of decode nodes", [
     ["Decode node", "id", (lane) => lane.decode],
@@ -191,6 +194,7 @@ function show(frame) {
     ["Read", "n", (lane) => bytes(lane.bytes)],
     ["Measured", "n", (lane) => (lane.bytes_per_s === null ? DASH : `${bytes(lane.bytes_per_s)}/s`)],
     ["Self-test", "n", (lane) => (lane.self_test_bytes_per_s === null ? DASH : `${bytes(lane.self_test_bytes_per_s)}/s`)],
+    ["Of the self-test", "n", share],
     ["Slow pulls", "n", (lane) => number(lane.slow_pulls)],
   ], frame.lanes);
   byId("unfit").replaceChildren(...frame.unfit.map((pair) =>
