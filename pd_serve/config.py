@@ -604,7 +604,8 @@ class RouterSettings(Guarded):
         "127.0.0.1",
         values.TEXT,
         "Network",
-        "Address of the admin listener: /metrics and /v1/status are there alone where --host is not this machine only.",
+        "Address of the admin listener: /metrics, /v1/status and /dashboard are there alone where --host is not this "
+        "machine only.",
         reason="On another address than loopback it asks for an API key.",
     )
     admin_port: int = setting(0, integer(0, 65535), "Network", "Its port.", reason="0: the one after --port.")

@@ -28,6 +28,9 @@ from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
+from pd_serve.router.dashboard.frames import frame
+from pd_serve.router.dashboard.page import FILES, Dashboard
+from pd_serve.router.dashboard.recent import Recent
 from pd_serve.router.doors import Doors
 from pd_serve.router.groups import Registry
 from pd_serve.router.line import Timer
@@ -72,6 +75,8 @@ class Router:
         self.requests = Requests(self.registry, self.shared, self.metrics)
         self.started_s = time.time()
         self.leaving = False
+        self.recent = Recent(self.metrics, self.started_s)
+        self.dashboard = Dashboard(self.recent, self.frame, lambda: self.shared.draining and not self.shared.active)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -93,6 +98,7 @@ class Router:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now_s = self.shared.clock.now_s()
+            self.recent.sample(time.time(), len(self.shared.active))
             for stream in list(self.shared.active):
                 try:
                     stream.check_time(now_s)
@@ -178,6 +184,15 @@ class Router:
             "refused_orders": self.doors.refusals(),
         }
 
+    def frame(self) -> dict[str, object]:
+        """What the dashboard shows of now."""
+        return {
+            "version": __version__,
+            "uptime_s": time.time() - self.started_s,
+            "draining": self.shared.draining or self.leaving,
+            **frame(self.registry, self.links.unlinked(), self.shared.active, self.shared.clock.now_s()),
+        }
+
     async def add_node(self, request: Request) -> Response:
         if self.shared.draining:
             raise APIError(503, "this router is shutting down", code="shutting_down", retry_after_s=5)
@@ -259,7 +274,6 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
     ``siblings``: the other processes on its port.
     """
     router = Router(settings, siblings)
-    requests = router.requests
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -287,21 +301,7 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
     address = settings.admin_address()
     admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
     app = Starlette(
-        routes=[
-            Route("/v1/completions", requests.completions, methods=["POST"]),
-            Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
-            Route("/v1/models", router.models),
-            Route("/v1/models/{name:path}", router.models),
-            Route("/v1/status", router.status),
-            Route("/tokenize", requests.tokenize, methods=["POST"]),
-            Route("/detokenize", requests.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", requests.tokenizer_info),
-            Route("/health", router.health),
-            Route("/ready", router.ready),
-            Route("/metrics", router.metrics_text),
-            Route("/nodes", router.add_node, methods=["POST"]),
-            Route("/nodes", router.remove_node, methods=["DELETE"]),
-        ],
+        routes=_routes(router),
         middleware=[
             *_cors(settings),
             Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
@@ -311,6 +311,27 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
     )
     app.state.router = router
     return app
+
+
+def _routes(router: Router) -> list[Route]:
+    requests = router.requests
+    return [
+        Route("/v1/completions", requests.completions, methods=["POST"]),
+        Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
+        Route("/v1/models", router.models),
+        Route("/v1/models/{name:path}", router.models),
+        Route("/v1/status", router.status),
+        Route("/tokenize", requests.tokenize, methods=["POST"]),
+        Route("/detokenize", requests.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", requests.tokenizer_info),
+        Route("/health", router.health),
+        Route("/ready", router.ready),
+        Route("/metrics", router.metrics_text),
+        *(Route(f"/dashboard{end}", router.dashboard.file) for end in FILES),
+        Route("/dashboard/events", router.dashboard.events),
+        Route("/nodes", router.add_node, methods=["POST"]),
+        Route("/nodes", router.remove_node, methods=["DELETE"]),
+    ]
 
 
 def _cors(settings: RouterConfig) -> list[Middleware]:

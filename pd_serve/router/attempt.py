@@ -35,6 +35,7 @@ class Attempt:
         self.base = base  # output index of the first token that this attempt makes
         self.prefill = prefill
         self.decode = decode
+        self.source_id = prefill.id if prefill is not None else ""  # stays when the prefill node has done its part
         self.cached = 0  # prompt tokens that the prefill node is thought to have
         self.postponed = False  # the prefill node gets it when the decode node has accepted
         self.accepted = False  # the decode node has room

@@ -36,7 +36,7 @@ def run(settings: RouterConfig) -> int:
         of_each = [_listeners(settings, shared=True) for _ in range(settings.workers)]
         listeners = of_each[0]
     scheme = "https" if settings.ssl_certfile else "http"
-    for listener, purpose in zip(listeners, ("", " for /metrics and /v1/status"), strict=False):
+    for listener, purpose in zip(listeners, ("", " for /metrics, /v1/status and /dashboard"), strict=False):
         log.info("listening on %s://%s%s", scheme, netloc(*listener.getsockname()[:2]), purpose)
     if settings.workers > 1:
         from pd_serve.router import workers

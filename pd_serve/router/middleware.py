@@ -15,7 +15,8 @@ from pd_serve.api.errors import APIError
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _OPEN = ("/health", "/ready", "/nodes")  # for probes; nodes hold no client's key and prove the secret instead
-_ADMIN = ("/metrics", "/v1/status")
+_PAGE = ("/dashboard", "/dashboard/app.js", "/dashboard/style.css")  # asks for the key itself; shows nothing without
+_ADMIN = ("/metrics", "/v1/status", "/dashboard/events", *_PAGE)
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
@@ -92,6 +93,7 @@ class Edge:
             if (scope.get("server") or ("", 0))[1] != self._admin.port:
                 return APIError(404, f"{path} is on the admin listener, not here: --admin-host, --admin-port")
             needs_key = needs_key and self._admin.needs_key
+        needs_key = needs_key and path not in _PAGE
         key = self._known(keys)
         if needs_key and not key:
             return APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")

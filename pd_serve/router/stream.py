@@ -145,6 +145,26 @@ class Stream:
                 )
             )
 
+    def where(self) -> dict[str, str | int]:
+        """What operators may see of it: where it runs and how far it is, nothing of what it says."""
+        attempt, made = self._attempt, len(self.outputs)
+        phase = "waiting"
+        if attempt is not None:
+            base = attempt.base
+            pair = attempt.source_id and attempt.decode is not None and not attempt.local
+            phase = "prefill" if made == base else "transfer" if pair and not attempt.arrived else "decode"
+        return {
+            "id": self._name,
+            "model": self._group.info.name,
+            "phase": phase,
+            "prefill": "" if attempt is None or attempt.local else attempt.source_id,
+            "decode": "" if attempt is None or attempt.decode is None else attempt.decode.id,
+            "prompt_tokens": len(self._prompt),
+            "tokens": made,
+            "max_tokens": self._sampling.max_tokens,
+            "failures": self._failures,
+        }
+
     # --- placing ------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:

@@ -31,10 +31,10 @@ class _Server(uvicorn.Server):
 class Running:
     """A router that serves HTTP."""
 
-    def __init__(self, settings: RouterConfig) -> None:
+    def __init__(self, settings: RouterConfig, port: int = 0) -> None:
         self.app = create_app(settings)
         self.router: Router = self.app.state.router
-        listeners = [socket.create_server(("127.0.0.1", 0))]
+        listeners = [socket.create_server(("127.0.0.1", port))]
         self.url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}"
         if (admin := settings.admin_address()) is not None:
             listeners.append(socket.create_server(("127.0.0.1", admin[1])))
@@ -69,6 +69,7 @@ class Running:
         return await self.http.post(path, json=body)
 
     async def stop(self) -> None:
+        """Idempotent."""
         await self.http.aclose()
         self._server.should_exit = True
         await self._task
@@ -104,10 +105,12 @@ async def start_node() -> AsyncIterator[StartNode]:
 async def start_router() -> AsyncIterator[StartRouter]:
     routers = []
 
-    async def start(*nodes: ScriptedNode, ready: bool = True, **options: Any) -> Running:
+    async def start(*nodes: ScriptedNode, ready: bool = True, listen_port: int = 0, **options: Any) -> Running:
         urls = {f"{role}": tuple(node.url for node in nodes if node.role == role) for role in ("prefill", "decode")}
         counts = {f"min_{role}": len(urls[f"{role}"]) for role in ("prefill", "decode")}
-        running = Running(RouterConfig(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}))
+        running = Running(
+            RouterConfig(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}), listen_port
+        )
         routers.append(running)
         await running.started()
         return await running.ready() if ready else running
