@@ -30,6 +30,7 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 # Lint runs beside the tests, which wait much. It is heard of only if it fails, after them.
 test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at a time (ARGS="-k router ...")
 	@tests/packages.sh
+	@tests/deploy/helm.sh $(BIN)/python $(BIN)
 	@$(BIN)/python -m compileall -q pd_serve
 	@said=$$(mktemp); $(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
 	trap 'kill $$lint 2>/dev/null || true; rm -f "$$said"' EXIT; \

@@ -1,0 +1,36 @@
+{{- define "pd-serve.name" -}}
+{{- if contains "pd-serve" .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}{{ else }}{{ printf "%s-pd-serve" .Release.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- end }}
+
+{{- /* What selects pods: never changes. Of (dict "root" $ "component" NAME). */ -}}
+{{- define "pd-serve.selector" -}}
+app.kubernetes.io/name: pd-serve
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "pd-serve.labels" -}}
+{{ include "pd-serve.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
+{{- end }}
+
+{{- define "pd-serve.secret" -}}
+{{ .Values.nodeSecret.existingSecret | default (printf "%s-nodes" (include "pd-serve.name" .)) }}
+{{- end }}
+
+{{- define "pd-serve.account" -}}
+{{ .Values.serviceAccount.name | default (printf "%s-router" (include "pd-serve.name" .)) }}
+{{- end }}
+
+{{- /* pd-serve's own file of settings. Of (dict "settings" MAP "own" LIST): those that the chart gives as flags are refused. */ -}}
+{{- define "pd-serve.settings" -}}
+{{- range .own }}{{- if hasKey $.settings . }}{{ fail (printf "settings.%s is the chart's to set: see values.yaml" .) }}{{ end }}{{- end }}
+{{- toYaml .settings }}
+{{- end }}
+
+{{- define "pd-serve.probes.http" -}}
+httpGet: {path: {{ .path }}, port: http}
+timeoutSeconds: 3
+{{- end }}
