@@ -151,16 +151,16 @@ function tiles(frame) {
   const ready = frame.states.filter((entry) => entry.state === "ready").reduce((sum, entry) => sum + entry.nodes, 0);
   const [ttft, ttft99, itl, itl99, requests, errors] = frame.last_minute;
   const shown = [
-    ["Nodes ready", number(ready), ` of ${number(frame.nodes_total)}`],
+    ["Nodes ready", number(ready), `of ${number(frame.nodes_total)}`],
     ["Open streams", number(frame.streams_total), ""],
     ["Waiting for a node", number(frame.waiting), ""],
-    ["First token, 1 min", seconds(ttft), ` p99 ${seconds(ttft99)}`],
-    ["Between tokens, 1 min", seconds(itl), ` p99 ${seconds(itl99)}`],
-    ["Requests, 1 min", rate(requests), " a second"],
-    ["Errors, 1 min", rate(errors), " a second"],
+    ["First token, 1 min", seconds(ttft), `p99 ${seconds(ttft99)}`],
+    ["Between tokens, 1 min", seconds(itl), `p99 ${seconds(itl99)}`],
+    ["Requests, 1 min", rate(requests), "a second"],
+    ["Errors, 1 min", rate(errors), "a second"],
   ];
   byId("tiles").replaceChildren(...shown.map(([name, value, unit]) =>
-    make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, unit)))));
+    make("div", {}, make("dt", {}, name), make("dd", {}, `${value} `, make("small", {}, unit)))));
 }
 
 function share(lane) {

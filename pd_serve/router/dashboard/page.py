@@ -72,9 +72,9 @@ class Dashboard:
         return _event("history", {"points": self._recent.points()})
 
     def frame(self) -> bytes:
-        """Made once a second, whoever asks."""
+        """Made once a second, whoever asks; the last one says that it is."""
         now_s = time.monotonic()
-        if now_s - self._made_s >= FRAME_S / 2:
+        if now_s - self._made_s >= FRAME_S / 2 or self.ended:
             newest = self._recent.points(1)
             self._frame = _event(
                 "frame",
