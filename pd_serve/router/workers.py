@@ -45,7 +45,7 @@ class _Workers:
         self._listeners = listeners
         self._key = secrets.token_hex(32)
         self._children: dict[int, Child] = {}
-        self._ending = False
+        self._ending = asyncio.Event()
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -55,7 +55,7 @@ class _Workers:
         try:
             await asyncio.gather(*keepers)
         finally:
-            self._ending = True
+            self._ending.set()
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(
@@ -65,7 +65,7 @@ class _Workers:
 
     def _signalled(self, number: signal.Signals) -> None:
         """Each process drains, or with the second signal ends, by itself."""
-        self._ending = True
+        self._ending.set()
         for child in self._children.values():
             child.send_signal(number)
 
@@ -79,10 +79,10 @@ class _Workers:
     async def _keep(self, index: int) -> None:
         """Returns when it has ended as it was told to. Raises PDServeError when it cannot start or dies too often."""
         ends: deque[float] = deque()
-        while not self._ending:
+        while not self._ending.is_set():
             child = self._children[index] = self._start(index)
             status = await child.wait()
-            if self._ending:
+            if self._ending.is_set():
                 return
             now_s = time.monotonic()
             while ends and now_s - ends[0] > _WINDOW_S:
