@@ -43,6 +43,7 @@ class Server(uvicorn.Server):
                     await self._exit.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.on_tick(0)  # the first answers have a date, too
         if self.config.ssl is None:
             # Originals too: they are closed by who gave them, and a descriptor more accepts one more.
             taken = [listener.dup() for listener in sockets or () for _ in range(_ACCEPTED)]

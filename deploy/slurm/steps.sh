@@ -37,6 +37,7 @@ step() {
     local name=$1 role=$2 gpus
     local where=(--nodes=1 --ntasks=1 --cpus-per-task="$PD_CPUS" --job-name="$name" --export=ALL)
     [[ -n $group ]] && where+=(--het-group="$group")
+    [[ -n ${PD_MEM:-} ]] && where+=(--mem="$PD_MEM")
     case $role in
         # It needs no GPU, and shares the first host with a node.
         router) where+=(--overlap --nodelist="$first" --gpus=0) gpus=0 ;;

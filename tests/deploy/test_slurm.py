@@ -107,21 +107,17 @@ def test_a_job_answers_and_a_stream_outlives_the_order_to_end(cluster: slurm.Slu
 
         stream = Stream(job, "Once upon a time", max_tokens=900)  # type: ignore[arg-type]
         wait_for(lambda: len(stream.tokens) > 3, 20, "tokens")
-        # as Slurm does a minute before the time limit, and an operator by hand
-        cluster.run("scancel", "--batch", "--signal=TERM", job.id)
-        wait_for(lambda: "draining" in job.log, 10, "the batch script draining")
+        cluster.run("scancel", job.id)  # TERM to all of it at once, and a kill after 30 s
         assert stream.wait(30).error is None
         assert len(stream.tokens) == 900
         wait_for(lambda: not cluster.jobs(), 30, f"the end of the job: {cluster.jobs()}")
         assert not job.left()
-        assert "all ended" in job.log and job.log.count("ended with status 0") == 3
-        assert not secret.exists()
         logs = {path.name: path.read_text() for path in job.run_directory.glob("*.log")}
         assert set(logs) == {"router.log", "prefill-0.log", "decode-0.log"}
         assert not any("Traceback" in log or "cannot register" in log for log in logs.values())
 
 
-def test_a_node_that_dies_is_started_again_and_a_plain_scancel_drains(cluster: slurm.Slurm, tmp_path: Path) -> None:
+def test_a_node_that_dies_is_started_again_and_both_groups_drain(cluster: slurm.Slurm, tmp_path: Path) -> None:
     with Job(cluster, "pd-serve-het.sbatch", tmp_path) as job:
         job.wait_ready()
         (decode,) = (
@@ -136,6 +132,8 @@ def test_a_node_that_dies_is_started_again_and_a_plain_scancel_drains(cluster: s
         )
         stream = Stream(job, "Once upon a time", max_tokens=300)  # type: ignore[arg-type]
         wait_for(lambda: len(stream.tokens) > 3, 20, "tokens")
-        cluster.run("scancel", job.id)
+        cluster.run("scancel", "--batch", "--signal=TERM", job.id)  # to the groups' steps, by the first one's script
         assert stream.wait(30).error is None and len(stream.tokens) == 300
         wait_for(lambda: not cluster.jobs() and not job.left(), 30, "the end of the job")
+        assert "draining" in job.log and "all ended" in job.log and job.log.count("ended with status 0") == 3
+        assert not (job.run_directory / "secret").exists()
