@@ -24,6 +24,7 @@ FIRST = (
     ("e2e/test_parity", "e2e/test_openai", "e2e/test_limits", "e2e/test_grafana"),
     ("e2e/test_chaos",),
     ("e2e/test_failures",),
+    ("deploy/test_slurm",),
     ("e2e/",),
     ("doctor/test_doctor",),
     ("bench/test_transfer",),
