@@ -82,6 +82,13 @@ class Common:
     log_level: str = setting(
         "info", choice("debug", "info", "warning", "error"), "Processes", "Least severe messages to log."
     )
+    log_format: str = setting(
+        "text",
+        choice("text", "json"),
+        "Processes",
+        "Lines to read, or JSON objects to collect: time, level, process, pid, logger, message; request_id and what the "
+        "access log says as fields.",
+    )
     drain_timeout_s: float = setting(
         20.0,
         decimal(0.0),

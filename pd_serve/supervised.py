@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ RESTART_WINDOW_S = 60.0
 _BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 _KEPT_LINES = 200
 _TAIL_LINES = 30
+_ERRORS = re.compile(r' ERROR |"level": "ERROR"')
 _ERROR = "pd-serve: "  # what the command line writes before an error
 _COLOURS = (36, 33, 32, 35, 34, 31)
 
@@ -133,10 +135,13 @@ class Supervised:
 
     def _line(self, line: str) -> None:
         self._kept.append(line)
-        if self._streaming and (not self._ending or " ERROR " in line):
+        if self._streaming and (not self._ending or _ERRORS.search(line)):
             self._show(line)
 
     def _show(self, line: str) -> None:
+        if line.startswith("{"):  # --log-format json: it names its process, and is to stay what it is
+            print(line, file=sys.stderr, flush=True)
+            return
         name = f"{self.name:<10}"
         if sys.stderr.isatty():
             name = f"\033[{_COLOURS[sum(self.name.encode()) % len(_COLOURS)]}m{name}\033[0m"

@@ -46,7 +46,7 @@ _LOCAL = "127.0.0.1"
 
 def run(config: UpConfig) -> int:
     """Serves until Ctrl-C or SIGTERM; the exit status. Raises PDServeError when something does not start."""
-    logs.configure(config.log_level, "up")
+    logs.configure(config.log_level, "up", form=config.log_format)
     started_s = time.monotonic()
     chosen = choose(config.device)
     config = _on_device(config, chosen.device)

@@ -148,7 +148,7 @@ def main(make_role: RoleFactory) -> int:
 
 def set_up(config: EngineConfig, name: str) -> None:
     """What a process that computes does first: before torch is imported."""
-    logs.configure(config.log_level, name)
+    logs.configure(config.log_level, name, form=config.log_format)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
     if config.cpus:

@@ -24,7 +24,7 @@ from pd_serve.trust import server_tls
 
 def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     """Serves until a signal; the exit status. Raises PDServeError. ``engine_command``: another engine, for tests."""
-    logs.configure(config.log_level, config.role)
+    logs.configure(config.log_level, config.role, form=config.log_format)
     chosen = choose(config.device)
     config = replace(config, device=chosen.device)
     preflight.check(config)

@@ -280,7 +280,9 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
         kind = error.code or str(error.status)
         router.metrics.count("errors", kind)
         router.metrics.count("requests", request.scope["path"] if error.status != 404 else "other", str(error.status))
-        log.info("%s %s %d %s", request_id(request.scope), request.scope["path"], error.status, error.message)
+        id, path = request_id(request.scope), request.scope["path"]
+        fields = {"path": path, "status": error.status}
+        log.info("%s %s %d %s", id, path, error.status, error.message, extra={"request_id": id, "fields": fields})
         return _error(error, request)
 
     async def http_error(request: Request, error: Exception) -> Response:

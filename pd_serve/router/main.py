@@ -27,7 +27,7 @@ _GRACE_S = 2.0  # beyond the drain: for error events to be written
 
 def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
-    logs.configure(settings.log_level, "router", access_log=settings.access_log)
+    logs.configure(settings.log_level, "router", form=settings.log_format, access_log=settings.access_log)
     check(settings)
     listeners = _listeners(settings)
     if settings.workers > 1:

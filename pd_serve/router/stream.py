@@ -85,6 +85,7 @@ class Stream:
         self._group = group
         self._sink = sink
         self._name = name
+        self._logged = {"request_id": name}
         self._prompt = prompt
         # Of a prompt that is worth finding again: what nodes that have its beginning are found by.
         self._chain = chain(group.info.fingerprint, _int32(prompt)) if len(prompt) >= CHUNK_TOKENS else []
@@ -127,7 +128,7 @@ class Stream:
 
     def broken(self, what: str) -> None:
         """To be called while an exception is handled: a mistake of ours ends this stream and nothing else."""
-        log.exception("%s: the router failed to handle %s", self._name, what)
+        log.exception("%s: the router failed to handle %s", self._name, what, extra=self._logged)
         self._close()
         self._tell_end(APIError(500, "internal error of the router: see its log", code="internal"))
 
@@ -420,7 +421,11 @@ class Stream:
 
     def _disagreement(self, attempt: Attempt) -> None:
         """Both nodes made the same token and it is not the same (kernels differ): the client's copy counts."""
-        log.info("%s: two nodes disagree at a near tie; going on after the token that was sent", attempt.id)
+        log.info(
+            "%s: two nodes disagree at a near tie; going on after the token that was sent",
+            attempt.id,
+            extra=self._logged,
+        )
         self._shared.count("retries", "disagreement")
         self._end_attempt()
         self._dispatch()
@@ -452,7 +457,7 @@ class Stream:
 
     def _on_fault(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
         self._end_attempt()
-        log.warning("%s: %s failed (%s): %s", attempt.id, node.title, failure.kind, failure.message)
+        log.warning("%s: %s failed (%s): %s", attempt.id, node.title, failure.kind, failure.message, extra=self._logged)
         if failure.kind == "invalid":
             self.fail(APIError(400, failure.message, code="invalid_value"))
             return
@@ -483,7 +488,7 @@ class Stream:
         if self._failures >= self._shared.settings.max_attempts:
             self.fail(APIError(502, f"gave up after {self._failures} attempts; the last: {what}", code="nodes_failed"))
             return
-        log.info("%s: %s; resuming after %d tokens", self._name, what, len(self.outputs))
+        log.info("%s: %s; resuming after %d tokens", self._name, what, len(self.outputs), extra=self._logged)
         if pause_s:
             self._timer = self._shared.clock.call_later(pause_s, self._dispatch)
         else:

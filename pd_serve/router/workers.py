@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
     path, index, count, fds = arguments
     settings: RouterConfig = config.load("router", {}, config_file=path, environ={})
-    logs.configure(settings.log_level, f"router-{index}", access_log=settings.access_log)
+    logs.configure(settings.log_level, f"router-{index}", form=settings.log_format, access_log=settings.access_log)
     siblings = Siblings(Path(path).parent, int(index), int(count), bytes.fromhex(sys.stdin.read()))
     serve(settings, [socket.socket(fileno=int(fd)) for fd in fds.split(",")], siblings)
 

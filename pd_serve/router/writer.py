@@ -31,6 +31,8 @@ from pd_serve.router.stream import Shared
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("pd_serve.access")
+# The access log's values, as JSON names them.
+_SAID = ("path", "status", "model", "prompt_tokens", "cached_tokens", "output_tokens", "ttft_ms", "e2e_ms")
 
 # Sequences of one request that run at a time: a list of 1,000 prompts neither fills the nodes' queues nor fails.
 _WINDOW = 64
@@ -243,7 +245,7 @@ class Writer:
         """Ends a stream that its client does not read; there is no way to tell it."""
         if self._cut or self._task is None:
             return
-        log.warning("%s: the client is cut off: %s", self._request_id, why)
+        log.warning("%s: the client is cut off: %s", self._request_id, why, extra={"request_id": self._request_id})
         self._cut = True
         if self._error is None:
             self._error = APIError(408, f"the client is cut off: {why}", code="slow_client")
@@ -306,19 +308,25 @@ class Writer:
         self._metrics.count("requests", scope["path"], str(status))
         if self._error is not None:
             self._metrics.count("errors", self._error.code or str(status))
-        ttft = "-" if self._first_s is None else f"{1000 * (self._first_s - self._arrived_s):.1f}"
-        access.info(
-            "%s %s %d model=%s prompt=%d cached=%d output=%d ttft_ms=%s e2e_ms=%.1f%s",
-            self._request_id,
+        ttft_ms = None if self._first_s is None else round(1000 * (self._first_s - self._arrived_s), 1)
+        said = (
             scope["path"],
             status,
             self.text.info.name,
             usage.prompt_tokens,
             usage.cached_tokens,
             usage.completion_tokens,
-            ttft,
-            1000 * (now_s - self._arrived_s),
-            f" error={self._error.message!r}" if self._error is not None else "",
+            "-" if ttft_ms is None else ttft_ms,
+            round(1000 * (now_s - self._arrived_s), 1),
+        )
+        error = None if self._error is None else self._error.message
+        fields = dict(zip(_SAID, said, strict=True)) | {"ttft_ms": ttft_ms, "error": error}
+        access.info(
+            "%s %s %d model=%s prompt=%d cached=%d output=%d ttft_ms=%s e2e_ms=%s%s",
+            self._request_id,
+            *said,
+            f" error={error!r}" if error is not None else "",
+            extra={"request_id": self._request_id, "fields": fields},
         )
 
 
