@@ -86,8 +86,8 @@ class Common:
         "text",
         choice("text", "json"),
         "Processes",
-        "Lines to read, or JSON objects to collect: time, level, process, pid, logger, message; request_id and what the "
-        "access log says as fields.",
+        "Lines to read, or JSON objects to collect: time, level, process, pid, logger, message; request_id and what "
+        "the access log says as fields.",
     )
     drain_timeout_s: float = setting(
         20.0,
