@@ -2,6 +2,7 @@
 # One pd-serve process, as the task of a step: role.sh ROLE PORT GPUS. See steps.sh.
 set -euo pipefail
 role=$1 port=$2 gpus=$3
+[[ -e $PD_RUN/ending ]] && exit 0  # a step that was made just after all were told to end
 
 # Where others reach this task. All hosts must be able to resolve it.
 host=${PD_ADDRESS:-$(hostname -f)}

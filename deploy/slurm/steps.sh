@@ -65,6 +65,7 @@ keep() {
         echo "$(date +%T) $name ended with status $status"
         [[ $status == 0 || -e $PD_RUN/ending ]] && return
         sleep 2
+        [[ -e $PD_RUN/ending ]] && return  # told to end meanwhile: nobody would tell the next step
     done
 }
 
