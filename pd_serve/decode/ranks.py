@@ -101,6 +101,8 @@ class RankedInbox:
         self._own.accept(key, tables, first_block)
 
     def cancel(self, key: str) -> None:
+        if (known := self._keys.get(key)) is not None:
+            known.given_up = True  # a rank that hears of the lease's end first says that it failed
         self._relays.ask(NAME, _Cancel(key))
         self._own.cancel(key)
 
@@ -125,10 +127,10 @@ class RankedInbox:
                 everywhere = len(key.offered) == key.ranks
                 return [Offered(event.key, min(key.offered.values()))] if everywhere and not key.given_up else []
             case Failed():
-                first, key.given_up = not key.given_up, True
-                if first:
-                    self.cancel(event.key)
-                return [event] if first else []
+                if key.given_up:
+                    return []
+                self.cancel(event.key)
+                return [event]
             case Arrived():
                 key.arrived[rank] = event
         key.awaited.discard(rank)

@@ -227,6 +227,7 @@ def test_not_wanted_when_one_rank_has_all_and_the_other_has_not(make: Make) -> N
     ranked.start()
     until(lambda: ranked.look() or ranked.nodes.p[0].outbox.counters()["leases_released"] == 2)
     ranked.inbox.cancel("k")
+    until(lambda: "k" not in ranked.nodes.d[1].inbox._keys)  # the other one has heard of it
     ranked.look()
     assert ranked.ends("k") == []
     ranked.nodes.scripts[1].hangs = False

@@ -214,8 +214,10 @@ class Chaos:
         leaving: httpx.AsyncClient,
         load: Iterator[tuple[int, dict[str, Any]]],
         expected: list[Any],
+        rest_s: float,
     ) -> None:
         for number, body in load:
+            await asyncio.sleep(rest_s)
             started_s = time.monotonic()
             self.report.requests += 1
             while True:
@@ -317,7 +319,7 @@ class Chaos:
                 yield case, {**body, "stream": self._chance.random() < 0.5}
             number += len(order)
 
-    async def _run(self, requests: int, faults: int) -> Report:
+    async def _run(self, load: Iterator[tuple[int, dict[str, Any]]], clients: int, rest_s: float) -> Report:
         limits = httpx.Limits(max_connections=None)
         make = partial(httpx.AsyncClient, timeout=TIMEOUT_S, limits=limits, trust_env=False)
         # those who leave share no connections with the others: what these see is then the router's doing
@@ -325,21 +327,22 @@ class Chaos:
             bodies = cases()
             expected = [await self.answer(http, body) for body in bodies]
             self.misfit = self.system.start_node("decode", **self._misfit)
-            load = self._load(requests, faults)
             started_s = time.monotonic()
             done = asyncio.Event()
             torment = asyncio.create_task(self._torment(done, http))
-            await asyncio.gather(*(self._client(http, leaving, load, expected) for _ in range(CLIENTS)))
+            await asyncio.gather(*(self._client(http, leaving, load, expected, rest_s) for _ in range(clients)))
             self.report.seconds = time.monotonic() - started_s
             done.set()
             await torment
         return self.report
 
-    def run(self, requests: int, faults: int = 0) -> Report:
-        """At least so many of both. Raises AssertionError when a node does not come back, or a block, lease or pull is
-        left."""
+    def run(self, requests: int, faults: int = 0, clients: int = CLIENTS, rest_s: float = 0.0) -> Report:
+        """At least so many of both. ``rest_s``: a client's, between two requests.
+
+        Raises AssertionError when a node does not come back, or a block, lease or pull is left.
+        """
         self.system.wait_ready()
-        report = asyncio.run(self._run(requests, faults))
+        report = asyncio.run(self._run(self._load(requests, faults), clients, rest_s))
         self.system.assert_idle(30)
         for node in self.system.nodes:
             report.leaks += node.get("/v1/status")["counters"]["leaks"]

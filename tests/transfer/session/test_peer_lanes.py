@@ -103,7 +103,7 @@ def test_the_fastest_lane_is_used_and_both_ends_say_so(make: Make, caplog: pytes
     for start in ("reads from prefill node P", "decode node D (epoch"):
         [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith(start)]
         assert "over fast (" in line and "GB/s)" in line
-        assert "not slow: it is slower (0.4" in line or "not slow: it is slower (0.5" in line
+        assert "not slow: it is slower (0." in line  # of the 0.5 GB/s that it could
         assert "not broken: what it delivered is not what was there" in line
 
 
