@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from pd_serve import config, values
+from pd_serve import cli, config, values
 from pd_serve.node import app as node_app
 from pd_serve.node import metrics as node_metrics
 from pd_serve.router import app as router_app
@@ -62,20 +63,21 @@ def pods(objects: dict[tuple[str, str], Object]) -> Iterator[tuple[str, Object, 
 
 
 def load(objects: dict[tuple[str, str], Object], container: Object, folder: Path) -> Any:
-    """The container's settings, by pd-serve's own loader."""
+    """The container's settings, by pd-serve's own command line and loader."""
     command, *flags = container["args"]
-    given: dict[str, object] = {}
-    known = {one.flag: one.name for one in config.settings(command)}
-    for flag in flags:
-        name, _, value = flag.partition("=")
-        if name == "--config":
-            text = objects["ConfigMap", f"chat-pd-serve-{command}"]["data"]["settings.yaml"]
-            (folder / command).write_text(text)
-        else:
-            before = given.get(known[name])
-            given[known[name]] = value if before is None else f"{before},{value}"
+    # What the command itself makes of its flags, repeated ones too: of those it takes the last.
+    given = dict(commands()[command].make_context(command, flags).params)
+    assert given.pop("config_file") == "/etc/pd-serve/settings.yaml"
+    (folder / command).write_text(objects["ConfigMap", f"chat-pd-serve-{command}"]["data"]["settings.yaml"])
+    known = {one.name for one in config.settings(command)}
     environ = {one["name"]: one["value"] for one in container.get("env", ())}
-    return config.load(command, given, config_file=str(folder / command), environ=environ)
+    flags_given = {name: value for name, value in given.items() if name in known}
+    return config.load(command, flags_given, config_file=str(folder / command), environ=environ)
+
+
+@functools.cache
+def commands() -> dict[str, Any]:
+    return typer.main.get_command(cli.app).commands  # type: ignore[attr-defined,no-any-return]
 
 
 def ports(container: Object) -> dict[str, int]:
