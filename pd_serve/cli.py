@@ -9,7 +9,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -55,6 +55,8 @@ def _command(name: str, about: str, examples: str) -> Callable[[Callable[[Any], 
             for setting in config.settings(name):
                 if setting.kind.is_flag and flags.pop(_OFF + setting.name):
                     flags[setting.name] = False
+                elif setting.kind.is_list and (given := flags[setting.name]) is not None:
+                    flags[setting.name] = ",".join(cast(list[str], given)) if given else None  # typer has [] for none
             raise typer.Exit(run(config.load(name, flags, config_file=config_file)))
 
         group, _, own_name = name.rpartition(" ")
@@ -89,7 +91,9 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
         option = typer.Option(
             setting.flag, metavar=setting.kind.shape, help=f"{setting.help}{note}{default}", **options
         )
-        return [_keyword(setting.name, Annotated[str | None, option])]
+        # a list may also come an item a flag
+        kind = list[str] if setting.kind.is_list else str
+        return [_keyword(setting.name, Annotated[kind | None, option])]
     off = f"--no-{setting.flag[2:]}"
     if setting.default is None:
         default = f"{off}: never"

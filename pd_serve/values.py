@@ -28,6 +28,10 @@ class Kind:
     is_flag: bool = False
     is_key: bool = False  # given and empty is a mistake, and never the same as not given
 
+    @property
+    def is_list(self) -> bool:
+        return self.shape.endswith(",...")
+
 
 def _text(value: object) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):

@@ -166,3 +166,8 @@ def test_a_flag_wins_over_a_variable_over_a_file(tmp_path: Path) -> None:
     assert "'/from-variable'" in run("decode", "--config", str(file), PD_SERVE_MODEL="/from-variable").stderr
     flags = ("decode", "--config", str(file), "--model", "/from-flag")
     assert "'/from-flag'" in run(*flags, PD_SERVE_MODEL="/from-variable").stderr
+
+
+def test_items_of_a_list_may_come_a_flag_each() -> None:
+    said = run("decode", "--router", "nonsense", "--router", "http://127.0.0.1:1").stderr
+    assert "--router" in said and "nonsense" in said  # the first is not forgotten for the last
