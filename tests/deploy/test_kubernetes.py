@@ -65,8 +65,11 @@ def pods(objects: dict[tuple[str, str], Object]) -> Iterator[tuple[str, Object, 
 def load(objects: dict[tuple[str, str], Object], container: Object, folder: Path) -> Any:
     """The container's settings, by pd-serve's own command line and loader."""
     command, *flags = container["args"]
-    # What the command itself makes of its flags, repeated ones too: of those it takes the last.
-    given = dict(commands()[command].make_context(command, flags).params)
+    # What the command itself makes of its flags; items of a list may come a flag each.
+    given = {
+        name: (",".join(value) or None) if isinstance(value, list | tuple) else value
+        for name, value in commands()[command].make_context(command, flags).params.items()
+    }
     assert given.pop("config_file") == "/etc/pd-serve/settings.yaml"
     (folder / command).write_text(objects["ConfigMap", f"chat-pd-serve-{command}"]["data"]["settings.yaml"])
     known = {one.name for one in config.settings(command)}

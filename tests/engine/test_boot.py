@@ -154,7 +154,7 @@ def test_the_node_hears_why_an_engine_cannot_start(
 
     monkeypatch.setattr(boot, "build", fail)
     monkeypatch.setattr(boot, "bound_caches", lambda: None)
-    monkeypatch.setattr(boot.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(boot.logs, "configure", lambda *_, **__: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(msgspec.json.encode(start.config))))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
