@@ -7,7 +7,9 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -102,6 +104,7 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
         "about:blank",
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # Debian's command is a script that stays beside the browser
     )
     try:
         note = profile / "DevToolsActivePort"
@@ -123,6 +126,7 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
                 finally:
                     page.close()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            await process.wait()
