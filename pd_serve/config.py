@@ -102,7 +102,7 @@ class Common:
         decimal(0.5),
         "Processes",
         "Silence of an engine after which it counts as stopped: its node's /health fails, routers go on elsewhere. A "
-        "thread of its own says every second that it is there, however long a step takes.",
+        "thread of its own says every second, or every other, that it is there, however long a step takes.",
         unit="seconds",
         reason="Longer than a busy machine keeps a thread from running.",
     )
