@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from tests.nursery import Started, start
+
 START_TIMEOUT_S = 90.0
 
 # one client for all polls: making one costs more CPU than a hundred requests
@@ -60,16 +62,21 @@ class Server:
         self.port = int(str(flags["port"]))
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        args = [sys.executable, "-m", "pd_serve.cli", command]
+        args = [command]
         for name, value in flags.items():
             if isinstance(value, bool):
                 args.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             else:
                 args += [f"--{name.replace('_', '-')}", str(value)]
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                args, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **(environ or {})}
-            )
+        self.process: Started | subprocess.Popen[bytes]
+        if environ is None:
+            self.process = start("pd_serve.cli", args, log)
+        else:  # which may be for the interpreter
+            with log.open("ab") as out:
+                args = [sys.executable, "-m", "pd_serve.cli", *args]
+                self.process = subprocess.Popen(
+                    args, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **environ}
+                )
 
     @property
     def pid(self) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from tests import nursery
 from tests.node.harness import NodeUnderTest, StartNode, free_port
 
 
@@ -26,7 +25,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start_node(model_directory: Path) -> Iterator[StartNode]:
+def start_node(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartNode]:
     """``start_node("behaviour of the engine", "--flag", ...)``; ready unless ``ready=False``."""
     started: list[NodeUnderTest] = []
 
@@ -39,18 +38,11 @@ def start_node(model_directory: Path) -> Iterator[StartNode]:
         variables: dict[str, str] | None = None,
     ) -> NodeUnderTest:
         port = port or free_port()
-        command = [sys.executable, str(Path(__file__).with_name("run_node.py")), behaviour, role]
-        command += ["--model", str(model_directory), "--load-format", "dummy", "--port", str(port), *flags]
-        root = Path(__file__).parents[2]
+        arguments = [behaviour, role, "--model", str(model_directory), "--load-format", "dummy", "--port", str(port)]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PD_SERVE_")}
-        process = subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environ | {"PYTHONPATH": str(root)} | (variables or {}),
-            start_new_session=True,
-        )
-        node = NodeUnderTest(process, port)
+        log = tmp_path_factory.mktemp("node") / "log"
+        process = nursery.start("tests.node.run_node", [*arguments, *flags], log, environ | (variables or {}))
+        node = NodeUnderTest(process, port, log)
         started.append(node)
         if ready:
             node.until_ready()

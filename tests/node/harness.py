@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import subprocess
-import threading
 import time
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from pd_serve.auth import Seal
 from pd_serve.wire import link
 from pd_serve.wire.handshake import RouterHalf
+from tests.nursery import Started
 
 # Making a client costs more CPU than twenty requests. A connection for each request, as of strangers.
 HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
@@ -53,26 +53,18 @@ class RouterEnd:
 
 
 class NodeUnderTest:
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+    def __init__(self, process: Started, port: int, log: Path) -> None:
         self.process = process
         self.url = f"http://127.0.0.1:{port}"
+        self._log = log
         self._links = contextlib.ExitStack()
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self._lines.extend(self.process.stderr)
 
     @property
     def log(self) -> str:
-        return "".join(self._lines)
+        return self._log.read_text()
 
     def wait(self, timeout_s: float = 10.0) -> int:
-        status = self.process.wait(timeout_s)
-        self._reader.join(5)
-        return status
+        return self.process.wait(timeout_s)
 
     def get(self, path: str) -> httpx.Response:
         return HTTP.get(self.url + path, timeout=5)

@@ -137,9 +137,9 @@ def dense(rows: torch.Tensor, new: int, case: Case, scale: float, window: int | 
     return mixed.flatten(1).float()
 
 
+# A kernel is compiled for each: of sixteen pairs, those that have every size twice.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [24, 64, 128, 256])
-@pytest.mark.parametrize("share", [1, 3, 4, 8])
+@pytest.mark.parametrize(("dim", "share"), [(24, 1), (24, 8), (64, 3), (64, 4), (128, 4), (128, 8), (256, 1), (256, 3)])
 def test_shapes(dtype: str, dim: int, share: int) -> None:
     check(Case([[37, 5], [1, 1], [1, 12]], share=share, dim=dim, dtype=dtype, kv_heads=1 if dim == 256 else 2))
 
@@ -192,8 +192,7 @@ def test_any_schedule(lengths: list[int], chunk: int, window: int | None, block_
     check(Case(steps, windows=(window,), block_size=block_size, kv_heads=1, share=2, dim=16), seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [2, 4, 10, 12])
+@pytest.mark.parametrize(("dim", "dtype"), [(2, "float32"), (4, "bfloat16"), (10, "bfloat16"), (12, "float32")])
 def test_head_sizes_of_tiny_models(dtype: str, dim: int) -> None:
     check(Case([[37, 5], [1, 1], [1, 12]], share=2, dim=dim, dtype=dtype, windows=(None, 9)))
 
