@@ -51,6 +51,21 @@ class Proof(msgspec.Struct, tag="proof", frozen=True):
     mac: bytes
 
 
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What output text has to be. Both ends compile it with the same library; the router first, to say what is wrong.
+
+    ``kind``: what ``text`` is. "json_schema" (a JSON schema), "json_object" (no text: any JSON object), "regex" (the
+    whole output matches it), "choice" (a JSON list of strings: one of them), "ebnf" (rules such as ``root ::= "a"``),
+    "lark" (a grammar in Lark's notation as llguidance reads it).
+    """
+
+    kind: str
+    text: str = ""
+    # Token ids: the constraint begins after the first of them in the output; what comes before, a model's reasoning, is
+    # free. Empty: it begins with the first token.
+    after: tuple[int, ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How output tokens are chosen. Validated by the API before it gets here.
 
@@ -73,6 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int = -1  # -1 none, 0 the chosen token's only, k also the k most likely
     prompt_logprobs: int = -1  # the same for prompt tokens (completions with echo)
+    grammar: Grammar | None = None  # ends the output where it is complete
 
 
 class Source(msgspec.Struct, frozen=True):
