@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic_core
 from pydantic import ValidationError
@@ -27,6 +27,11 @@ def parse(kind: type[_B], body: bytes, leniency: Leniency | None = None) -> _B:
         document = pydantic_core.from_json(text, allow_inf_nan=True, cache_strings="keys")
     except ValueError as error:
         raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    return checked(kind, document, leniency)
+
+
+def checked(kind: type[_B], document: Any, leniency: Leniency | None = None) -> _B:
+    """Of what was read already. Raises as :func:`parse` does."""
     try:
         return kind.model_validate(document, context=leniency)
     except ValidationError as error:

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pd_serve.api.errors import APIError
+
 _json = msgspec.json.encode
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 
 
 class Usage(NamedTuple):
@@ -90,8 +92,23 @@ class Format:
     def _usage(self, usage: Usage | None) -> bytes:
         return self._null_usage if usage is None else b',"usage":' + _json(usage.document())
 
-    def usage(self, usage: Usage) -> bytes:
-        return self._open + b',"choices":[],"usage":' + _json(usage.document()) + b"}\n\n"
+    def end(self, usage: Usage) -> bytes:
+        """After the last event of all choices."""
+        if not self._null_usage:
+            return _DONE
+        return self._open + b',"choices":[],"usage":' + _json(usage.document()) + b"}\n\n" + _DONE
+
+    def keep_alive(self) -> bytes:
+        """While there is nothing to say."""
+        return KEEP_ALIVE
+
+    def error(self, error: APIError, request_id: str) -> bytes:
+        """The document of an answer that did not begin."""
+        return error.body(request_id)
+
+    def error_event(self, error: APIError, request_id: str) -> bytes:
+        """An error in the middle of a stream; the stream ends after it."""
+        return b"data: " + self.error(error, request_id) + b"\n\n"
 
     def final(
         self,
@@ -134,8 +151,3 @@ class Format:
 
 
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients ignore it, proxies see that the stream lives
-
-
-def error_event(body: bytes) -> bytes:
-    """An error in the middle of a stream; the stream ends after it."""
-    return b"data: " + body + b"\n\n"

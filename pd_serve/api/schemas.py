@@ -102,7 +102,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class _Sampled(Body):
+class GenerationRequest(Body):
     """What both kinds of generation requests share. ``None`` always means the default."""
 
     model: Name = ""
@@ -257,7 +257,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(GenerationRequest):
     ignored = _COMMON_IGNORED
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**_COMMON_UNSUPPORTED, "suffix": ("",), "prompt_embeds": ()}
 
@@ -389,7 +389,7 @@ def _part_text(part: Any) -> str | None:
     )
 
 
-class ChatCompletionRequest(_Sampled):
+class ChatCompletionRequest(GenerationRequest):
     ignored = _COMMON_IGNORED | {"prediction"}
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_COMMON_UNSUPPORTED,

@@ -1,7 +1,7 @@
 """The router's HTTP surface: an ASGI application made of the settings, and what lives as long as it does.
 
 Its own handlers are those for operators and nodes; clients' are in :mod:`pd_serve.router.request`. Everything that
-is not a success has OpenAI's error shape.
+is not a success has OpenAI's error shape, or Anthropic's below its path.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from starlette.routing import Route
 from pd_serve import __version__, values
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.messages_api.errors import body_at
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
@@ -320,6 +321,9 @@ def _routes(router: Router) -> list[Route]:
     return [
         Route("/v1/completions", requests.completions, methods=["POST"]),
         Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
+        Route("/v1/responses", requests.responses, methods=["POST"]),
+        Route("/v1/messages", requests.messages, methods=["POST"]),
+        Route("/v1/messages/count_tokens", requests.count_tokens, methods=["POST"]),
         Route("/v1/models", router.models),
         Route("/v1/models/{name:path}", router.models),
         Route("/v1/status", router.status),
@@ -352,4 +356,5 @@ def _cors(settings: RouterConfig) -> list[Middleware]:
 
 
 def _error(error: APIError, request: Request) -> Response:
-    return Response(error.body(request_id(request.scope)), error.status, error.headers(), "application/json")
+    body = body_at(request.scope["path"], error, request_id(request.scope))
+    return Response(body, error.status, error.headers(), "application/json")

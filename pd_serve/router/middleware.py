@@ -12,12 +12,13 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.errors import APIError
+from pd_serve.api.messages_api.errors import body_at
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _OPEN = ("/health", "/ready", "/nodes")  # for probes; nodes hold no client's key and prove the secret instead
 _PAGE = ("/dashboard", "/dashboard/app.js", "/dashboard/style.css")  # asks for the key itself; shows nothing without
 _ADMIN = ("/metrics", "/v1/status", "/dashboard/events", *_PAGE)
-_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")  # they run on nodes
 _KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
 
@@ -74,9 +75,9 @@ class Edge:
             headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
             headers += [(b"retry-after", b"1")] if error.status == 429 else []
             await send_with_id({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send_with_id({"type": "http.response.body", "body": error.body(id.decode())})
+            await send_with_id({"type": "http.response.body", "body": body_at(scope["path"], error, id.decode())})
             return
-        key = self._known(keys) if scope["path"] in _COMPLETIONS else b""
+        key = self._known(keys) if scope["path"] in COMPLETIONS else b""
         self._served[key] += 1
         try:
             await self._app(scope, receive, send_with_id)
@@ -97,7 +98,7 @@ class Edge:
         key = self._known(keys)
         if needs_key and not key:
             return APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")
-        if key and path in _COMPLETIONS and 0 < self._at_once <= self._served[key]:
+        if key and path in COMPLETIONS and 0 < self._at_once <= self._served[key]:
             return APIError(
                 429,
                 f"{self._at_once} requests of this API key are being served: wait for one of them to end",

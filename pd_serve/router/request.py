@@ -16,8 +16,11 @@ from starlette.responses import Response
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.leniency import Leniency
+from pd_serve.api.messages_api.request import CountTokensRequest, MessagesRequest
 from pd_serve.api.parsing import parse
-from pd_serve.api.text_model import Prompt, unknown_model
+from pd_serve.api.responses_api.request import ResponsesRequest
+from pd_serve.api.text_model import Prompt, TextModel, unknown_model
+from pd_serve.api.translated import AnsweredRequest, MakeFormat
 from pd_serve.config import RouterConfig
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
@@ -44,6 +47,21 @@ class Requests:
     async def chat_completions(self, request: Request) -> Writer:
         return await self._generate(request, schemas.ChatCompletionRequest)
 
+    async def responses(self, request: Request) -> Writer:
+        return await self._translated(request, ResponsesRequest)
+
+    async def messages(self, request: Request) -> Writer:
+        return await self._translated(request, MessagesRequest)
+
+    async def count_tokens(self, request: Request) -> Response:
+        content = await body(request, self._settings)
+
+        asked = await _off_loop(lambda: parse(CountTokensRequest, content, self._leniency), len(content))
+        chat = await _off_loop(lambda: asked.chat(self._leniency), len(content))
+        text = (await self._group(chat.model)).text
+        prompt = await _off_loop(lambda: text.chat_prompt(chat), len(content))
+        return json_response({"input_tokens": len(prompt.ids)})
+
     async def _generate(
         self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]
     ) -> Writer:
@@ -60,6 +78,35 @@ class Requests:
             return text.completion_prompts(parsed)
 
         prompts = await _off_loop(prompts_of, len(content))
+        return self._writer(request, parsed, prompts, group, text, arrived_s)
+
+    async def _translated(self, request: Request, kind: type[AnsweredRequest]) -> Writer:
+        """As :meth:`_generate`, of an API whose requests are chats in other words."""
+        arrived_s = self._shared.clock.now_s()
+        content = await body(request, self._settings)
+
+        asked = await _off_loop(lambda: parse(kind, content, self._leniency), len(content))
+        chat = await _off_loop(lambda: asked.chat(self._leniency), len(content))
+        group = await self._group(chat.model)
+        text = group.text
+        try:
+            prompt = await _off_loop(lambda: text.chat_prompt(chat), len(content))
+            limit = asked.output_tokens(text.info.max_model_len - len(prompt.ids))
+            chat.max_tokens = chat.max_tokens if limit is None else limit
+            return self._writer(request, chat, [prompt], group, text, arrived_s, asked.make_format)
+        except APIError as error:
+            raise asked.in_own_words(error) from None
+
+    def _writer(
+        self,
+        request: Request,
+        parsed: schemas.CompletionRequest | schemas.ChatCompletionRequest,
+        prompts: list[Prompt],
+        group: Group,
+        text: TextModel,
+        arrived_s: float,
+        format_of: MakeFormat | None = None,
+    ) -> Writer:
         return Writer(
             request=parsed,
             prompts=prompts,
@@ -69,6 +116,7 @@ class Requests:
             metrics=self._metrics,
             request_id=request_id(request.scope),
             arrived_s=arrived_s,
+            format_of=format_of,
         )
 
     async def _group(self, name: str) -> Group:

@@ -18,10 +18,11 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from pd_serve.api.errors import APIError
-from pd_serve.api.responses import DONE, KEEP_ALIVE, Format, Usage, error_event
+from pd_serve.api.responses import Format, Usage
 from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
+from pd_serve.api.translated import MakeFormat
 from pd_serve.http import abort, chunks
 from pd_serve.router.choice import Choice
 from pd_serve.router.groups import Group
@@ -56,23 +57,24 @@ class Writer:
         metrics: Metrics,
         request_id: str,
         arrived_s: float,
+        format_of: MakeFormat | None = None,
     ) -> None:
-        """``text``: what made the prompts. Raises APIError(400) where the sampling fields do not fit the model."""
+        """``text``: what made the prompts. ``format_of``: of another API's answer.
+
+        Raises APIError(400) where the sampling fields do not fit the model.
+        """
         self.request = request
         self.group = group
         self.text = text
         self.chat = isinstance(request, ChatCompletionRequest)
         self.streamed = bool(request.stream)
         self.started = False  # the client has a status, or will at once
-        self.format = Format(
-            # Clients may send one X-Request-Id with many requests.
-            id=f"{'chatcmpl' if self.chat else 'cmpl'}-{request_id[:48]}-{secrets.token_hex(8)}",
-            created_s=int(time.time()),
-            model=text.info.name,
-            chat=self.chat,
-            stream=self.streamed,
-            usage_in_stream=request.wants_usage,
-        )
+        # Clients may send one X-Request-Id with many requests.
+        id, now_s = f"{request_id[:48]}-{secrets.token_hex(8)}", int(time.time())
+        if format_of is None:
+            self.format = _format(request, id=id, created_s=now_s, model=text.info.name)
+        else:
+            self.format = format_of(id=id, created_s=now_s, model=text.info.name, usage=self.usage)
         self.choices: list[Choice] = []
         for prompt in prompts:
             sampling = sampling_params(request, text, len(prompt.ids))
@@ -187,10 +189,9 @@ class Writer:
             if not await self._progress():
                 return 499
         if self._error is not None:
-            await send({"type": "http.response.body", "body": error_event(self._error.body(self._request_id))})
+            await send({"type": "http.response.body", "body": self.format.error_event(self._error, self._request_id)})
             return self._error.status
-        tail = self.format.usage(self.usage()) + DONE if self.request.wants_usage else DONE
-        await send({"type": "http.response.body", "body": tail})
+        await send({"type": "http.response.body", "body": self.format.end(self.usage())})
         return 200
 
     async def _document(self, send: Send) -> int:
@@ -208,7 +209,8 @@ class Writer:
 
     async def _send_error(self, send: Send) -> int:
         assert self._error is not None
-        await _send_json(send, self._error.status, self._error.body(self._request_id), _raw(self._error.headers()))
+        body = self.format.error(self._error, self._request_id)
+        await _send_json(send, self._error.status, body, _raw(self._error.headers()))
         return self._error.status
 
     def _warnings(self) -> list[tuple[bytes, bytes]]:
@@ -232,7 +234,7 @@ class Writer:
         if self._waiter is not None:
             if settings.sse_keep_alive_s and tokens == sum(choice.num_tokens for choice in self.choices):
                 self.started = True
-                self.emit(KEEP_ALIVE)
+                self.emit(self.format.keep_alive())
             unread_s = 0.0
         elif self._events is not events:
             unread_s = 0.0
@@ -328,6 +330,18 @@ class Writer:
             f" error={error!r}" if error is not None else "",
             extra={"request_id": self._request_id, "fields": fields},
         )
+
+
+def _format(request: CompletionRequest | ChatCompletionRequest, *, id: str, created_s: int, model: str) -> Format:
+    chat = isinstance(request, ChatCompletionRequest)
+    return Format(
+        id=f"{'chatcmpl' if chat else 'cmpl'}-{id}",
+        created_s=created_s,
+        model=model,
+        chat=chat,
+        stream=bool(request.stream),
+        usage_in_stream=request.wants_usage,
+    )
 
 
 async def _until_disconnect(receive: Receive) -> None:

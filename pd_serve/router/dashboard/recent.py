@@ -13,11 +13,11 @@ from itertools import islice
 from typing import NamedTuple
 
 from pd_serve.router.metrics import Histogram, Metrics
+from pd_serve.router.middleware import COMPLETIONS
 
 KEPT_S = 300
 WINDOW_S = 10  # of the plotted quantiles: those of one second of few requests jump
 TILE_S = 60  # of the quantiles that are shown as numbers
-_COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 _LEFT = "499"  # the client left: no error of ours
 _NOTHING = (0,)
 
@@ -57,7 +57,7 @@ class Recent:
             self._bounds = own.ttft.bounds, own.itl.bounds
         requests = errors = 0
         for (path, status), count in self._metrics.counters["requests"].items():
-            if path in _COMPLETIONS:
+            if path in COMPLETIONS:
                 requests += count
                 errors += count if status >= "400" and status != _LEFT else 0
         counted = Counted(_total(m.ttft for m in models), _total(m.itl for m in models), requests, errors)
