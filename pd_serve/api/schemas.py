@@ -50,6 +50,8 @@ class Body(BaseModel):
     ignored: ClassVar[frozenset[str]] = frozenset()
     # Fields that would change the answer: only the values listed (those without effect) are accepted.
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # What to do instead.
+    advice: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +65,7 @@ class Body(BaseModel):
                 kept[name] = value
             elif name in cls.unsupported:
                 if value is not None and value not in cls.unsupported[name]:
-                    advice = _ADVICE.get(name, "remove it from the request")
+                    advice = (_ADVICE | cls.advice).get(name, "remove it from the request")
                     raise pydantic_core.PydanticCustomError(
                         "unsupported", _UNSUPPORTED, {"field": name, "advice": advice}
                     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pd_serve.api.errors import APIError
-from pd_serve.api.messages_api.errors import body_at
+from pd_serve.api.messages_api.errors import MESSAGES, body_at
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _OPEN = ("/health", "/ready", "/nodes")  # for probes; nodes hold no client's key and prove the secret instead
@@ -63,10 +63,11 @@ class Edge:
                 keys.append(value)
         id = given if _ID.fullmatch(given) else secrets.token_hex(8).encode()
         scope["pd_serve.request_id"] = id.decode()
+        ids = [(b"x-request-id", id)] + [(b"request-id", id)] * scope["path"].startswith(MESSAGES)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id)]}
+                message = {**message, "headers": [*message.get("headers", ()), *ids]}
             await send(message)
 
         error = self._refusal(scope, keys)

@@ -116,7 +116,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
     ("fields", "param", "words"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id", "not stored"),
-        ({"conversation": "c"}, "conversation", "not stored"),
+        ({"conversation": "c", "store": True}, "conversation", "not stored"),
         ({"prompt": {"id": "p"}}, "prompt", "templates"),
         ({"background": True}, "background", "stream"),
         ({"truncation": "auto"}, "truncation", "oldest items"),

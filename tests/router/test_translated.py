@@ -75,7 +75,8 @@ async def test_messages(router: Running, anthropic_client: anthropic.AsyncAnthro
     chat = (await router.http.post("/v1/chat/completions", json=said, headers={"x-api-key": KEY})).json()
     asked["extra_body"] = {"temperature": 0}
     text = chat["choices"][0]["message"]["content"]
-    whole = await anthropic_client.messages.create(**asked)
+    whole = await anthropic_client.messages.create(**asked, extra_headers={"X-Request-Id": "mine"})
+    assert whole._request_id == "mine" and whole.id.startswith("msg_mine-")
     assert [block.text for block in whole.content if block.type == "text"] == [text]
     assert (whole.stop_reason, whole.usage.output_tokens, whole.type) == ("max_tokens", 12, "message")
     async with anthropic_client.messages.stream(**asked) as stream:

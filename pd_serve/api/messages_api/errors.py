@@ -6,7 +6,7 @@ import msgspec
 
 from pd_serve.api.errors import APIError
 
-_PATH = "/v1/messages"
+MESSAGES = "/v1/messages"
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -27,4 +27,4 @@ def document(error: APIError, request_id: str) -> bytes:
 
 def body_at(path: str, error: APIError, request_id: str) -> bytes:
     """In the shape of the API that the path belongs to."""
-    return document(error, request_id) if path.startswith(_PATH) else error.body(request_id)
+    return document(error, request_id) if path.startswith(MESSAGES) else error.body(request_id)

@@ -7,7 +7,7 @@ everything that is not text, are errors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,12 @@ class CountTokensRequest(TranslatedRequest):
     """What is counted: all of a request but how it is answered."""
 
     ignored = TranslatedRequest.ignored | _IGNORED
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**TranslatedRequest.unsupported, "mcp_servers": ([],)}
+    advice: ClassVar[dict[str, str]] = {
+        "mcp_servers": "call them yourself, as tools",
+        "max_output_tokens": "this API has 'max_tokens' instead",
+        "response_format": "this API has 'output_config.format' instead",
+    }
     own = frozenset({"messages", "tools", "tool_choice", "max_tokens"})
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -50,12 +56,9 @@ class CountTokensRequest(TranslatedRequest):
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = None  # the older name of ``output_config.format``
     stop_sequences: list[str] | None = None
-    mcp_servers: list[Any] | None = None
 
     def chat(self, leniency: Leniency) -> ChatCompletionRequest:
         """Without ``max_tokens``: what of it fits is known when the prompt has its tokens."""
-        if self.mcp_servers:
-            raise bad_request("'mcp_servers' is not supported: call them yourself, as tools", "mcp_servers")
         found = messages(self.system, self.messages)
         # As Anthropic's models do, the answer goes on from a last message of the assistant's.
         continued = found[-1]["role"] == "assistant" and bool(found[-1]["content"]) and "tool_calls" not in found[-1]

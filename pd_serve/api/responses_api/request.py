@@ -7,7 +7,7 @@ what to do instead; what only concerns storage or billing is taken without effec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -21,13 +21,16 @@ from pd_serve.api.translated import AnsweredRequest, TranslatedRequest
 
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_STORED = "responses are not stored here: send the whole conversation as 'input'"
-_REFUSED = {
+_ADVICE = {
     "previous_response_id": _NOT_STORED,
     "conversation": _NOT_STORED,
     "prompt": "prompt templates are not stored here: send 'instructions' and 'input'",
-    "background": "responses are not stored here, so none can be fetched later: leave out 'background' and stream",
+    "background": "responses are not stored here, so none can be fetched later: leave it out and stream",
+    "truncation": "leave out the oldest items of 'input' yourself",
     "max_tokens": "this API has 'max_output_tokens' instead",
+    "max_completion_tokens": "this API has 'max_output_tokens' instead",
     "response_format": "this API has 'text.format' instead",
+    "reasoning_effort": "this API has 'reasoning.effort' instead",
 }
 
 
@@ -44,8 +47,15 @@ class Reasoning(Body):
 
 class ResponsesRequest(AnsweredRequest):
     ignored = TranslatedRequest.ignored | {"max_tool_calls", "prompt_cache_options", "context_management"}
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**TranslatedRequest.unsupported, "moderation": ()}
-    own = frozenset({"tools", "tool_choice", "top_logprobs", *_REFUSED})
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **TranslatedRequest.unsupported,
+        **dict.fromkeys(_ADVICE, ()),
+        "background": (False,),
+        "truncation": ("disabled",),
+        "moderation": (),
+    }
+    advice = _ADVICE
+    own = frozenset({"tools", "tool_choice", "top_logprobs"})
     names: ClassVar[dict[str, str]] = {
         "messages": "input",
         "max_tokens": "max_output_tokens",
@@ -66,25 +76,8 @@ class ResponsesRequest(AnsweredRequest):
     include: list[str] | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     metadata: dict[str, Any] | None = None
-    truncation: Literal["auto", "disabled"] | None = None
-    # Taken so that their errors can say what to do.
-    previous_response_id: Any = None
-    conversation: Any = None
-    prompt: Any = None
-    background: Any = None
-    max_tokens: Any = None
-    response_format: Any = None
 
     def chat(self, leniency: Leniency) -> ChatCompletionRequest:
-        for name, advice in _REFUSED.items():
-            if getattr(self, name):
-                raise bad_request(f"'{name}' is not supported: {advice}", name, "unsupported_field")
-        if self.truncation == "auto":
-            raise bad_request(
-                "truncation: only 'disabled' is supported: leave out the oldest items of 'input' yourself",
-                "truncation",
-                "unsupported_field",
-            )
         text = self.text or TextSettings()
         wants_logprobs = bool(self.top_logprobs) or _LOGPROBS in (self.include or ())
         tools, choice = _tools(self.tools, self.tool_choice)
