@@ -49,45 +49,50 @@ CONVERSATION = [
 ]
 
 
+ITEM_CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"}
+ITEMS = [
+    {"role": "user", "content": [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}]},
+    {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I call"}]},
+    ITEM_CALL,
+    {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "done"}]},
+    {"role": "user", "content": "go on"},
+]
+BLOCKS = [
+    {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "so", "signature": "x"},
+            {"type": "redacted_thinking", "data": "?"},
+            {"type": "text", "text": "I call", "cache_control": {"type": "ephemeral"}},
+            {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "done"}]},
+            {"type": "text", "text": "go on"},
+        ],
+    },
+]
+TOOL = {"name": "f", "description": "d"}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
 def test_a_conversation_of_items_is_one_of_messages() -> None:
-    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}', "id": "fc_1"}
-    items = [
-        {"role": "user", "content": [{"type": "input_text", "text": "one"}, {"type": "input_text", "text": "two"}]},
-        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "so"}]},
-        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I call"}]},
-        call,
-        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "done"}]},
-        {"role": "user", "content": "go on"},
-    ]
-    assert spoken(responses(instructions="be brief", input=items)) == CONVERSATION
-    turns = spoken(responses(input=[call, {**call, "call_id": "c2"}, {"role": "assistant", "content": "x"}, call]))
+    assert spoken(responses(instructions="be brief", input=ITEMS)) == CONVERSATION
+    again = {**ITEM_CALL, "call_id": "c2"}
+    turns = spoken(responses(input=[ITEM_CALL, again, {"role": "assistant", "content": "x"}, ITEM_CALL]))
     assert [[c["id"] for c in turn.get("tool_calls", ())] for turn in turns] == [["c1", "c2"], ["c1"]]
 
 
 def test_a_conversation_of_blocks_is_one_of_messages() -> None:
-    given = [
-        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "thinking", "thinking": "so", "signature": "x"},
-                {"type": "redacted_thinking", "data": "?"},
-                {"type": "text", "text": "I call", "cache_control": {"type": "ephemeral"}},
-                {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
-            ],
-        },
-        {
-            "role": "user",
-            "content": [
-                {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "done"}]},
-                {"type": "text", "text": "go on"},
-            ],
-        },
-    ]
     system = [{"type": "text", "text": "be brief", "cache_control": {"type": "ephemeral"}}]
-    chat = messages(system=system, messages=given)
+    chat = messages(system=system, messages=BLOCKS)
     assert spoken(chat) == CONVERSATION and not chat.continue_final_message
-    prefilled = messages(messages=[*given, {"role": "assistant", "content": "Well,"}])
+    prefilled = messages(messages=[*BLOCKS, {"role": "assistant", "content": "Well,"}])
     assert prefilled.continue_final_message and prefilled.add_generation_prompt is False
 
 
@@ -165,6 +170,56 @@ def test_what_the_messages_api_cannot_do_is_said(fields: dict[str, Any], param: 
     with pytest.raises(APIError, match=words) as caught:
         messages(**fields)
     assert caught.value.status == 400 and caught.value.param == param
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.sampled_from(["", "auto", "function", "text", "c1"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "name"]), inner, max_size=2),
+    max_leaves=3,
+)
+REQUESTS: list[tuple[Any, dict[str, Any]]] = [
+    (
+        ResponsesRequest,
+        {
+            "input": ITEMS,
+            "instructions": "x",
+            "tools": [{"type": "function", **TOOL, "parameters": SCHEMA}],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+            "reasoning": {"effort": "low"},
+            "text": {"format": {"type": "text"}},
+            "include": ["message.output_text.logprobs"],
+        },
+    ),
+    (
+        MessagesRequest,
+        {
+            "messages": BLOCKS,
+            "max_tokens": 5,
+            "system": [{"type": "text", "text": "x"}],
+            "tools": [{**TOOL, "input_schema": SCHEMA}],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "output_config": {"effort": "low"},
+        },
+    ),
+]
+
+
+@given(st.sampled_from(REQUESTS), st.data())
+def test_whatever_is_sent_is_a_chat_or_a_clear_error(request: tuple[Any, dict[str, Any]], data: st.DataObject) -> None:
+    kind, body = request
+    body = place = json.loads(json.dumps(body))
+    parse(kind, json.dumps(body).encode(), LENIENT).chat(LENIENT)
+    while True:  # somewhere in it stands something else
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if not place[key] or not isinstance(place[key], dict | list) or data.draw(st.integers(0, 3)) == 0:
+            place[key] = data.draw(JSON)
+            break
+        place = place[key]
+    try:
+        parse(kind, json.dumps(body).encode(), LENIENT).chat(LENIENT)
+    except APIError as error:
+        assert error.status == 400 and error.message
 
 
 def test_counting_needs_no_limit() -> None:

@@ -85,4 +85,6 @@ def _turn(found: list[_Message], goes_on: Callable[[_Message], bool]) -> _Messag
 
 
 def _texts(parts: Any) -> list[str]:
-    return [part["text"] for part in parts or () if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not isinstance(parts, list):
+        return []
+    return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]

@@ -140,7 +140,10 @@ def _tools(
     if isinstance(choice, dict):
         kind = str(choice.get("type"))[:40]
         if kind == "allowed_tools":
-            names = [tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)]
+            allowed = choice.get("tools")
+            if not isinstance(allowed, list) or not all(isinstance(tool, dict) for tool in allowed):
+                raise bad_request("tool_choice.tools: must be a list of tools", "tool_choice.tools", "invalid_value")
+            names = [tool.get("name") for tool in allowed]
             found = [tool for tool in found if tool["function"]["name"] in names]
             choice = choice.get("mode") or "auto"
         elif kind == "function":
