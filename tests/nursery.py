@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -129,8 +130,28 @@ def start(module: str, arguments: Sequence[str], log: Path, environ: Mapping[str
 
     They come too late for what is read when a module is imported, and for the interpreter.
     """
+    return _start([module, *arguments], log, log, environ)
+
+
+def run(
+    module: str, arguments: Sequence[str], environ: Mapping[str, str] | None = None, *, timeout_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """``python -m module arguments`` to its end, with what it wrote. Raises TimeoutExpired, and has killed it then."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        process = _start([module, *arguments], out, errors, environ)
+        try:
+            status = process.wait(timeout_s)
+        finally:
+            process.kill()
+            process.wait()
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), errors.read_text())
+
+
+def _start(arguments: list[str], out: Path, errors: Path, environ: Mapping[str, str] | None) -> Started:
+    outputs = [str(out), str(errors)]
     environ = dict(os.environ if environ is None else environ)
-    request = {"arguments": [module, *arguments], "log": str(log), "environ": environ, "cwd": str(Path.cwd())}
+    request = {"arguments": arguments, "outputs": outputs, "environ": environ, "cwd": str(Path.cwd())}
     return Started(_nursery(), _nursery().ask(request))
 
 
@@ -151,8 +172,8 @@ def _serve(link: socket.socket) -> None:
 
 
 def _be_started(order: dict[str, Any]) -> NoReturn:
-    os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 1)
-    os.dup2(1, 2)
+    for number, path in enumerate(order["outputs"], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.chdir(order["cwd"])
     _become(order["arguments"], order["environ"])
@@ -174,6 +195,9 @@ def _become(arguments: Sequence[str], environ: Mapping[str, str], fds: Collectio
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.argv = list(arguments)
     processes.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _Fork})  # type: ignore[assignment]
+    sys.modules.pop(arguments[0] + ".__main__", None)
+    if not hasattr(sys.modules.get(arguments[0]), "__path__"):  # of a package, __main__ is what runs
+        sys.modules.pop(arguments[0], None)
     status = 0
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
@@ -206,8 +230,14 @@ class _Fork:
         pass_fds: Collection[int],
         preexec_fn: Callable[[], None],
     ) -> None:
-        assert list(arguments[:2]) == [sys.executable, "-m"] and stdout is stderr is None and start_new_session
+        assert list(arguments[:2]) == [sys.executable, "-m"] and start_new_session
         self.returncode: int | None = None
+        self.stdout: IO[bytes] | None = None
+        output = -1
+        if stdout == subprocess.PIPE:
+            assert stderr == subprocess.STDOUT
+            heard, output = os.pipe()
+            self.stdout = os.fdopen(heard, "rb")
         self.stdin: IO[bytes] | None = None
         if stdin == subprocess.PIPE:
             source, sink = os.pipe()
@@ -219,9 +249,14 @@ class _Fork:
         if not self.pid:
             os.setsid()
             os.dup2(source, 0)
+            if output >= 0:
+                os.dup2(output, 1)
+                os.dup2(output, 2)
             preexec_fn()
             _become(arguments[2:], environ, pass_fds)
         os.close(source)
+        if output >= 0:
+            os.close(output)
 
     def poll(self) -> int | None:
         return self._reap(os.WNOHANG)

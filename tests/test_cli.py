@@ -17,23 +17,17 @@ from pd_serve import __version__, cli, config, preflight
 from pd_serve.errors import ConfigError, ModelError
 from pd_serve.models.source import resolve
 from pd_serve.paths import cache_directory
+from tests import nursery
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
-    return subprocess.run(
-        [sys.executable, "-m", "pd_serve.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env=environ | {"COLUMNS": "200", "NO_COLOR": "1"} | variables,
-        check=False,
-    )
+    return nursery.run("pd_serve.cli", arguments, environ | {"COLUMNS": "200", "NO_COLOR": "1"} | variables)
 
 
 def test_version_is_printed_at_once() -> None:
     """In less CPU time than what the commands behind it import takes, by far."""
-    run("version")  # byte-compiles, warms the file cache
+    subprocess.run([sys.executable, "-m", "pd_serve.cli", "version"], capture_output=True)  # warms the file cache
 
     def cpu_s(*arguments: str, tries: int = 1) -> float:
         times_s = []

@@ -23,10 +23,10 @@ from pd_serve.bench.transfer import content, plot, report
 from pd_serve.bench.transfer.job import Job, cases, layouts, num_blocks
 from pd_serve.bench.transfer.reading import _table
 from pd_serve.bench.transfer.run import run
-from pd_serve.bench.transfer.start import run_reader
 from pd_serve.errors import ConfigError
 from pd_serve.memory.pool import HostPool
 from pd_serve.transfer.slices import slicings
+from tests import nursery
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 
@@ -37,9 +37,7 @@ TINY = ("--size", "1MiB", "--block-sizes", "4KiB,64KiB", "--in-flight", "1,4", "
 def bench(*flags: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(config.PREFIX)}
     environ |= {"COLUMNS": "160", "NO_COLOR": "1"}
-    answer = subprocess.run(
-        [*COMMAND, "--device", "host", *flags], capture_output=True, text=True, timeout=90, env=environ, check=False
-    )
+    answer = nursery.run("pd_serve.cli", ["bench", "transfer", "--device", "host", *flags], environ, timeout_s=90)
     assert answer.returncode == status, answer.stdout + answer.stderr
     assert "Traceback" not in answer.stderr + answer.stdout
     return answer
@@ -66,13 +64,12 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert "scattered x4" in answer.stdout and "64KiB" in answer.stdout and "limit, memcpy" in answer.stdout
 
 
-async def test_other_parallelism_and_block_size_are_verified_too() -> None:
-    job = Job("nixl", False, size_bytes=1 << 20, block_sizes=(4096, 65536), tp=(2, 1), tokens=(16, 64), repeats=1)
-    found: list[dict[str, Any]] = []
-    outcome = await run_reader(job, found.append, timeout_s=60)
-    assert outcome.status == 0, outcome
-    assert [record["kind"] for record in found] == ["opened"] + 4 * ["case"], found
-    assert {record["size_bytes"] for record in found[1:]} == {1 << 20}
+def test_other_parallelism_and_block_size_are_verified_too(tmp_path: Path) -> None:
+    other = ("--tp", "2:1", "--source-block-tokens", "16", "--reader-block-tokens", "64")
+    bench(*TINY, *other, "--transports", "nixl", "--json", str(tmp_path / "a.json"))
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["failed"] == {} and len(result["cases"]) == 8
+    assert {case["size_bytes"] for case in result["cases"]} == {1 << 20}
 
 
 @pytest.mark.parametrize(

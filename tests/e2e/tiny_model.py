@@ -35,7 +35,7 @@ class Size:
 
 
 TINY = Size(64, 2, 4, 2, 16, 128, 1024)  # a step in about a millisecond
-SMALL = Size(576, 4, 9, 3, 64, 1536, 8192)  # layers of SmolLM2-135M's shape, four of its thirty
+SMALL = Size(576, 2, 9, 3, 64, 1536, 8192)  # layers of SmolLM2-135M's shape, two of its thirty
 SPARSE = Size(64, 3, 4, 2, 16, 48, 4096, experts=16)
 # Attention that looks at a few tokens hard, and layers that outweigh the embedding of the last token: a KV block that
 # is missing, stale or another prompt's changes the text at once.

@@ -166,8 +166,10 @@ def test_many_threads_agree() -> None:
     check(Case([[30, 100, 5, 64], [1, 1, 1, 1], [1, 1, 1, 1]], parallel=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "share", "block"), [(64, 4, 16), (128, 1, 4), (16, 2, 16), (12, 3, 16)])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "share", "block"),
+    [("bfloat16", 64, 4, 16), ("float32", 128, 1, 4), ("float32", 16, 2, 16), ("bfloat16", 12, 3, 16)],
+)
 def test_keys_and_values_in_fp8(dtype: str, dim: int, share: int, block: int) -> None:
     case = Case([[37, 5, 150], [1, 1, 33], [1, 12, 1]], share=share, dim=dim, dtype=dtype, block_size=block)
     case.kv_dtype, case.scales, case.windows = "float8_e4m3fn", (0.5, 0.03), (None, 24)
