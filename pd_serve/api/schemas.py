@@ -61,14 +61,14 @@ class Body(BaseModel):
         leniency = info.context if isinstance(info.context, Leniency) else _STRICT
         kept = {}
         for name, value in body.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name in cls.unsupported:
+            if name in cls.unsupported:
                 if value is not None and value not in cls.unsupported[name]:
                     advice = (_ADVICE | cls.advice).get(name, "remove it from the request")
                     raise pydantic_core.PydanticCustomError(
                         "unsupported", _UNSUPPORTED, {"field": name, "advice": advice}
                     )
+            elif name in cls.model_fields:
+                kept[name] = value
             elif name in cls.ignored:
                 leniency.without_effect(name)
             elif leniency.strict:

@@ -7,13 +7,12 @@ events added up, so that the two cannot differ. Everything between, from placeme
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
-import pydantic_core
-from pydantic import model_validator
 
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.leniency import Leniency
@@ -22,6 +21,7 @@ from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.schemas import ChatCompletionRequest, GenerationRequest
 
 NOTHING = b":\n\n"  # an empty comment: a step may have nothing to tell, and an empty chunk would end the answer
+_THEIRS = ("max_output_tokens", "stop_sequences")  # fields of these APIs, which chats have under other names
 _json = msgspec.json.encode
 
 
@@ -35,7 +35,13 @@ class TranslatedRequest(GenerationRequest):
     """A request of another API. The sampling fields that chats have beyond its own are taken, too."""
 
     ignored = ChatCompletionRequest.ignored
-    unsupported = ChatCompletionRequest.unsupported
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **{name: neutral for name, neutral in ChatCompletionRequest.unsupported.items() if name not in _THEIRS},
+        # What its answers have no place for.
+        "n": (1,),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+    }
     # Fields of the same name as a chat's that are not handed on as they are.
     own: ClassVar[frozenset[str]] = frozenset()
     # Of a chat's fields that errors may name: what they are called here.
@@ -43,16 +49,6 @@ class TranslatedRequest(GenerationRequest):
 
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_message(self) -> Self:
-        """What its answers have no place for."""
-        for name in ("prompt_logprobs", "return_token_ids"):
-            if getattr(self, name):
-                raise pydantic_core.PydanticCustomError("elsewhere", "'{name}' is for chats only", {"name": name})
-        if self.choices > 1:
-            raise pydantic_core.PydanticCustomError("elsewhere", "one answer a request: 'n' must be 1")
-        return self
 
     @abstractmethod
     def chat(self, leniency: Leniency) -> ChatCompletionRequest:
@@ -62,8 +58,8 @@ class TranslatedRequest(GenerationRequest):
         """An error about the chat, with this API's names of its fields."""
         message, param = error.message, error.param
         for name, own in self.names.items():
-            message = message.replace(f"'{name}'", f"'{own}'")
-            param = own if param == name else param
+            message = re.sub(rf"(?<![\w.]){name}(?=[.:'])", own, message)
+            param = param and re.sub(rf"^{name}(?=\.|$)", own, param)
         return APIError(error.status, message, param=param, code=error.code, retry_after_s=error.retry_after_s)
 
     def translated(self, leniency: Leniency, **fields: Any) -> ChatCompletionRequest:

@@ -16,7 +16,7 @@ from pd_serve.api.messages_api.events import MessageFormat
 from pd_serve.api.messages_api.request import CountTokensRequest, MessagesRequest
 from pd_serve.api.parsing import parse
 from pd_serve.api.responses import Finish, Usage
-from pd_serve.api.responses_api.events import ResponseFormat
+from pd_serve.api.responses_api.events import ResponsesFormat
 from pd_serve.api.responses_api.request import ResponsesRequest
 from pd_serve.api.schemas import ChatCompletionRequest
 from pd_serve.api.translated import NOTHING, TranslatedFormat
@@ -138,7 +138,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role", "user, assistant"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0", "call_id"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
-        ({"n": 2}, None, "'n' must be 1"),
+        ({"n": 2}, "n", "'n' is not supported"),
         ({"input": None}, "input", "valid"),
     ],
 )
@@ -163,6 +163,8 @@ def test_what_the_responses_api_cannot_do_is_said(fields: dict[str, Any], param:
         ({"tool_choice": {"type": "required"}}, "tool_choice.type", "any, tool"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers", "yourself"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format", "json_schema"),
+        ({"max_output_tokens": 5}, "max_output_tokens", "has 'max_tokens' instead"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
         ({"thinking": {"type": "deep"}}, "thinking.type", "enabled"),
     ],
 )
@@ -258,8 +260,8 @@ def answers(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {"content": content, "reasoning_content": reasoning, "tool_calls": calls}, deltas
 
 
-def response_format() -> ResponseFormat:
-    return ResponseFormat({"metadata": {}}, id="r-1", created_s=1, model="m", usage=lambda: USAGE)
+def response_format() -> ResponsesFormat:
+    return ResponsesFormat({"metadata": {}}, id="r-1", created_s=1, model="m", usage=lambda: USAGE)
 
 
 def message_format() -> MessageFormat:

@@ -40,11 +40,21 @@ class CountTokensRequest(TranslatedRequest):
     """What is counted: all of a request but how it is answered."""
 
     ignored = TranslatedRequest.ignored | _IGNORED
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {**TranslatedRequest.unsupported, "mcp_servers": ([],)}
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **TranslatedRequest.unsupported,
+        "mcp_servers": ([],),
+        "max_output_tokens": (),
+        "response_format": (),
+    }
     advice: ClassVar[dict[str, str]] = {
         "mcp_servers": "call them yourself, as tools",
         "max_output_tokens": "this API has 'max_tokens' instead",
         "response_format": "this API has 'output_config.format' instead",
+    }
+    names: ClassVar[dict[str, str]] = {
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "stop": "stop_sequences",
     }
     own = frozenset({"messages", "tools", "tool_choice", "max_tokens"})
 

@@ -24,7 +24,7 @@ _KINDS = {
 }
 
 
-class ResponseFormat(TranslatedFormat):
+class ResponsesFormat(TranslatedFormat):
     def __init__(
         self, echo: dict[str, Any], *, id: str, created_s: int, model: str, usage: Callable[[], Usage]
     ) -> None:

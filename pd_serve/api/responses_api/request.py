@@ -14,7 +14,7 @@ from pydantic import Field
 from pd_serve.api.errors import bad_request
 from pd_serve.api.leniency import Leniency
 from pd_serve.api.responses import Usage
-from pd_serve.api.responses_api.events import ResponseFormat
+from pd_serve.api.responses_api.events import ResponsesFormat
 from pd_serve.api.responses_api.items import messages
 from pd_serve.api.schemas import MAX_LOGPROBS, Body, ChatCompletionRequest, Int
 from pd_serve.api.translated import AnsweredRequest, TranslatedRequest
@@ -27,6 +27,7 @@ _ADVICE = {
     "prompt": "prompt templates are not stored here: send 'instructions' and 'input'",
     "background": "responses are not stored here, so none can be fetched later: leave it out and stream",
     "truncation": "leave out the oldest items of 'input' yourself",
+    "stop_sequences": "use 'stop'",
     "max_tokens": "this API has 'max_output_tokens' instead",
     "max_completion_tokens": "this API has 'max_output_tokens' instead",
     "response_format": "this API has 'text.format' instead",
@@ -94,8 +95,8 @@ class ResponsesRequest(AnsweredRequest):
             top_logprobs=self.top_logprobs or None,
         )
 
-    def make_format(self, *, id: str, created_s: int, model: str, usage: Callable[[], Usage]) -> ResponseFormat:
-        return ResponseFormat(self._echo(), id=id, created_s=created_s, model=model, usage=usage)
+    def make_format(self, *, id: str, created_s: int, model: str, usage: Callable[[], Usage]) -> ResponsesFormat:
+        return ResponsesFormat(self._echo(), id=id, created_s=created_s, model=model, usage=usage)
 
     def _echo(self) -> dict[str, Any]:
         """What an answer repeats of its request."""
