@@ -19,9 +19,17 @@ class CompletionLogprobs:
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, *, tops: int, skip_special_tokens: bool, prompt_text: str | None = None
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        tops: int,
+        skip_special_tokens: bool,
+        prompt_text: str | None = None,
+        as_ids: bool = False,
     ) -> None:
-        """``tops``: how many alternatives are listed. ``prompt_text``: of the prompt, as the client wrote it."""
+        """``tops``: how many alternatives are listed. ``prompt_text``: of the prompt, as the client wrote it.
+        ``as_ids``: tokens are called ``token_id:7``."""
+        self._name = _by_id if as_ids else lambda id: _name(tokenizer, id)
         self._tokenizer = tokenizer
         self._tops = tops
         self._skip_special_tokens = skip_special_tokens
@@ -42,7 +50,7 @@ class CompletionLogprobs:
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         for id, entry in zip_longest(ids, entries[: len(ids)]):
-            text = _name(self._tokenizer, id)
+            text = self._name(id)
             tokens.append(text)
             offsets.append(self._offset)
             self._offset += self._length(id)
@@ -51,7 +59,7 @@ class CompletionLogprobs:
                 tops.append(None)
                 continue
             values.append(max(entry.logprob, _FLOOR))
-            top = {_name(self._tokenizer, other): max(value, _FLOOR) for other, value in entry.top[: self._tops]}
+            top = {self._name(other): max(value, _FLOOR) for other, value in entry.top[: self._tops]}
             top.setdefault(text, max(entry.logprob, _FLOOR))
             tops.append(top)
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
@@ -70,11 +78,14 @@ def merge(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     return {name: [value for part in parts for value in part[name]] for name in names}
 
 
-def chat_logprobs(tokenizer: TextTokenizer, entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+def chat_logprobs(
+    tokenizer: TextTokenizer, entries: Sequence[TokenLogprob], *, as_ids: bool = False
+) -> list[dict[str, Any]]:
+    """``as_ids``: tokens are called ``token_id:7``; their bytes stay what they are."""
     return [
         {
-            **_chat_entry(tokenizer, entry.token, entry.logprob),
-            "top_logprobs": [_chat_entry(tokenizer, id, value) for id, value in entry.top],
+            **_chat_entry(tokenizer, entry.token, entry.logprob, as_ids),
+            "top_logprobs": [_chat_entry(tokenizer, id, value, as_ids) for id, value in entry.top],
         }
         for entry in entries
     ]
@@ -99,12 +110,17 @@ def prompt_logprobs(
     return found
 
 
-def _chat_entry(tokenizer: TextTokenizer, id: int, logprob: float) -> dict[str, Any]:
+def _chat_entry(tokenizer: TextTokenizer, id: int, logprob: float, as_ids: bool) -> dict[str, Any]:
     return {
-        "token": tokenizer.token_text(id),
+        "token": _by_id(id) if as_ids else tokenizer.token_text(id),
         "logprob": max(logprob, _FLOOR),
         "bytes": list(tokenizer.token_bytes(id)),
     }
+
+
+def _by_id(id: int) -> str:
+    """As vLLM spells it: tokens that have the same text stay apart."""
+    return f"token_id:{id}"
 
 
 def _name(tokenizer: TextTokenizer, id: int) -> str:

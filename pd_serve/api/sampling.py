@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from pd_serve.api import restrictions
 from pd_serve.api.errors import bad_request
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import TextModel
@@ -48,6 +49,7 @@ def sampling_params(
     bias = {int(key): value for key, value in (request.logit_bias or {}).items()}
     if bias:
         model.check_ids(list(bias), "logit_bias")
+    allowed, words = _restrictions(request, model)
     defaults = model.sampling_defaults
 
     def chosen(name: str, neutral: float) -> float:
@@ -70,9 +72,24 @@ def sampling_params(
         min_tokens=min_tokens,
         stop_token_ids=tuple(stop_tokens),
         ignore_eos=bool(request.ignore_eos),
-        logprobs=logprobs,
+        logprobs=max(0, logprobs) if request.ranked else logprobs,
         prompt_logprobs=prompt_logprobs,
+        allowed_token_ids=allowed,
+        bad_words=words,
     )
+
+
+def _restrictions(
+    request: CompletionRequest | ChatCompletionRequest, model: TextModel
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Which tokens may be sampled (empty: all), and which may not come one after the other."""
+    allowed = tuple(dict.fromkeys(request.allowed_token_ids or ()))
+    if allowed:
+        model.check_ids(list(allowed), "allowed_token_ids")
+    words = restrictions.word_tokens(request.bad_words or (), model.tokenizer)
+    ends = [*(request.stop_token_ids or ()), *(() if request.ignore_eos else model.info.eos_token_ids)]
+    restrictions.check_something_is_left(allowed, words, ends, request.min_tokens or 0)
+    return allowed, words
 
 
 def choice_seed(seed: int, choice: int) -> int:

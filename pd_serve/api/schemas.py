@@ -12,8 +12,18 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from pd_serve.api import restrictions
 from pd_serve.api.leniency import Leniency, nearest
 
 MAX_CHOICES = 128
@@ -131,6 +141,11 @@ class GenerationRequest(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[Int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    bad_words: Annotated[list[str], AfterValidator(restrictions.bad_words)] | None = None
+    allowed_token_ids: Annotated[Ints, Field(min_length=1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=restrictions.MAX_SALT_CHARACTERS)] | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @field_validator("seed", mode="after")
     @classmethod
@@ -197,6 +212,14 @@ class GenerationRequest(Body):
     def _stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise pydantic_core.PydanticCustomError("stream", "'stream_options' needs 'stream': true")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise pydantic_core.PydanticCustomError(
+                "best_of", "'best_of' must be at least 'n': it is how many are made to choose from"
+            )
+        if self.ranked and self.stream:
+            raise pydantic_core.PydanticCustomError(
+                "best_of", "'best_of' above 'n' chooses among whole answers: leave out 'stream'"
+            )
         if self.prompt_logprobs is not None and self.stream:
             raise pydantic_core.PydanticCustomError(
                 "prompt_logprobs", "'prompt_logprobs' come with whole answers only: leave out 'stream'"
@@ -205,7 +228,13 @@ class GenerationRequest(Body):
 
     @property
     def choices(self) -> int:
-        return self.n or 1
+        """How many are made of each prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def ranked(self) -> bool:
+        """Whether more are made than are wanted."""
+        return self.choices > (self.n or 1)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -224,7 +253,7 @@ class GenerationRequest(Body):
 _COMMON_IGNORED = frozenset(
     {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store", "metadata"}
     | {"request_id", "spaces_between_special_tokens", "parallel_tool_calls", "provider", "reasoning"}
-    | {"include_reasoning"}
+    | {"include_reasoning", "kv_transfer_params"}
 )
 _TEXT_FORMAT = {"type": "text"}
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -232,17 +261,13 @@ _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
     "logits_processors": ([],),
-    "kv_transfer_params": (),
     "mm_processor_kwargs": ({},),
-    "cache_salt": (),
     # Names that other servers have for what changes the text.
     "grammar": ("",),
     "json_schema": (),
@@ -265,7 +290,6 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array"}]})
     max_tokens: Annotated[Int, Field(ge=-1)] | None = None  # -1: as much as the model takes
-    best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -294,10 +318,6 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.best_of is not None and self.best_of > self.choices:
-            raise pydantic_core.PydanticCustomError(
-                "best_of", "'best_of' greater than 'n' is not supported: set best_of = n"
-            )
         if self.max_tokens == 0 and not self.echo:
             raise pydantic_core.PydanticCustomError(
                 "max_tokens", "'max_tokens' must be at least 1 (0 only with 'echo': true)"
@@ -405,7 +425,6 @@ class ChatCompletionRequest(GenerationRequest):
         "echo": (False,),
         "chat_template": (),
         "documents": ([],),
-        "best_of": (1,),
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]

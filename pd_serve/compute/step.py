@@ -67,6 +67,7 @@ class Bias(msgspec.Struct, array_like=True):
     line: int
     tokens: I32
     values: F32
+    only: bool = False  # all other tokens are forbidden
 
 
 class Step(msgspec.Struct, array_like=True):

@@ -42,7 +42,7 @@ class InboxReceiver:
         return self._inbox.fileno()
 
     def submitted(self, seq: Sequence, source: Source) -> Output:
-        missing = seq.num_tokens - self._kv.match(seq.tokens, seq.num_tokens - 1).num_tokens
+        missing = seq.num_tokens - self._kv.match(seq.tokens, seq.num_tokens - 1, seq.salt).num_tokens
         if missing <= self._local_prefill_tokens and seq.sampling.prompt_logprobs < 0:
             return Output(id=seq.id, index=seq.output_index, tokens=[], event="local")
         seq.state = State.PULLING
@@ -115,7 +115,7 @@ class InboxReceiver:
         reserve = len(scheduler.running) + self._placed
         if reserve >= scheduler.limits.max_num_seqs:
             return False
-        match = self._kv.match(seq.tokens, seq.num_tokens)
+        match = self._kv.match(seq.tokens, seq.num_tokens, seq.salt)
         blocks = self._kv.open(match)
         if not self._kv.can_extend(blocks, seq.num_tokens, reserve, live_only=True):
             self._kv.close(blocks)

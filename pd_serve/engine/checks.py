@@ -71,7 +71,15 @@ def _sampling_problem(params: SamplingParams, vocab_size: int) -> str:
         return "seed must be between 0 and 2**64 - 1"
     if not all(abs(bias) <= MAX_FLOAT for bias in params.logit_bias.values()):
         return f"the values of logit_bias must be between {-MAX_FLOAT:g} and {MAX_FLOAT:g}"
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    named = {
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": [id for word in params.bad_words for id in word],
+    }
+    if not all(params.bad_words):
+        return "bad_words has one without tokens"
+    for name, ids in named.items():
         if not _within(ids, vocab_size):
             return f"{name} names a token that does not exist: ids are between 0 and {vocab_size - 1}"
     return ""

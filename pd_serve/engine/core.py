@@ -288,6 +288,7 @@ class Engine:
             source=submit.source,
             arrival_s=now_s - submit.age_s + submit.priority * _PRIORITY_S,
             admitted_s=now_s,
+            salt=submit.salt,
         )
         self._seqs[seq.id] = seq
         self._counters["requests"] += 1

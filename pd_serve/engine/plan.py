@@ -8,9 +8,9 @@ from itertools import count
 
 import numpy as np
 
-from pd_serve.compute.step import SAMPLING, Bias, History, PromptRows, Rows, SamplingRow, Step
+from pd_serve.compute.step import SAMPLING, History, PromptRows, Rows, SamplingRow, Step
+from pd_serve.engine import adjust
 from pd_serve.engine.sequence import Sequence, State
-from pd_serve.wire.link import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class _Told:
 
     line: int
     history: bool = False
-    forbids: bool | None = None  # whether its bias has the ends in it that ``min_tokens`` forbids; None: no bias yet
+    never: frozenset[int] | None = None  # what its bias forbids; None: no bias yet
 
 
 class StepBuilder:
@@ -134,24 +134,26 @@ class StepBuilder:
         rows["output_index"] = [w.end - w.seq.num_prompt for w in works]
         for i, work in enumerate(works):
             work.seq.sample_row = i
-            params = work.seq.sampling
-            if params.logit_bias or params.min_tokens or _has_penalty(params):
+            if work.seq.adjusted:
                 self._say_more(step, i, work)
 
     def _say_more(self, step: Step, row: int, work: Work) -> None:
         seq, params = work.seq, work.seq.sampling
         told = self._told.get(seq) or self._take_line(seq)
-        if _has_penalty(params):
+        if adjust.penalises(params):
             step.sampling["history"][row] = told.line
             if not told.history:
                 told.history = True
                 step.histories.append(History(told.line, seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]))
-        forbids = work.end - seq.num_prompt < params.min_tokens
-        if params.logit_bias or forbids:
+        if not adjust.biases(params):
+            return
+        # the last token may not be known yet, where nothing but their number matters
+        never = adjust.forbidden(params, seq.tokens[seq.num_prompt :], work.end - seq.num_prompt, self._eos)
+        if never or params.logit_bias or params.allowed_token_ids:
             step.sampling["bias"][row] = told.line
-            if told.forbids is not forbids:
-                told.forbids = forbids
-                step.biases.append(_bias(told.line, params, self._eos if forbids else None))
+            if told.never != never:
+                told.never = never
+                step.biases.append(adjust.bias(told.line, params, never))
 
     def _take_line(self, seq: Sequence) -> _Told:
         """The lowest that no running sequence has: there are never more than such sequences."""
@@ -167,16 +169,3 @@ def _row_of(seq: Sequence) -> Rows:
         values = (getattr(seq.sampling, name) for name in SamplingRow._fields[:-3])
         seq.sampling_row = np.array([tuple(SamplingRow(*values))], SAMPLING)
     return seq.sampling_row
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
-def _bias(line: int, params: SamplingParams, eos: tuple[int, ...] | None) -> Bias:
-    """``eos``: no end may be sampled, neither these, where they are ends, nor a stop token."""
-    values = dict(params.logit_bias)
-    if eos is not None:
-        ends = params.stop_token_ids if params.ignore_eos else (*eos, *params.stop_token_ids)
-        values |= dict.fromkeys(ends, -np.inf)
-    return Bias(line, np.array(list(values), np.int32), np.array(list(values.values()), np.float32))

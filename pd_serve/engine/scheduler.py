@@ -152,6 +152,8 @@ class Scheduler:
         for seq in sorted(self.running, key=by_age):  # a victim, the youngest, has not been planned yet
             if seq.state is not State.RUNNING or _is_prompt(seq, seq.num_scheduled) or self._ends(seq):
                 continue
+            if seq.waits and seq.length > seq.num_tokens:
+                continue
             assert seq.blocks is not None  # running sequences hold blocks
             length = seq.length
             while not self.kv.can_extend(seq.blocks, length):
@@ -225,7 +227,7 @@ class Scheduler:
         """Gives a waiting sequence its cached prefix, if the rest of its prompt has room too."""
         # the last token is always computed: its logits are wanted
         limit = 0 if seq.sampling.prompt_logprobs >= 0 else seq.num_tokens - 1
-        match = self.kv.match(seq.tokens, limit)
+        match = self.kv.match(seq.tokens, limit, seq.salt)
         blocks = self.kv.open(match)
         if not self.kv.can_extend(blocks, seq.num_tokens, reserve=len(self.running)):
             self.kv.close(blocks)

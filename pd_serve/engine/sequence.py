@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_serve.compute.step import Rows
+from pd_serve.engine import adjust
 from pd_serve.kv.manager import SequenceBlocks
 from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 
@@ -31,6 +32,7 @@ class Sequence:
 
     __slots__ = (
         "_tokens",
+        "adjusted",
         "admitted_s",
         "arrival_s",
         "blocks",
@@ -43,12 +45,14 @@ class Sequence:
         "num_tokens",
         "origin",
         "prompt_logprobs",
+        "salt",
         "sample_row",
         "sampling",
         "sampling_row",
         "source",
         "started",
         "state",
+        "waits",
     )
 
     def __init__(
@@ -64,6 +68,7 @@ class Sequence:
         source: Source | None = None,
         arrival_s: float = 0.0,
         admitted_s: float = 0.0,
+        salt: bytes = b"",
     ) -> None:
         self.id = id
         self.origin = origin  # which router asked
@@ -79,6 +84,10 @@ class Sequence:
         self.source = source
         self.arrival_s = arrival_s  # of the request at its router, on this engine's clock, by priority: the least first
         self.admitted_s = admitted_s  # of the attempt, here
+        self.salt = salt  # which others it shares cached prefixes with
+        # What may be sampled depends on the token before: no step is launched for it before that is known.
+        self.waits = adjust.waits(sampling)
+        self.adjusted = adjust.biases(sampling) or adjust.penalises(sampling)  # its logits, before one is chosen
         self.started = False  # it has run; a preempted one waits again
         self.state = State.WAITING
         self.blocks: SequenceBlocks | None = None

@@ -18,7 +18,7 @@ from pd_serve.kv.layout import KVLayout
 from pd_serve.kv.named import Named
 from pd_serve.kv.pool import BlockPool
 from pd_serve.kv.prefix import PrefixNode, PrefixTree, block_keys
-from pd_serve.wire.chunks import CHUNK_TOKENS, chain
+from pd_serve.wire.chunks import CHUNK_TOKENS, chain, start
 from pd_serve.wire.link import GroupUsage
 
 Tokens = npt.NDArray[np.int32]
@@ -41,10 +41,11 @@ class SequenceBlocks:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """``num_tokens`` of a prompt (whole blocks) are in the cache, along ``path``."""
+    """``num_tokens`` of a prompt (whole blocks) are in the cache, along ``path`` from the root of its ``salt``."""
 
     num_tokens: int
     path: tuple[PrefixNode, ...]
+    salt: bytes = b""
 
 
 class KVManager:
@@ -83,19 +84,19 @@ class KVManager:
             self.named.evicted(node.names)
         self._tree.prune(node)
 
-    def match(self, tokens: Tokens, limit: int) -> PrefixMatch:
-        """The longest cached prefix of at most ``limit`` tokens. Holds nothing yet."""
+    def match(self, tokens: Tokens, limit: int, salt: bytes = b"") -> PrefixMatch:
+        """The longest cached prefix of at most ``limit`` tokens, of those with that salt. Holds nothing yet."""
         size = self.layout.block_size
         if not self.prefix_caching or limit < size:
-            return PrefixMatch(0, ())
-        path = self._tree.walk(block_keys(tokens, size, 0, limit // size))
+            return PrefixMatch(0, (), salt)
+        path = self._tree.walk(block_keys(tokens, size, 0, limit // size), salt)
         count = len(path)
         for group, g in enumerate(self.layout.groups):
             if g.window is None:
                 count = next((i for i, n in enumerate(path[:count]) if not n.blocks[group]), count)
         while count and not self._window_cached(path, count):
             count -= 1
-        return PrefixMatch(count * size, tuple(path[:count]))
+        return PrefixMatch(count * size, tuple(path[:count]), salt)
 
     def _window_cached(self, path: list[PrefixNode], count: int) -> bool:
         """Whether every windowed group holds what a token after ``count`` blocks attends to."""
@@ -108,7 +109,8 @@ class KVManager:
 
     def open(self, match: PrefixMatch) -> SequenceBlocks:
         """Tables that hold the matched blocks, and nothing else yet."""
-        blocks = SequenceBlocks(len(self._pools), self._capacity, self._tree.root)
+        blocks = SequenceBlocks(len(self._pools), self._capacity, self._tree.start(match.salt))
+        blocks.name = start(match.salt)
         count = len(match.path)
         if count:
             for group, pool in enumerate(self._pools):
@@ -120,7 +122,7 @@ class KVManager:
                     blocks.tables[group][i] = block
             blocks.num_blocks = blocks.num_committed = count
             blocks.node = match.path[-1]
-            blocks.name = next((node.names[-1] for node in reversed(match.path) if node.names), 0)
+            blocks.name = next((node.names[-1] for node in reversed(match.path) if node.names), blocks.name)
         blocks.node.users += 1
         return blocks
 

@@ -4,7 +4,8 @@ A node stands for one full block of tokens after its parent's; its identity is t
 the root, and a child is found by its parent *and* its exact tokens. That is the chained block hash of
 vLLM (https://docs.vllm.ai/en/latest/design/prefix_caching/) with the comparison built in: the
 dictionary hashes a block's bytes and then compares them, so a collision costs a comparison and can
-never serve another prompt's KV.
+never serve another prompt's KV. Prompts with a salt have a root of their own, a node without blocks below
+the common one: nothing is found from one root that was computed under another.
 """
 
 from __future__ import annotations
@@ -35,9 +36,18 @@ class PrefixTree:
         self.root = PrefixNode(None, b"", num_groups)
         self.num_nodes = 0
 
-    def walk(self, keys: list[bytes]) -> list[PrefixNode]:
+    def start(self, salt: bytes) -> PrefixNode:
+        """The root of prompts with this salt, made if it is not there."""
+        return self.child(self.root, _salt_key(salt)) if salt else self.root
+
+    def walk(self, keys: list[bytes], salt: bytes = b"") -> list[PrefixNode]:
         """The nodes along ``keys``, as far as they exist."""
-        node, path = self.root, []
+        node, path = self.root, list[PrefixNode]()
+        if salt:
+            own = node.children.get(_salt_key(salt))
+            if own is None:
+                return path
+            node = own
         for key in keys:
             child = node.children.get(key)
             if child is None:
@@ -60,6 +70,12 @@ class PrefixTree:
             del node.parent.children[node.key]
             self.num_nodes -= 1
             node = node.parent
+
+
+def _salt_key(salt: bytes) -> bytes:
+    """The key of no block: their lengths are multiples of 4."""
+    padding = 1 + -len(salt) % 4
+    return salt + bytes([padding]) * padding
 
 
 def block_keys(tokens: npt.NDArray[np.int32], block_size: int, first: int, last: int) -> list[bytes]:

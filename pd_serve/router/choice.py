@@ -12,6 +12,7 @@ from pd_serve.api.detokenizer import Detokenizer, StopMatcher
 from pd_serve.api.errors import APIError
 from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prompt_logprobs
 from pd_serve.api.responses import Finish, Format, Usage
+from pd_serve.api.restrictions import salt_of
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.router.groups import Group
@@ -74,11 +75,12 @@ class Choice:
         # Scoring: the engine has to sample one token, the client asked for none.
         self._discard = isinstance(request, CompletionRequest) and request.max_tokens == 0
         self._logprobs: CompletionLogprobs | None = None
-        if not answer.chat and sampling.logprobs >= 0:
-            skip = request.skip_special_tokens is not False
-            self._logprobs = CompletionLogprobs(
-                self._tokenizer, tops=sampling.logprobs, skip_special_tokens=skip, prompt_text=prompt.text
-            )
+        self._ranked = request.ranked
+        self._score = 0.0  # log-probabilities of its tokens, where some choices are to be chosen
+        self._scored = request.logprobs is not None and request.logprobs is not False  # the client wants to see them
+        self._as_ids = bool(request.return_tokens_as_token_ids)
+        if not answer.chat and self._scored:
+            self._logprobs = self._completion_logprobs(request, sampling.logprobs)
         # One step's text without anything else: the common case, made of bytes alone.
         self._running_usage = answer.streamed and request.wants_running_usage
         self._plain = answer.streamed and sampling.logprobs < 0 and not self._return_ids and not self._running_usage
@@ -90,7 +92,23 @@ class Choice:
         self._finish: Finish | None = None
         self.num_tokens = 0
         self.stream = Stream(
-            shared, answer.group, prompt.ids, sampling, self, request_id, priority=request.priority or 0
+            shared,
+            answer.group,
+            prompt.ids,
+            sampling,
+            self,
+            request_id,
+            priority=request.priority or 0,
+            salt=salt_of(request.cache_salt),
+        )
+
+    def _completion_logprobs(self, request: CompletionRequest | ChatCompletionRequest, tops: int) -> CompletionLogprobs:
+        return CompletionLogprobs(
+            self._tokenizer,
+            tops=tops,
+            skip_special_tokens=request.skip_special_tokens is not False,
+            prompt_text=self._prompt.text,
+            as_ids=self._as_ids,
         )
 
     def _prompt_text(self, request: CompletionRequest | ChatCompletionRequest) -> str:
@@ -163,6 +181,9 @@ class Choice:
         answer = self._answer
         fresh, self._fresh = self._fresh, False
         scores: Any = None
+        if self._ranked:
+            self._score += sum(entry.logprob for entry in logprobs or ())
+            logprobs = logprobs if self._scored else None
         if fresh and self._echo is not None:
             delta = self._echo + delta
         if self._logprobs is not None:
@@ -174,7 +195,7 @@ class Choice:
             parts.append(self._logprobs.add(tokens, logprobs or []))
             scores = merge(parts)
         elif logprobs is not None:
-            scores = chat_logprobs(self._tokenizer, logprobs)
+            scores = chat_logprobs(self._tokenizer, logprobs, as_ids=self._as_ids)
         if not answer.streamed:
             self._texts.append(delta)
             self._ids.extend(tokens)
@@ -210,14 +231,19 @@ class Choice:
             return None
         return prompt_logprobs(self._tokenizer, self.stream.prompt_logprobs or [], wanted)
 
-    def document(self) -> dict[str, Any]:
-        """The whole choice, of a request that is not streamed."""
+    @property
+    def likelihood(self) -> float:
+        """Log-probability a token, of a choice that has ended; the first of OpenAI's ``best_of`` has the highest."""
+        return self._score / max(1, self.num_tokens)
+
+    def document(self, index: int) -> dict[str, Any]:
+        """The whole choice, of a request that is not streamed; ``index``: its place in the answer."""
         chat = self._answer.chat
         scores: Any = None
         if self._scores:
             scores = {"content": [e for part in self._scores for e in part]} if chat else merge(self._scores)
         return self._answer.format.final(
-            self._index,
+            index,
             "".join(self._texts),
             logprobs=scores,
             finish=self.finish,

@@ -32,6 +32,7 @@ from pd_serve.router.nodes import Node
 from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
 from pd_serve.wire import link
 from pd_serve.wire.chunks import CHUNK_TOKENS, chain
+from pd_serve.wire.chunks import start as chain_start
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,10 @@ class Stream:
         name: str,
         *,
         priority: int = 0,
+        salt: bytes = b"",
     ) -> None:
         """``name``: the request's id (and choice), for logs and as the head of attempt ids. ``priority``: a lower one
-        is served before a higher one."""
+        is served before a higher one. ``salt``: cached prefixes are shared with streams of the same one only."""
         self._shared = shared
         self._group = group
         self._sink = sink
@@ -88,7 +90,9 @@ class Stream:
         self._logged = {"request_id": name}
         self._prompt = prompt
         # Of a prompt that is worth finding again: what nodes that have its beginning are found by.
-        self._chain = chain(group.info.fingerprint, _int32(prompt)) if len(prompt) >= CHUNK_TOKENS else []
+        named = len(prompt) >= CHUNK_TOKENS
+        self._chain = chain(group.info.fingerprint, _int32(prompt), chain_start(salt)) if named else []
+        self._salt = salt
         self._sampling = sampling
         self._priority = max(-1000, min(1000, priority))
         self.outputs: list[int] = []
@@ -256,6 +260,7 @@ class Stream:
             source=source,
             age_s=self._shared.clock.now_s() - self.created_s,
             priority=self._priority,
+            salt=self._salt,
         )
         self._group.breakers.tried(node.id)
         cached = attempt.cached if node is attempt.prefill else 0

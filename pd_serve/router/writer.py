@@ -202,10 +202,20 @@ class Writer:
             return await self._send_error(send)
         ids = self._prompts[0].ids if self.chat and self.request.return_token_ids else None
         scores = self.choices[0].prompt_scores() if self.chat else None
-        choices = [choice.document() for choice in self.choices]
+        choices = [choice.document(index) for index, choice in enumerate(self._wanted())]
         body = self.format.document(choices, self.usage(), prompt_token_ids=ids, prompt_logprobs=scores)
         await _send_json(send, 200, body, self._warnings())
         return 200
+
+    def _wanted(self) -> list[Choice]:
+        """The choices of the answer: all, or the likeliest ``n`` of each prompt's."""
+        if not self.request.ranked:
+            return self.choices
+        made, n, found = self.request.choices, self.request.n or 1, []
+        for first in range(0, len(self.choices), made):
+            ranked = sorted(self.choices[first : first + made], key=lambda choice: choice.likelihood, reverse=True)
+            found += ranked[:n]
+        return found
 
     async def _send_error(self, send: Send) -> int:
         assert self._error is not None

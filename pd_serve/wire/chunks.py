@@ -16,7 +16,7 @@ _BYTES = 4 * CHUNK_TOKENS
 def chain(fingerprint: str, tokens: bytes, after: int = 0) -> list[int]:
     """The name of the prefix that ends with each full chunk of ``tokens`` (int32, little-endian).
 
-    ``fingerprint``: of the model. ``after``: the name of what comes before the tokens, 0 for nothing.
+    ``fingerprint``: of the model. ``after``: the name of what comes before the tokens, :func:`start` for nothing.
     """
     key, names = fingerprint.encode()[:64], []
     for start in range(0, len(tokens) - _BYTES + 1, _BYTES):
@@ -24,6 +24,11 @@ def chain(fingerprint: str, tokens: bytes, after: int = 0) -> list[int]:
         after = int.from_bytes(blake2b(content, digest_size=8, key=key).digest(), "little")
         names.append(after)
     return names
+
+
+def start(salt: bytes) -> int:
+    """What a chain begins after: prompts with other salts have other names throughout."""
+    return int.from_bytes(blake2b(salt, digest_size=8).digest(), "little") if salt else 0
 
 
 def pack(names: Iterable[int]) -> bytes:

@@ -89,6 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int = -1  # -1 none, 0 the chosen token's only, k also the k most likely
     prompt_logprobs: int = -1  # the same for prompt tokens (completions with echo)
     grammar: Grammar | None = None  # ends the output where it is complete
+    allowed_token_ids: tuple[int, ...] = ()  # none but these can be sampled; empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # tokens that the output must not have one after the other
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -116,6 +118,8 @@ class Submit(msgspec.Struct, tag="submit"):
     number: int = 0  # counts the submits of a link from 1: a status names the last one that it includes
     age_s: float = 0.0  # since the request reached the router: nodes serve the oldest first
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0  # a lower one comes before all of a higher one
+    # Cached prefixes are found by those with the same salt only. A digest: what clients send is theirs
+    salt: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class Abort(msgspec.Struct, tag="abort"):

@@ -21,6 +21,7 @@ from tests.api import tiny
 MODEL = TextModel(tiny.bundle(), tiny.info())
 HI = [{"role": "user", "content": "hi"}]
 VOCAB = tiny.info().vocab_size
+(A,) = MODEL.tokenizer.encode("a", add_special_tokens=False)
 
 
 def completion(**fields: Any) -> tuple[CompletionRequest, Any]:
@@ -76,7 +77,23 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 129}, "n", "128"),
     ({"n": True}, "n", "integer"),
-    ({"best_of": 3}, None, "best_of"),  # type: ignore[list-item]
+    ({"best_of": 1, "n": 2}, None, "at least 'n'"),  # type: ignore[list-item]
+    ({"best_of": 2, "stream": True}, None, "best_of"),  # type: ignore[list-item]
+    ({"best_of": 129}, "best_of", "128"),
+    ({"bad_words": "x"}, "bad_words", "list"),
+    ({"bad_words": [5]}, "bad_words.0", "string"),
+    ({"bad_words": ["a", "  "]}, "bad_words", "no space"),
+    ({"bad_words": ["a" * 257]}, "bad_words", "256 characters"),
+    ({"bad_words": ["a"] * 257}, "bad_words", "256 bad words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+    ({"allowed_token_ids": [1.5]}, "allowed_token_ids.0", "integer"),
+    ({"allowed_token_ids": [1, VOCAB]}, "allowed_token_ids", "out of range"),
+    ({"allowed_token_ids": [A], "bad_words": ["a"]}, "bad_words", "allow another"),
+    ({"allowed_token_ids": [A], "stop_token_ids": [A], "min_tokens": 1}, "min_tokens", "nothing but ends"),
+    ({"cache_salt": ""}, "cache_salt", "at least 1"),
+    ({"cache_salt": 5}, "cache_salt", "string"),
+    ({"cache_salt": "x" * 1025}, "cache_salt", "1024"),
+    ({"return_tokens_as_token_ids": "yes"}, "return_tokens_as_token_ids", "boolean"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
@@ -314,6 +331,17 @@ def test_sampling_fields_arrive() -> None:
     assert completion(echo=True, logprobs=3)[1].prompt_logprobs == 3
     assert chat(logprobs=True)[1].logprobs == 0 and chat(logprobs=True, top_logprobs=4)[1].logprobs == 4
     assert completion()[1].seed != completion()[1].seed
+
+
+def test_words_and_tokens_that_may_not_be() -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(MODEL.tokenizer.encode(text, add_special_tokens=False))
+
+    for made in (completion, chat):
+        _, sampling = made(bad_words=["fox", " the fox"], allowed_token_ids=[5, 3.0, 5])
+        assert sampling.bad_words == tuple(dict.fromkeys(map(ids, ("fox", " fox", "the fox", " the fox"))))
+        assert sampling.allowed_token_ids == (5, 3)
+        assert made(bad_words=[], cache_salt="s", kv_transfer_params={"x": 1})[1].bad_words == ()
 
 
 def test_the_longest_that_fits() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pd_serve.compute.executor import TAGS
-from pd_serve.compute.step import NO_LINE, Sampled, SamplingRow, Step
+from pd_serve.compute.step import NO_LINE, Bias, Sampled, SamplingRow, Step
 from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
@@ -40,6 +40,12 @@ def next_token(prefix: Prefix, seed: int, index: int, forbidden: Collection[int]
 
 def logprob(prefix: Prefix) -> float:
     return -(hash(prefix) % 1000) / 100
+
+
+def _forbidden(bias: Bias) -> set[int]:
+    values = dict(zip(bias.tokens.tolist(), bias.values.tolist(), strict=True))
+    others = set(range(FAILS_IN_LAUNCH)).difference(values) if bias.only else set()
+    return {token for token, value in values.items() if value == -np.inf} | others
 
 
 class Refusal(Exception):
@@ -82,7 +88,7 @@ class FakeExecutor:
         self._layout = layout
         self._samples: list[int] = []  # of the step computed last
         self._histories: dict[int, list[int]] = {}
-        self._biases: dict[int, dict[int, float]] = {}
+        self._forbidden: dict[int, set[int]] = {}
 
     # --- steps
 
@@ -153,7 +159,7 @@ class FakeExecutor:
         for line in set(step.sampling["history"].tolist()) - {NO_LINE}:
             self._histories[line] = []
         for bias in step.biases:
-            self._biases[bias.line] = {}
+            self._forbidden[bias.line] = set()
         self._samples = []
 
     def _computed(self, step: Step) -> Sampled:
@@ -192,12 +198,11 @@ class FakeExecutor:
     def _sample(self, step: Step, logits: list[Prefix]) -> Sampled:
         for history in step.histories:
             self._histories[history.line] = [*history.prompt.tolist(), *history.output.tolist()]
-        self._biases |= {b.line: dict(zip(b.tokens.tolist(), b.values.tolist(), strict=True)) for b in step.biases}
+        self._forbidden |= {bias.line: _forbidden(bias) for bias in step.biases}
         tokens = []
         for row, values in zip(step.sampled_rows, step.sampling.tolist(), strict=True):
             params, prefix = SamplingRow._make(values), logits[row]
-            bias = self._biases[params.bias] if params.bias != NO_LINE else {}
-            forbidden = {token for token, value in bias.items() if value == -np.inf}
+            forbidden = self._forbidden[params.bias] if params.bias != NO_LINE else ()
             tokens.append(next_token(prefix, params.seed, params.output_index, forbidden))
             if params.history != NO_LINE:
                 assert self._histories[params.history] == list(prefix), "penalties of another text"

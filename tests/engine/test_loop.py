@@ -64,7 +64,13 @@ class Request:
         p, index = self.sampling, len(tokens) - len(self.prompt)
         ends = {*p.stop_token_ids, *(() if p.ignore_eos else (EOS,))} if index < p.min_tokens else set()
         if self.kind == "pull" and index == self.known:
-            ends = set()  # the other node's token, here the plain one
+            return next_token(tuple(tokens), p.seed, index)  # the other node's token, here the plain one
+        output = tokens[len(self.prompt) :]
+        for *before, last in p.bad_words:
+            if output[len(output) - len(before) :] == before:
+                ends.add(last)
+        if p.allowed_token_ids:
+            ends |= set(range(FAILS_IN_LAUNCH)).difference(p.allowed_token_ids)
         return next_token(tuple(tokens), p.seed, index, ends)
 
     def _finish(self, tokens: list[int]) -> str | None:
@@ -100,6 +106,8 @@ def requests(draw: st.DrawFn) -> Request:
         min_tokens=draw(st.sampled_from([0, 0, 3])),
         presence_penalty=draw(st.sampled_from([0.0, 0.5])),
         logit_bias=draw(st.sampled_from([{}, {4: 1.0}])),
+        allowed_token_ids=draw(st.sampled_from([(), (), (2, 4, 6, 8)])),
+        bad_words=draw(st.sampled_from([(), (), ((4, 6), (5,), (2, 2, 2))])),
         stop_token_ids=draw(st.sampled_from([(), (), (), (3,)])),
         ignore_eos=draw(st.sampled_from([True, True, False])),
         prompt_logprobs=draw(st.sampled_from([-1, -1, -1, 0])),

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pd_serve.errors import PoolExhausted
 from pd_serve.kv.layout import KVLayout, LayerGroup, kv_group
 from pd_serve.kv.manager import KVManager, SequenceBlocks
+from pd_serve.wire.chunks import chain, start
 
 BLOCK = 4
 FULL = kv_group((0, 2), num_kv_heads=2, head_dim=8)
@@ -21,17 +22,23 @@ def layout(*groups: LayerGroup) -> KVLayout:
     return KVLayout(BLOCK, "float32", groups)
 
 
-def compute(kv: KVManager, tokens: list[int]) -> SequenceBlocks:
+def compute(kv: KVManager, tokens: list[int], salt: bytes = b"") -> SequenceBlocks:
     """Runs a sequence through the cache as an engine would, in one chunk."""
     array = np.array(tokens, dtype=np.int32)
-    blocks = kv.open(kv.match(array, len(tokens) - 1))
+    blocks = kv.open(kv.match(array, len(tokens) - 1, salt))
     kv.extend(blocks, len(tokens))
     kv.commit(blocks, array, len(tokens))
     return blocks
 
 
-def cached(kv: KVManager, tokens: list[int]) -> int:
-    return kv.match(np.array(tokens, dtype=np.int32), len(tokens)).num_tokens
+def cached(kv: KVManager, tokens: list[int], salt: bytes = b"") -> int:
+    return kv.match(np.array(tokens, dtype=np.int32), len(tokens), salt).num_tokens
+
+
+def compute_names(kv: KVManager, tokens: list[int], salt: bytes) -> list[int]:
+    """What routers are told of it."""
+    kv.close(compute(kv, tokens, salt))
+    return kv.named.take()[0]
 
 
 def test_a_prefix_is_found_again_and_only_whole_blocks_of_it() -> None:
@@ -65,6 +72,37 @@ def test_equal_hashes_of_different_tokens_are_not_confused(monkeypatch: pytest.M
     kv.close(compute(kv, [1, 1, 1, 1, 5]))
     assert cached(kv, [2, 2, 2, 2]) == 0
     assert cached(kv, [1, 1, 1, 1]) == 4
+
+
+def test_equal_prompts_with_other_salts_share_nothing() -> None:
+    kv = KVManager(layout(FULL), (65,), 64)
+    prompt = list(range(10))
+    salts = (b"", b"a", b"b", b"a\0", b"\1")
+    held = [compute(kv, prompt, salt) for salt in salts]
+    assert len({int(block) for blocks in held for block in blocks.tables[0][:3]}) == 3 * len(salts)
+    for blocks in held:
+        kv.close(blocks)
+    kv.check(idle=True)
+    assert [cached(kv, prompt, salt) for salt in (*salts, b"c")] == [8] * len(salts) + [0]
+    again = compute(kv, prompt, b"a")
+    kv.close(again)
+    kv.close(compute(kv, [99] * 60))  # evicts them one by one
+    for at in range(100, 700, 100):
+        kv.close(compute(kv, list(range(at, at + 60))))
+    assert [cached(kv, prompt, salt) for salt in salts] == [0] * len(salts)
+    kv.check(idle=True)
+
+
+def test_prefixes_with_other_salts_have_other_names() -> None:
+    kv = KVManager(KVLayout(256, "float32", (FULL,)), (65,), 2048, fingerprint="f")
+    prompt = list(range(1100))
+    names = {salt: set(compute_names(kv, prompt, salt)) for salt in (b"", b"a", b"b")}
+    tokens = np.array(prompt, "<i4").tobytes()
+    assert names == {salt: set(chain("f", tokens, start(salt))) for salt in names}
+    assert len(set().union(*names.values())) == 6
+    kv.close(compute(kv, prompt[:600] + [7] * 500, b"a"))  # goes on from a name that is found
+    come, _ = kv.named.take()
+    assert come == chain("f", np.array(prompt[:600] + [7] * 500, "<i4").tobytes(), start(b"a"))[1:]
 
 
 def test_the_least_recently_used_tail_goes_first() -> None:

@@ -90,7 +90,10 @@ class Sampler:
         """Everything that is done to logits before log-probabilities are taken."""
         if params.bias != NO_LINE:
             bias = self._biases[params.bias]
-            row[bias.tokens] += bias.values
+            kept = row[bias.tokens] + bias.values
+            if bias.only:
+                row.fill(-np.inf)
+            row[bias.tokens] = kept
         if params.history != NO_LINE:
             self._histories[params.history].penalise(row, params)
 

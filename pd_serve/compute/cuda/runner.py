@@ -130,7 +130,7 @@ class Runner:
             self._sampler.start_history(history.line, self._ids(history.prompt), self._ids(history.output))
         for bias in step.biases:
             values = torch.from_numpy(bias.values).to(self._device)
-            self._sampler.set_bias(bias.line, self._ids(bias.tokens), values)
+            self._sampler.set_bias(bias.line, self._ids(bias.tokens), values, only=bias.only)
 
     def _ids(self, tokens: I32) -> Tensor:
         return torch.from_numpy(tokens).to(self._device, torch.int64)

@@ -118,10 +118,11 @@ class Sampler:
         history.index_fill_(0, prompt, 1)
         history.index_add_(0, output, torch.full_like(output, 2, dtype=torch.int32))
 
-    def set_bias(self, line: int, tokens: Tensor, values: Tensor) -> None:
-        """``values`` float32 are added to the logits of ``tokens`` int64: minus infinity, and it is never sampled."""
+    def set_bias(self, line: int, tokens: Tensor, values: Tensor, *, only: bool = False) -> None:
+        """``values`` float32 are added to the logits of ``tokens`` int64: minus infinity, and it is never sampled.
+        ``only``: no other is."""
         bias = self.biases[line]
-        bias.zero_()
+        bias.fill_(-float("inf") if only else 0.0)
         bias.index_copy_(0, tokens, values)
 
     def sample(self, logits: Tensor, out: Tensor | None = None) -> Sampled:

@@ -199,9 +199,9 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    logits, seq = random_logits(1), sequence([5, 6, 6, 8], [8, 20], temperature=0.0, logprobs=20)
+    logits = random_logits(1)
+    seq = sequence([5, 6, 6, 8], [8, 20], temperature=0.0, logprobs=20, repetition_penalty=penalty)
     processor = RepetitionPenaltyLogitsProcessor(penalty=penalty)
-    seq.sampling = SamplingParams(max_tokens=9, seed=0, temperature=0.0, logprobs=20, repetition_penalty=penalty)
     logits[0, [5, 6, 8, 20]] = torch.tensor([14.0, 13.0, -1.0, 12.5])
     expected = processor(torch.tensor([[5, 6, 6, 8, 8, 20]]), logits.clone()).log_softmax(-1)[0]
     found = sample_all(logits.clone(), seq).logprobs[0]
@@ -267,6 +267,50 @@ def test_logit_bias_and_min_tokens() -> None:
     assert sample(logits, sequence(temperature=0.0, min_tokens=5), eos=()) == [7]
     for seed in range(50):  # random draws too
         assert sample(logits, sequence(seed=seed, min_tokens=1, top_k=5, temperature=9.0))[0] not in EOS
+
+
+def test_nothing_but_what_is_allowed_is_sampled() -> None:
+    logits, allowed = random_logits(1), (2, 7, 30, 31, 2999)
+    best = max(allowed, key=lambda id: logits[0, id])
+    assert sample(logits, sequence(temperature=0.0, allowed_token_ids=allowed)) == [best]
+    assert sample(logits, sequence(temperature=0.0, allowed_token_ids=allowed, logit_bias={31: 99.0, 5: 100.0})) == [31]
+    assert sample(logits, sequence(temperature=0.0, allowed_token_ids=(7, 8), min_tokens=1)) == [8]  # 7 is an end
+    assert sample(logits, sequence(temperature=0.0, allowed_token_ids=(7,), min_tokens=1)) == [7]  # the rest never is
+    for filters in ({}, {"top_k": 40}, {"top_p": 0.99}, {"min_p": 0.01}, {"top_k": 4, "top_p": 0.9}):
+        seqs = [sequence(seed=seed, temperature=5.0, allowed_token_ids=allowed, **filters) for seed in range(100)]
+        drawn = set(sample(logits.repeat(100, 1), *seqs))
+        assert drawn <= set(allowed) and len(drawn) > 2
+    scores = sample_all(logits.clone(), sequence(temperature=0.0, allowed_token_ids=allowed, logprobs=20)).logprobs[0]
+    assert scores is not None and [id for id, value in scores.top if value > LOWEST_LOGPROB] == sorted(
+        allowed, key=lambda id: -logits[0, id]
+    )
+
+
+def test_bad_words_are_forbidden_where_they_would_end() -> None:
+    logits = random_logits(1)
+    logits[0, [20, 21]] = torch.tensor([50.0, 40.0])
+    for words, output, expected in (
+        (((20,),), [], 21),
+        (((20,),), [5, 5, 5], 21),
+        (((3, 4, 20),), [], 20),
+        (((3, 4, 20),), [4], 20),
+        (((3, 4, 20),), [3, 4], 21),
+        (((3, 4, 20),), [9, 3, 4], 21),
+        (((3, 4, 20),), [3, 4, 9], 20),
+        (((20, 20),), [20], 21),
+        (((20, 20), (21,)), [20, 9], 20),
+    ):
+        assert sample(logits, sequence(output=output, temperature=0.0, bad_words=words)) == [expected], (words, output)
+    assert sample(logits, sequence([3, 4], temperature=0.0, bad_words=((3, 4, 20),))) == [
+        20
+    ]  # the prompt is not output
+    # what is forbidden comes and goes within one sequence, beside what always is
+    sampler, builder = Sampler(VOCAB), StepBuilder(16, 0, EOS)
+    seq = sequence(temperature=0.0, bad_words=((20, 20), (21,)), min_tokens=2)
+    logits[0, 22], logits[0, 7] = 30.0, 60.0
+    for expected in (20, 22, 7, 7):
+        assert sampler.sample(step(seq, builder=builder), logits.clone()).tokens == [expected]
+        seq.append(expected)
 
 
 def test_logprobs_rank_and_top_are_of_the_logits_before_temperature() -> None:
