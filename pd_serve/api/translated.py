@@ -39,6 +39,7 @@ class TranslatedRequest(GenerationRequest):
         **{name: neutral for name, neutral in ChatCompletionRequest.unsupported.items() if name not in _THEIRS},
         # What its answers have no place for.
         "n": (1,),
+        "best_of": (1,),
         "prompt_logprobs": (),
         "return_token_ids": (False,),
     }

@@ -138,6 +138,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role", "user, assistant"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0", "call_id"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
+        ({"best_of": 2}, "best_of", "not supported"),
         ({"n": 2}, "n", "'n' is not supported"),
         ({"input": None}, "input", "valid"),
     ],
