@@ -39,7 +39,8 @@ import uvloop
 
 from benchmarks.shapes import write_model
 from pd_serve.bench.client import Client
-from pd_serve.bench.load import Bodies, Record, send
+from pd_serve.bench.load import Record, send
+from pd_serve.bench.prompts import Bodies
 from pd_serve.config import BenchConfig
 from pd_serve.net import listen
 

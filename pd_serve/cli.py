@@ -192,7 +192,9 @@ def router(settings: config.RouterConfig) -> int:
     "Load an OpenAI endpoint, any server's, and print how fast it answered.",
     """    pd-serve bench serve --input-len 1024 --output-len 64 --concurrency 8
 
-    pd-serve bench serve --base-url http://10.0.0.1:8000 --request-rate 4 --requests 200 --json result.json""",
+    pd-serve bench serve --base-url http://10.0.0.1:8000 --request-rate 4 --requests 200 --json result.json
+
+    pd-serve bench serve --dataset trace.csv --trace-speed 2 --requests 500""",
 )
 def bench_serve(settings: config.BenchConfig) -> int:
     from pd_serve.bench.serve import run

@@ -741,6 +741,22 @@ class BenchConfig:
     max_token_id: int = setting(
         30_000, integer(101), "Requests", "Random token ids are below it; it must be within the vocabulary."
     )
+    dataset: str = setting(
+        "random",
+        values.TEXT,
+        "Requests",
+        "Made up (random), by input_len and output_len; or a file: conversations in ShareGPT's shape, of which each "
+        "first question is asked with the length of its answer; or a trace, of which the first requests are sent "
+        "(CSV: timestamp_ms,input_tokens,output_tokens; a line each: [timestamp_ms, input, output, hash_ids]).",
+        reason="What is longer than the endpoint says its model takes is left out.",
+    )
+    trace_speed: float = setting(
+        1.0,
+        decimal(0.0),
+        "Load",
+        "How many times faster than they were recorded a trace's requests are sent.",
+        reason="0, or a request_rate: when they were recorded does not matter.",
+    )
     input_len: int = setting(512, integer(1), "Requests", "Length of a prompt.", unit="tokens")
     output_len: int = setting(64, integer(1), "Requests", "Tokens to ask for.", unit="tokens")
     ignore_eos: bool = setting(
@@ -762,7 +778,7 @@ class BenchConfig:
         reason="0: concurrency decides.",
     )
     seed: int = setting(-1, integer(-1), "Load", "Of prompts and arrival times.", reason="-1: another one each time.")
-    json: str = setting("", values.TEXT, "Report", "File to write all figures to.", reason="Empty: a table only.")
+    json: str = setting("", values.OUTPUT, "Report", "File to write all figures to.", reason="Empty: a table only.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -818,9 +834,9 @@ class BenchTransferConfig:
     )
     repeats: int = setting(5, integer(1), "Load", "Pulls of each kind; their median counts.")
     warmup: int = setting(2, integer(0), "Load", "Pulls before them that are not measured.")
-    json: str = setting("", values.TEXT, "Report", "File to write all figures to.", reason="Empty: a table only.")
+    json: str = setting("", values.OUTPUT, "Report", "File to write all figures to.", reason="Empty: a table only.")
     png: str = setting(
-        "", values.TEXT, "Report", "PNG file to draw the figures into (needs matplotlib, the extra 'bench')."
+        "", values.OUTPUT, "Report", "PNG file to draw the figures into (needs matplotlib, the extra 'bench')."
     )
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from pd_serve import trust
@@ -40,6 +41,17 @@ def _text(value: object) -> str:
 
 
 TEXT = Kind("TEXT", _text)
+
+
+def _output(value: object) -> str:
+    """A file that is written at the end of work that may take minutes: where it cannot be is said before."""
+    path = _text(value)
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"must name a file in a directory that exists, not {path}")
+    return path
+
+
+OUTPUT = Kind("FILE", _output)
 
 
 def _url(value: object) -> str:

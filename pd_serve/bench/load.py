@@ -9,20 +9,17 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from pd_serve.bench.client import Client, HttpError
+from pd_serve.bench.datasets import Ask
 from pd_serve.config import BenchConfig
 
 _ERROR_CHARS = 400
-_FIRST_TOKEN_ID = 100  # below it many vocabularies keep their special tokens
-_WORDS = """time year people way day man thing woman life child world school state family student group country
-problem hand part place case week company system program question work government number night point home water room
-mother area money story fact month lot right study book eye job word business issue side kind head house service
-friend father power hour game line end member law car city community name president team minute idea body""".split()
 
 
 class _Delta(msgspec.Struct):
@@ -52,6 +49,14 @@ class _Event(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Event).decode
 
 
+class Job(NamedTuple):
+    ask: Ask
+    body: bytes
+
+
+_UNSAID = Ask(0, 0)
+
+
 @dataclass
 class Record:
     """One request. Times in seconds."""
@@ -63,6 +68,7 @@ class Record:
     output_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    ask: Ask = _UNSAID  # what it was for
 
     @property
     def ttft_s(self) -> float:
@@ -74,37 +80,6 @@ class Record:
         if self.output_tokens < 2:
             return None
         return (self.token_times_s[-1] - self.token_times_s[0]) / (self.output_tokens - 1)
-
-
-class Bodies:
-    """An endless supply of request bodies, each with a prompt of its own; the same for the same seed."""
-
-    def __init__(self, config: BenchConfig, model: str, seed: int) -> None:
-        self._config = config
-        self._random = random.Random(seed)
-        self._fixed: dict[str, object] = {
-            "model": model,
-            "max_tokens": config.output_len,
-            "temperature": config.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if config.ignore_eos:
-            self._fixed["ignore_eos"] = True
-
-    def next(self) -> bytes:
-        config = self._config
-        if config.endpoint == "chat":
-            prompt: dict[str, object] = {"messages": [{"role": "user", "content": self._words()}]}
-        elif config.prompt == "text":
-            prompt = {"prompt": self._words()}
-        else:
-            ids = [self._random.randrange(_FIRST_TOKEN_ID, config.max_token_id) for _ in range(config.input_len)]
-            prompt = {"prompt": ids}
-        return json.dumps(self._fixed | prompt).encode()
-
-    def _words(self) -> str:
-        return " ".join(self._random.choices(_WORDS, k=self._config.input_len))
 
 
 def text_of(choice: _Choice) -> str | None:
@@ -152,40 +127,55 @@ async def send(client: Client, config: BenchConfig, body: bytes) -> Record:
     return record
 
 
+async def _sent(client: Client, config: BenchConfig, job: Job) -> Record:
+    record = await send(client, config, job.body)
+    record.ask = job.ask
+    return record
+
+
 async def closed_loop(
-    client: Client, config: BenchConfig, bodies: Bodies, count: int, finished: Callable[[Record], None]
+    client: Client, config: BenchConfig, jobs: Iterable[Job], finished: Callable[[Record], None]
 ) -> list[Record]:
     """``config.concurrency`` clients that each wait for one answer before they ask again."""
-    queue: Iterator[bytes] = iter([bodies.next() for _ in range(count)])
+    queue = iter(jobs)
     records: list[Record] = []
 
     async def worker() -> None:
-        for body in queue:
-            record = await send(client, config, body)
+        for job in queue:
+            record = await _sent(client, config, job)
             records.append(record)
             finished(record)
 
-    await asyncio.gather(*(worker() for _ in range(min(config.concurrency, count))))
+    await asyncio.gather(*(worker() for _ in range(config.concurrency)))
     return records
 
 
 async def open_loop(
-    client: Client, config: BenchConfig, bodies: Bodies, count: int, finished: Callable[[Record], None], seed: int
+    client: Client,
+    config: BenchConfig,
+    jobs: Sequence[Job],
+    times_s: Iterable[float],
+    finished: Callable[[Record], None],
 ) -> list[Record]:
-    """Requests at ``config.request_rate`` a second with exponential gaps, whether or not earlier ones have ended."""
-    gaps = random.Random(seed + 1)
-    prepared = [bodies.next() for _ in range(count)]
+    """Each at its time from now on, whether or not earlier ones have ended."""
     records: list[Record] = []
-    due_s = time.perf_counter()
+    begin_s = time.perf_counter()
 
-    async def one(body: bytes) -> None:
-        record = await send(client, config, body)
+    async def one(job: Job) -> None:
+        record = await _sent(client, config, job)
         records.append(record)
         finished(record)
 
     async with asyncio.TaskGroup() as group:
-        for body in prepared:
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            group.create_task(one(body))
-            due_s += gaps.expovariate(config.request_rate)
+        for job, due_s in zip(jobs, times_s, strict=False):
+            await asyncio.sleep(max(0.0, begin_s + due_s - time.perf_counter()))
+            group.create_task(one(job))
     return records
+
+
+def arrivals(rate: float, seed: int) -> Iterator[float]:
+    """Times of requests that come at ``rate`` a second, with exponential gaps. Without end."""
+    gaps, due_s = random.Random(seed + 1), 0.0
+    while True:
+        yield due_s
+        due_s += gaps.expovariate(rate)

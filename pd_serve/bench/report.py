@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pd_serve.bench.load import Record
-from pd_serve.config import BenchConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +41,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(ms), **dict(zip(names, np.percentile(ms, percents).tolist(), strict=True))}
 
 
-def figures(config: BenchConfig, records: Sequence[Record]) -> dict[str, Any]:
+def figures(records: Sequence[Record]) -> dict[str, Any]:
     """Everything ``--json`` writes. Throughput counts completed requests, from the first sent to the last ended."""
     good = [record for record in records if record.error is None]
     result: dict[str, Any] = {
@@ -55,7 +54,7 @@ def figures(config: BenchConfig, records: Sequence[Record]) -> dict[str, Any]:
     if not good:
         return result
     duration_s = max(record.end_s for record in good) - min(record.sent_s for record in good)
-    prompt_tokens = sum(record.prompt_tokens or config.input_len for record in good)
+    prompt_tokens = sum(record.prompt_tokens or record.ask.input_len for record in good)
     output_tokens = sum(record.output_tokens for record in good)
     times = {
         "ttft": [record.ttft_s for record in good],
@@ -71,7 +70,7 @@ def figures(config: BenchConfig, records: Sequence[Record]) -> dict[str, Any]:
         "output_tokens_per_s": output_tokens / duration_s,
         "total_tokens_per_s": (prompt_tokens + output_tokens) / duration_s,
         "tokens_per_event": output_tokens / max(1, sum(len(record.token_times_s) for record in good)),
-        "short_outputs": sum(record.output_tokens != config.output_len for record in good),
+        "short_outputs": sum(record.output_tokens != record.ask.output_len for record in good),
         **{f"{name}_ms": summary(seconds) for name, seconds in times.items()},
     }
 
@@ -91,7 +90,7 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def lines(result: dict[str, Any], config: BenchConfig) -> list[str]:
+def lines(result: dict[str, Any]) -> list[str]:
     """What stands under the table."""
     text = []
     if result["completed"]:
@@ -102,7 +101,7 @@ def lines(result: dict[str, Any], config: BenchConfig) -> list[str]:
             f"{result['total_tokens_per_s']:.1f} tokens/s in all"
         )
         if result["short_outputs"]:
-            text.append(f"{result['short_outputs']} answers have not {config.output_len} tokens")
+            text.append(f"{result['short_outputs']} answers have not as many tokens as were asked for")
         if result["tokens_per_event"] > 1.05:
             text.append(f"{result['tokens_per_event']:.2f} tokens an event: ITL is between events, TPOT is a token's")
     if result["failed"]:

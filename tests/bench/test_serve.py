@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import statistics
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 
 from pd_serve import config
-from pd_serve.bench import load
-from pd_serve.bench.load import Bodies
+from pd_serve.bench import load, serve
+from pd_serve.bench.datasets import Ask, choose, read
+from pd_serve.bench.prompts import BLOCK_TOKENS, Bodies
 from pd_serve.bench.report import kind_of, summary
 from pd_serve.config import BenchConfig
+from pd_serve.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -214,13 +217,16 @@ def test_nobody_there() -> None:
     assert answer.stderr.startswith("pd-serve: http://127.0.0.1:1 does not name a model (cannot connect: ")
 
 
-def test_a_result_that_cannot_be_written(endpoint: Endpoint, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pd_serve.cli", "bench", "serve", "--base-url", endpoint.url, "--requests", "1"]
-    command += ["--warmup", "0", "--output-len", "1", "--json", str(tmp_path / "no" / "where.json")]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    assert answer.returncode == 2
-    assert "cannot write" in answer.stderr
-    assert "1 requests in" in answer.stdout  # the figures are not lost
+def test_files_are_looked_at_before_anything_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no requests at all\nbut lines")
+    for flags, said in (
+        ({"json": str(tmp_path / "no" / "where.json")}, "directory that exists"),
+        ({"dataset": str(tmp_path / "none")}, "cannot read"),
+        ({"dataset": str(tmp_path / "notes")}, "ShareGPT"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            serve.run(config.load("bench serve", {"base_url": endpoint.url, **flags}, environ={}))
+    assert not endpoint.bodies
 
 
 def test_summaries() -> None:
@@ -255,3 +261,59 @@ def test_prompts_depend_on_the_seed_alone() -> None:
     assert bodies == [same.next() for _ in range(3)]
     assert bodies[0] != other.next()
     assert len(set(bodies)) == 3
+
+
+SHAREGPT = [
+    {"id": "1", "conversations": [{"from": "human", "value": "Why?" * 10}, {"from": "gpt", "value": "So" * 20}]},
+    {"id": "2", "conversations": [{"from": "gpt", "value": "an answer first"}, {"from": "human", "value": "?"}]},
+    {"id": "3", "conversations": [{"from": "human", "value": "alone"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+        ]
+    },
+]
+
+
+def test_conversations_in_sharegpts_shape(tmp_path: Path) -> None:
+    whole, lines = tmp_path / "whole", tmp_path / "lines.gz"
+    whole.write_text(json.dumps(SHAREGPT, indent=1))
+    lines.write_bytes(gzip.compress("\n".join(map(json.dumps, SHAREGPT)).encode()))
+    found = read(str(whole))
+    assert found == read(str(lines)) and not found.timed
+    assert found.asks == [Ask(10, 10, text="Why?" * 10), Ask(1, 1, text="Hi")]
+    body = json.loads(Bodies(BenchConfig(), "m", 1).of(found.asks[0]))
+    assert (body["prompt"], body["max_tokens"]) == ("Why?" * 10, 10)
+    assert [ask.text for ask in choose(found, 9, 1, longest=5).asks] == ["Hi"]
+    assert sorted(choose(found, 9, 1, longest=0).asks) == sorted(found.asks)
+
+
+def test_a_trace_shares_what_it_says_is_shared(tmp_path: Path) -> None:
+    trace, objects = tmp_path / "trace.jsonl", tmp_path / "objects.jsonl"
+    rows = [[20_500, 1100, 7, [5, 6, 8]], [20_000, 1000, 0, [5, 6]], [21_000, 1e5, 3, list(range(200))]]
+    trace.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    objects.write_text("".join(f"{json.dumps(dict(zip(names, row, strict=True)))}\n" for row in rows))
+    found = choose(read(str(trace)), 5, 1, longest=4096)
+    assert found == choose(read(str(objects)), 5, 1, longest=4096)
+    assert found.asks == [Ask(1000, 1, 0.0, (5, 6)), Ask(1100, 7, 0.5, (5, 6, 8))] and found.left_out == 1
+    bodies = Bodies(BenchConfig(), "m", 1)
+    first, second = (json.loads(bodies.of(ask))["prompt"] for ask in found.asks)
+    assert (len(first), len(second)) == (1000, 1100)
+    assert first == second[:1000] and first[:76] != second[1024:]
+    words = Bodies(BenchConfig(endpoint="chat"), "m", 1).of(found.asks[1])
+    assert len(json.loads(words)["messages"][0]["content"].split()) == 1100 > 2 * BLOCK_TOKENS
+
+
+def test_a_trace_is_sent_when_it_was_recorded(endpoint: Endpoint, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("timestamp_ms,input_tokens,output_tokens\n1000,16,2\n1800,24,3\n1800,8,2\n9000,5,5\n")
+    flags = ("--dataset", str(trace), "--trace-speed", "4", "--requests", "3", "--warmup", "0", "--concurrency", "1")
+    text, result = bench(endpoint, *flags)
+    assert [len(body["prompt"]) for body in endpoint.bodies] in ([16, 24, 8], [16, 8, 24])
+    assert sorted(body["max_tokens"] for body in endpoint.bodies) == [2, 2, 3] and result["short_outputs"] == 0
+    sent = [request["sent_s"] for request in sorted(result["requests"], key=lambda one: one["sent_s"])]
+    assert sent == pytest.approx([0.0, 0.2, 0.2], abs=0.05) and endpoint.most_open == 2
+    assert str(trace) in text

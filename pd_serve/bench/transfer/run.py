@@ -25,6 +25,7 @@ from pd_serve.bench.transfer.job import LIMIT, Job, cases, layouts
 from pd_serve.bench.transfer.start import run_reader
 from pd_serve.config import BenchTransferConfig
 from pd_serve.errors import ConfigError
+from pd_serve.values import render_size
 
 TRANSPORTS = ("nvlink", "nixl", "ucx")
 _HOST_SIZE, _CUDA_SIZE = 64 << 20, 256 << 20
@@ -48,7 +49,7 @@ def run(config: BenchTransferConfig) -> int:
         if given and not cuda:
             raise ConfigError(f"{flag} is about GPUs: give --device cuda")
     if max(config.block_sizes) > config.size:
-        raise ConfigError(f"--size {config.size} is smaller than the largest of --block-sizes")
+        raise ConfigError(f"--size {render_size(config.size)} is smaller than the largest of --block-sizes")
     bench = _Bench(config, cuda)
     layouts(bench.job("nixl"))  # a ConfigError now rather than in a child
     interrupted = False
