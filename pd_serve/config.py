@@ -26,6 +26,12 @@ from pd_serve.values import choice, decimal, integer, integers
 PREFIX = "PD_SERVE_"
 # Read where it is used, and by whatever process comes first: a variable only.
 CACHE_VARIABLE = PREFIX + "CACHE"
+# Those of pd_serve.api.parsers.registry.
+TOOL_PARSERS = (
+    "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder", "kimi_k2",
+    "openai",
+)  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -543,6 +549,20 @@ class RouterSettings(Guarded):
         values.FLAG,
         "API",
         "Refuse requests with fields that this server does not know, instead of ignoring them with a line in the log.",
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        choice(*TOOL_PARSERS),
+        "API",
+        "The form of the model's tool calls.",
+        reason="auto: by the model's chat template.",
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        choice(*REASONING_PARSERS),
+        "API",
+        "How the model marks its reasoning, which answers hold apart from their content.",
+        reason="auto: by the model's chat template. none: it stays in the content.",
     )
     sse_keep_alive_s: float = setting(
         10.0,

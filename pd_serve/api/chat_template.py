@@ -33,6 +33,9 @@ class ChatTemplates:
     def source(self, name: str) -> str | None:
         return self._sources.get(name)
 
+    def sources(self) -> list[str]:
+        return list(self._sources.values())
+
     def ignores_tools(self) -> bool:
         """Whether the template that is used with tools shows nothing of them."""
         name = self._name(with_tools=True)

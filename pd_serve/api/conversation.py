@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from pd_serve.api.parsers.fallback import shown_call
+
 Message = dict[str, Any]
 Render = Callable[[list[Message], list[dict[str, Any]] | None], str]
 
@@ -144,7 +146,7 @@ class Traits:
             form = self._call_form(text=True)
         if form is None:
             calls = [_call(call, as_text=False)["function"] for call in message["tool_calls"]]
-            shown = "\n".join(json.dumps(call, ensure_ascii=False) for call in calls)
+            shown = "\n".join(map(shown_call, calls))
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             return [{**rest, "content": f"{text}\n{shown}" if text else shown}]
         return _in_form(message, text, form)

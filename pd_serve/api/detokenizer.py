@@ -22,10 +22,16 @@ class Detokenizer:
     __slots__ = ("_decoder", "_ids", "_read", "_shown", "_skip", "_table", "_tokenizer")
 
     def __init__(
-        self, tokenizer: TextTokenizer, prompt_tail: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: TextTokenizer,
+        prompt_tail: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
+        """``shown``: special tokens that are text in any case."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._table = tokenizer.token_bytes
         self._decoder = _UTF8("replace") if tokenizer.exact else None
         # Only for tokenizers that are not exact: ids[_shown:_read] were decoded and delivered.

@@ -21,18 +21,22 @@ class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
 
     def document(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens:
+            found["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return found
 
 
 class Finish(NamedTuple):
-    reason: str  # "stop" | "length"
+    reason: str  # "stop" | "length" | "tool_calls"
     stop: str | int | None = None  # the stop string or stop token that ended it; None: EOS or length
 
 
@@ -75,14 +79,18 @@ class Format:
         index: int,
         text: str,
         *,
+        message: dict[str, Any] | None = None,
         logprobs: Any = None,
         finish: Finish | None = None,
         token_ids: Sequence[int] | None = None,
         prompt_token_ids: Sequence[int] | None = None,
         usage: Usage | None = None,
     ) -> bytes:
-        """The general form; ``prompt_token_ids`` only with a completion's first event; ``usage``: so far."""
-        choice = self._make_choice(index, text, logprobs, finish, "delta")
+        """The general form. ``message``: a chat's delta, where it is more than text. ``usage``: so far.
+
+        ``prompt_token_ids``: only with a completion's first event.
+        """
+        choice = self._make_choice(index, text, logprobs, finish, "delta", message)
         if token_ids is not None:
             choice["token_ids"] = token_ids
         if prompt_token_ids is not None:
@@ -120,9 +128,10 @@ class Format:
         token_ids: Sequence[int] | None,
         prompt_token_ids: Sequence[int] | None,
         prompt_logprobs: Any = None,
+        message: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One choice of the whole document."""
-        choice = self._make_choice(index, text, logprobs, finish, "message")
+        """One choice of the whole document. ``message``: a chat's, where it is more than text."""
+        choice = self._make_choice(index, text, logprobs, finish, "message", message)
         if token_ids is not None:
             choice["token_ids"] = token_ids
         if prompt_token_ids is not None:
@@ -136,10 +145,20 @@ class Format:
         extra = {name: value for name, value in of_prompt.items() if value is not None}
         return _json({**self._head, "choices": choices, "usage": usage.document(), **extra})
 
-    def _make_choice(self, index: int, text: str, logprobs: Any, finish: Finish | None, field: str) -> dict[str, Any]:
+    def _make_choice(
+        self,
+        index: int,
+        text: str,
+        logprobs: Any,
+        finish: Finish | None,
+        field: str,
+        message: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index}
         if not self._chat:
             choice["text"] = text
+        elif message is not None:
+            choice[field] = message
         elif field == "delta":
             choice["delta"] = {"content": text}
         else:

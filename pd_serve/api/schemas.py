@@ -434,6 +434,8 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -456,6 +458,19 @@ class ChatCompletionRequest(GenerationRequest):
         return value
 
     @property
+    def tool_named(self) -> Tool | None:
+        """The one that ``tool_choice`` asks for."""
+        if not isinstance(self.tool_choice, dict):
+            return None
+        name = _function_name(self.tool_choice)
+        return next((tool for tool in self.tools or () if tool.function.name == name), None)
+
+    @property
+    def tools_shown(self) -> list[Tool] | None:
+        """Those that the model may call."""
+        return None if self.tool_choice == "none" or not self.tools else self.tools
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
         found = {name: value for name, value in named.items() if value is not None}
@@ -466,11 +481,25 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise pydantic_core.PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs': true")
         check_continuation(self.messages, self.add_generation_prompt, self.continue_final_message)
+        if self.tool_choice == "required" and not self.tools:
+            raise pydantic_core.PydanticCustomError("tool_choice", "'tool_choice': 'required' needs 'tools'")
+        if isinstance(self.tool_choice, dict) and self.tool_named is None:
+            raise pydantic_core.PydanticCustomError(
+                "tool_choice",
+                "'tool_choice' names a function that is not among 'tools': '{name}'",
+                {"name": _function_name(self.tool_choice)[:80]},
+            )
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise pydantic_core.PydanticCustomError(
                 "max_tokens", "'max_tokens' and 'max_completion_tokens' differ: give one of them"
             )
         return self
+
+
+def _function_name(choice: dict[str, Any]) -> str:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def check_continuation(messages: list[Message], generation: bool | None, continuation: bool | None) -> None:

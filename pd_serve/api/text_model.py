@@ -11,9 +11,16 @@ from typing import Any, NamedTuple
 
 from pd_serve.api.chat_template import ChatTemplates
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.parsers import forced, registry
+from pd_serve.api.parsers.fallback import with_tools_told
+from pd_serve.api.parsers.harmony import Harmony
+from pd_serve.api.parsers.json_calls import Forced, Named
+from pd_serve.api.parsers.message import MessageParser
+from pd_serve.api.parsers.pieces import Parser
+from pd_serve.api.parsers.reasoning import Thinking
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest, Tool
 from pd_serve.api.tokenizer import TextTokenizer
-from pd_serve.wire.link import ModelInfo
+from pd_serve.wire.link import Grammar, ModelInfo
 from pd_serve.wire.model import ModelBundle
 
 log = logging.getLogger(__name__)
@@ -30,6 +37,13 @@ class Prompt(NamedTuple):
     warning: str | None = None  # what the client should know of how it was made
 
 
+class ParserNames(NamedTuple):
+    """Of :mod:`pd_serve.api.parsers.registry`."""
+
+    tools: str = registry.AUTO
+    reasoning: str = registry.AUTO
+
+
 class TextModel:
     def __init__(self, bundle: ModelBundle, info: ModelInfo) -> None:
         """Raises ModelError when the bundle's tokenizer cannot be loaded."""
@@ -41,6 +55,8 @@ class TextModel:
         self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
         self._special_tokens = dict(bundle.special_tokens)
         self._warned = False
+        self._chosen: dict[ParserNames, ParserNames] = {}
+        self._specials: dict[ParserNames, frozenset[int]] = {}
         self.sampling_defaults = bundle.generation_defaults
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
@@ -64,7 +80,7 @@ class TextModel:
         return found
 
     def chat_prompt(self, request: ChatCompletionRequest) -> Prompt:
-        tools = None if request.tool_choice == "none" else request.tools
+        tools = request.tools_shown
         text = self.render(
             request.messages,
             tools,
@@ -81,11 +97,70 @@ class TextModel:
     def _tools_warning(self) -> str | None:
         if not self.templates.ignores_tools():
             return None
-        warning = f"the chat template of {self.name} shows the model nothing of 'tools'"
+        warning = f"the chat template of {self.name} knows no 'tools': a system message tells the model of them"
         if not self._warned:
             self._warned = True
-            log.warning("%s: requests that send some are answered as if they had none (said once)", warning)
+            log.warning("%s (said once)", warning)
         return warning
+
+    def message_parser(
+        self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames
+    ) -> MessageParser | None:
+        """What tells reasoning and calls from the content of one choice; None: all of it is content."""
+        reasoning = self._reasoning(prompt, names)
+        calls: Parser | None = None
+        tools = request.tools_shown
+        if tools and isinstance(reasoning, Harmony):
+            calls = None  # it tells them itself
+        elif tools and request.tool_named is not None:
+            calls = Named(request.tool_named.function.name)
+        elif tools and request.tool_choice == "required":
+            calls = Forced()
+        elif tools:
+            parameters = {tool.function.name: forced.parameters(tool) for tool in tools}
+            calls = registry.make_tool_parser(self._parsers(names).tools, parameters)
+        if reasoning is None and calls is None:
+            return None
+        several, told = request.parallel_tool_calls is not False, request.include_reasoning is not False
+        return MessageParser(reasoning, calls, several=several, with_reasoning=told)
+
+    def forced_call(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> Grammar | None:
+        """What ``tool_choice`` makes of the output, behind reasoning that the prompt begins."""
+        return forced.forced_grammar(request, self.reasoning_end(prompt, names))
+
+    def reasoning_end(self, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
+        """The token that ends the reasoning which the prompt has begun; none: there is none, or it is no token."""
+        reasoning = self._reasoning(prompt, names)
+        if reasoning is None or not reasoning.thinks:
+            return ()
+        mark = registry.close_mark(self._parsers(names).reasoning)
+        ids = self.tokenizer.encode(mark, add_special_tokens=False) if mark else []
+        return tuple(ids) if len(ids) == 1 else ()
+
+    def shown_specials(self, names: ParserNames) -> frozenset[int]:
+        """Special tokens that parsers have to see."""
+        parsers = self._parsers(names)
+        if parsers not in self._specials:
+            markers = registry.markers(*parsers)
+            found = (id for id in self.tokenizer.special_ids if self.tokenizer.token(id) in markers)
+            self._specials[parsers] = frozenset(found)
+        return self._specials[parsers]
+
+    def _parsers(self, names: ParserNames) -> ParserNames:
+        """Names with nothing left to choose."""
+        if names not in self._chosen:
+            source = "\n".join(self.templates.sources())
+            tools = "hermes" if names.tools == registry.AUTO and self.templates.ignores_tools() else names.tools
+            self._chosen[names] = ParserNames(
+                registry.tool_parser(tools, source), registry.reasoning_parser(names.reasoning, source)
+            )
+        return self._chosen[names]
+
+    def _reasoning(self, prompt: Prompt, names: ParserNames) -> Thinking | Harmony | None:
+        name = self._parsers(names).reasoning
+        if name == registry.NONE:
+            return None
+        return registry.make_reasoning_parser(name, self.tokenizer.decode(prompt.ids[-16:], skip_special_tokens=False))
 
     def _encode_prompt(
         self, request: CompletionRequest | ChatCompletionRequest, text: str, special: bool, param: str
@@ -114,9 +189,13 @@ class TextModel:
         continue_final_message: bool | None,
         extra: dict[str, Any] | None,
     ) -> str:
+        conversation = [message.model_dump(exclude_unset=True) for message in messages]
+        shown = [tool.model_dump(exclude_unset=True) for tool in tools] if tools else None
+        if shown and self.templates.ignores_tools():
+            conversation, shown = with_tools_told(conversation, shown), None
         return self.templates.render(
-            [message.model_dump(exclude_unset=True) for message in messages],
-            tools=[tool.model_dump(exclude_unset=True) for tool in tools] if tools else None,
+            conversation,
+            tools=shown,
             add_generation_prompt=add_generation_prompt is not False,
             continue_final_message=bool(continue_final_message),
             extra=extra,

@@ -163,7 +163,7 @@ class TranslatedFormat(Format, ABC):
 
     def chunk(self, index: int, text: str, *, finish: Finish | None = None, **fields: Any) -> bytes:
         logprobs = fields.get("logprobs")
-        choice = self._make_choice(index, text, logprobs, finish, "delta")
+        choice = self._make_choice(index, text, logprobs, finish, "delta", fields.get("message"))
         return self.translate(choice["delta"], logprobs, finish) or NOTHING
 
     def document(self, choices: list[dict[str, Any]], usage: Usage, **of_prompt: Any) -> bytes:

@@ -6,15 +6,17 @@ bytes and does nothing more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pd_serve.api.detokenizer import Detokenizer, StopMatcher
 from pd_serve.api.errors import APIError
 from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prompt_logprobs
+from pd_serve.api.parsers.message import MessageParser
 from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.restrictions import salt_of
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
-from pd_serve.api.text_model import Prompt, TextModel
+from pd_serve.api.text_model import ParserNames, Prompt, TextModel
 from pd_serve.router.groups import Group
 from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire.link import Output, SamplingParams, TokenLogprob
@@ -62,9 +64,9 @@ class Choice:
         self._index = index
         self._prompt = prompt
         self._tokenizer = text_model.tokenizer
-        self._detokenizer = Detokenizer(
-            self._tokenizer, prompt.ids, skip_special_tokens=request.skip_special_tokens is not False
-        )
+        self._parser, shown = _parser(request, prompt, text_model, shared)
+        skip = request.skip_special_tokens is not False
+        self._detokenizer = Detokenizer(self._tokenizer, prompt.ids, skip_special_tokens=skip, shown=shown)
         self._include_stop = bool(request.include_stop_str_in_output)
         stops = request.stop_strings
         self._matcher = StopMatcher(stops, include=self._include_stop) if stops else None
@@ -167,17 +169,46 @@ class Choice:
                 self.stream.stop("stop_string")
             elif finish is not None:
                 delta += matcher.finish()
-        if self._plain and finish is None and not self._fresh:
+        if self._parser is not None:
+            self._parsed(self._parser, delta, tokens, logprobs, finish)
+        elif self._plain and finish is None and not self._fresh:
             self._answer.emit(self._answer.format.text(self._index, delta))
             return
-        self._keep_or_emit(delta, tokens, logprobs, finish)
+        else:
+            self._keep_or_emit(delta, tokens, logprobs, finish)
         if finish is not None:
             self._finish = finish
             self._answer.choice_ended()
 
-    def _keep_or_emit(
-        self, delta: str, tokens: list[int], logprobs: list[TokenLogprob] | None, finish: Finish | None
+    def _parsed(
+        self,
+        parser: MessageParser,
+        text: str,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        finish: Finish | None,
     ) -> None:
+        """A step whose text may be reasoning or calls: none, one or several parts of the message."""
+        deltas = parser.feed(text, len(tokens))
+        if finish is not None:
+            deltas += parser.finish()
+        if deltas or finish is not None or not self._plain:
+            self._keep_or_emit("", tokens, logprobs, self._as_told(finish), deltas)
+
+    def _as_told(self, finish: Finish | None) -> Finish | None:
+        if self._parser is not None and self._parser.called and finish is not None and finish.reason == "stop":
+            return Finish("tool_calls", finish.stop)
+        return finish
+
+    def _keep_or_emit(
+        self,
+        delta: str,
+        tokens: list[int],
+        logprobs: list[TokenLogprob] | None,
+        finish: Finish | None,
+        messages: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        """``messages``: what a parser made of the text; None: there is none, and it is content."""
         answer = self._answer
         fresh, self._fresh = self._fresh, False
         scores: Any = None
@@ -210,12 +241,16 @@ class Choice:
                 event = answer.format.first(self._index, prompt_ids, usage=usage)
             prompt_ids = None
             scores = {"content": scores} if scores is not None else None
-        if fresh and self._plain and finish is None:
+        if fresh and self._plain and finish is None and messages is None:
             answer.emit(event + answer.format.text(self._index, delta))
             return
+        *before, message = [None] if messages is None else messages or [{}]
+        for part in before:
+            event += answer.format.chunk(self._index, "", message=part)
         event += answer.format.chunk(
             self._index,
             delta,
+            message=message,
             logprobs=scores,
             finish=finish,
             token_ids=tokens if self._return_ids else None,
@@ -223,6 +258,10 @@ class Choice:
             usage=usage,
         )
         answer.emit(event)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return 0 if self._parser is None else self._parser.reasoning_tokens
 
     def prompt_scores(self) -> list[dict[str, dict[str, Any]] | None] | None:
         """``prompt_logprobs``, where they were asked for."""
@@ -245,9 +284,21 @@ class Choice:
         return self._answer.format.final(
             index,
             "".join(self._texts),
+            message=None if self._parser is None else self._parser.message(),
             logprobs=scores,
-            finish=self.finish,
+            finish=self._as_told(self.finish) or self.finish,
             token_ids=self._ids if self._return_ids else None,
             prompt_token_ids=self._prompt.ids if self._return_ids and not chat else None,
             prompt_logprobs=None if chat else self.prompt_scores(),
         )
+
+
+def _parser(
+    request: CompletionRequest | ChatCompletionRequest, prompt: Prompt, text: TextModel, shared: Shared
+) -> tuple[MessageParser | None, frozenset[int]]:
+    """What tells a chat's output apart, where anything does, and the special tokens that it has to see."""
+    if not isinstance(request, ChatCompletionRequest):
+        return None, frozenset()
+    names = ParserNames(shared.settings.tool_call_parser, shared.settings.reasoning_parser)
+    parser = text.message_parser(request, prompt, names)
+    return parser, frozenset() if parser is None else text.shown_specials(names)

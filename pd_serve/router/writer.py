@@ -302,6 +302,7 @@ class Writer:
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(choice.num_tokens for choice in self.choices),
             sum(choice.stream.num_cached for choice in per_prompt),
+            sum(choice.reasoning_tokens for choice in self.choices),
         )
 
     def _finish(self, status: int, scope: Scope) -> None:

@@ -22,6 +22,9 @@ def said(role: str, content: Any, **fields: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **fields}
 
 
+CALLED = '{"name": "sum", "arguments": {"a": [1, "é"]}}'
+
+
 def call(arguments: Any, id: str = ID) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": "sum", "arguments": arguments}}
 
@@ -75,14 +78,14 @@ CASES: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
     (
         "ANY_ROLE",
         [HI, calling(call(TEXT), content="Look:"), result("3")],
-        [HI, said("assistant", 'Look:\n{"name": "sum", "arguments": {"a": [1, "é"]}}'), result("3")],
+        [HI, said("assistant", f"Look:\n<tool_call>\n{CALLED}\n</tool_call>"), result("3")],
     ),
     (
         "NO_SYSTEM",
         [HI, calling(call("{}", "1"), call("{}", "2")), result("3", "1"), result("4", "2"), GO_ON],
         [
             HI,
-            said("assistant", "\n".join(['{"name": "sum", "arguments": {}}'] * 2)),
+            said("assistant", "\n".join(['<tool_call>\n{"name": "sum", "arguments": {}}\n</tool_call>'] * 2)),
             said("user", "3\n4\nand now?"),
         ],
     ),

@@ -91,6 +91,7 @@ class ScriptedNode:
         self.hold_after: int | None = None  # output index at which it stops until ``hold`` is set again
         self.local = False  # decode: computes the prompt itself although it has a source
         self.first_token: int | None = None  # says this instead of the model's first token
+        self.script: Sequence[int] = ()  # says these, and ends
         self.eos_at: int | None = None  # output index at which EOS is made
         self.batch = 1  # tokens a step
         self.draining = False
@@ -289,6 +290,9 @@ class ScriptedNode:
                 token = next_token(tokens, params.seed if params.temperature else 0)
                 if self.first_token is not None and index + len(step) == submit.num_output:
                     token = self.first_token
+                if self.script:
+                    at = index + len(step)
+                    token, finish = (self.script[at], None) if at < len(self.script) else (tiny.EOS, "stop")
                 if self.eos_at is not None and index + len(step) >= self.eos_at and not params.ignore_eos:
                     token, finish = tiny.EOS, "stop"
                 step.append(token)

@@ -320,7 +320,10 @@ async def test_a_template_without_tools_is_said(pair: Running, caplog: pytest.Lo
     text_model.templates = ChatTemplates({"default": ANY_ROLE}, {})
     for stream in (False, True):
         answer = await pair.post("/v1/chat/completions", messages=messages, tools=tools, max_tokens=1, stream=stream)
-        assert answer.headers["x-warning"] == "the chat template of tiny shows the model nothing of 'tools'"
+        assert (
+            answer.headers["x-warning"]
+            == "the chat template of tiny knows no 'tools': a system message tells the model of them"
+        )
     assert len([r for r in caplog.records if "'tools'" in r.getMessage()]) == 1
 
 

@@ -1,0 +1,137 @@
+"""Calls whose arguments are tags, one a parameter (GLM 4.5, Qwen3-Coder); values become JSON by the tool's schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pd_serve.api.parsers.pieces import Parser, Piece, first_of
+
+Parameters = Mapping[str, Mapping[str, Any]]  # by function: its parameters' JSON schema
+
+
+class _Tags(Parser):
+    """A parameter is told when it is whole, the name of the function when it has come."""
+
+    markers: ClassVar[tuple[str, ...]] = ("<tool_call>", "</tool_call>")
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._name: str | None = None  # of the call under way
+        self._inside = False
+        self._given = 0
+
+    def _parse(self) -> Iterator[Piece]:
+        while self._held:
+            before = self._held
+            if self._name is not None:
+                yield from self._in_call(self._name)
+            elif self._inside:
+                yield from self._in_head()
+            else:
+                yield from self._say_until(("<tool_call>",))
+                self._inside = self._take("<tool_call>") is True
+            if self._held == before:
+                break
+        if self._ended and self._name is not None:
+            self._held, self._name = "", None  # what was cut off is half a parameter
+        if self._ended and self._inside:
+            self._held = "<tool_call>" + self._held
+
+    def _in_head(self) -> Iterator[Piece]:
+        found = self._function()
+        if found is None:
+            return
+        self._inside = False
+        name, rest = found
+        if not name:
+            text, self._held = "<tool_call>" + self._held, ""
+            yield from self._say(text)
+            return
+        self._name, self._held, self._given = name, rest, 0
+        yield self._call(name)
+
+    def _in_call(self, function: str) -> Iterator[Piece]:
+        at, marker = first_of(self._held, ("</tool_call>", self._parameter_begin))
+        if at < 0:
+            return
+        if marker == "</tool_call>":
+            self._held = self._held[at + len(marker) :]
+            self._name = None
+            yield Piece("arguments", "}" if self._given else "{}")
+            self._spaces = ""
+            self._skip_spaces()
+            return
+        found = self._parameter(self._held[at:])
+        if found is None:
+            return
+        name, text, self._held = found
+        value = _value(text, self._parameters.get(function, {}).get("properties", {}).get(name))
+        opening = ", " if self._given else "{"
+        self._given += 1
+        yield Piece("arguments", f"{opening}{json.dumps(name, ensure_ascii=False)}: {value}")
+
+    _parameter_begin: str
+
+    @abstractmethod
+    def _function(self) -> tuple[str, str] | None:
+        """The function's name (empty: this is no call) and what follows; None: more has to come."""
+
+    @abstractmethod
+    def _parameter(self, text: str) -> tuple[str, str, str] | None:
+        """A parameter's name, its value's text, and what follows; None: more has to come."""
+
+
+class Glm(_Tags):
+    """``<tool_call>name\\n<arg_key>k</arg_key>\\n<arg_value>v</arg_value>\\n</tool_call>``: GLM 4.5 to 4.7."""
+
+    markers = (*_Tags.markers, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    _parameter_begin = "<arg_key>"
+    _whole = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+    def _function(self) -> tuple[str, str] | None:
+        at, _ = first_of(self._held.lstrip(), ("\n", "<arg_key>", "</tool_call>"))
+        text = self._held.lstrip()
+        return None if at < 0 else (text[:at].strip(), text[at:])
+
+    def _parameter(self, text: str) -> tuple[str, str, str] | None:
+        found = self._whole.match(text)
+        return None if found is None else (found[1].strip(), found[2], text[found.end() :])
+
+
+class QwenCoder(_Tags):
+    """``<tool_call><function=name><parameter=k>v</parameter></function></tool_call>``, a line each: Qwen3-Coder."""
+
+    _parameter_begin = "<parameter="
+    _head = re.compile(r"\s*<function=([^>\n]*)>")
+    _whole = re.compile(r"<parameter=([^>\n]*)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+    def _function(self) -> tuple[str, str] | None:
+        found = self._head.match(self._held)
+        if found is not None:
+            return found[1].strip(), self._held[found.end() :]
+        text = self._held.lstrip()
+        may_be = "<function=".startswith(text) or (text.startswith("<function=") and "\n" not in text)
+        return None if may_be else ("", "")
+
+    def _parameter(self, text: str) -> tuple[str, str, str] | None:
+        found = self._whole.match(text)
+        return None if found is None else (found[1].strip(), found[2], text[found.end() :])
+
+
+def _value(text: str, schema: Any) -> str:
+    """JSON of a value: text where the schema says so, else what it is as JSON, if it is."""
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    if kind != "string":
+        try:
+            return json.dumps(json.loads(text), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            pass
+        words = {"true": "true", "false": "false", "none": "null", "null": "null"}
+        if kind in ("boolean", "null") and (word := words.get(text.strip().lower())):
+            return word
+    return json.dumps(text, ensure_ascii=False)
