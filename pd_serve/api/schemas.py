@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from pd_serve.api import restrictions
+from pd_serve.api.grammars import Choices, ResponseFormat, Schema, StructuredOutputs
 from pd_serve.api.leniency import Leniency, nearest
 
 MAX_CHOICES = 128
@@ -93,7 +94,10 @@ _STRICT = Leniency(strict=True)
 _UNSUPPORTED = "'{field}' is not supported with this value: {advice}"
 _UNKNOWN = "unknown field '{field}'{hint}: remove it from the request or correct its name"
 _ADVICE = {
-    "response_format": 'only {"type": "text"} can be had; ask for the format in the prompt',
+    "grammar": "use 'structured_outputs'",
+    "json_schema": "use 'structured_outputs'",
+    "regex": "use 'structured_outputs'",
+    "ebnf": "use 'structured_outputs'",
     "suffix": "this server does not fill in text; put what follows into the prompt",
     "chat_template": "it is chosen where nodes are started; use 'chat_template_kwargs' for its variables",
     "functions": "send them as 'tools'",
@@ -146,6 +150,13 @@ class GenerationRequest(Body):
     allowed_token_ids: Annotated[Ints, Field(min_length=1)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=restrictions.MAX_SALT_CHARACTERS)] | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     @field_validator("seed", mode="after")
     @classmethod
@@ -253,19 +264,12 @@ class GenerationRequest(Body):
 _COMMON_IGNORED = frozenset(
     {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier", "store", "metadata"}
     | {"request_id", "spaces_between_special_tokens", "parallel_tool_calls", "provider", "reasoning"}
-    | {"include_reasoning", "kv_transfer_params"}
+    | {"include_reasoning", "kv_transfer_params", "guided_decoding_backend"}
 )
-_TEXT_FORMAT = {"type": "text"}
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "response_format": (_TEXT_FORMAT,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     # Names that other servers have for what changes the text.

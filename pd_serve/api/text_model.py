@@ -48,6 +48,7 @@ class TextModel:
     def __init__(self, bundle: ModelBundle, info: ModelInfo) -> None:
         """Raises ModelError when the bundle's tokenizer cannot be loaded."""
         self.info = info
+        self.tokenizer_json = bundle.tokenizer_json
         self.name = info.name
         self.tokenizer = TextTokenizer(
             bundle.tokenizer_json, bos_token=bundle.special_tokens.get("bos_token"), add_bos_token=bundle.add_bos_token

@@ -38,10 +38,11 @@ class SamplingRow(NamedTuple):
     logprobs: int
     history: int = NO_LINE  # line of the sampler's histories, where there is a penalty
     bias: int = NO_LINE  # line of its biases
+    mask: int = NO_LINE  # line of the step's masks, where not all tokens may come
     output_index: int = 0  # of the token
 
 
-_FORMATS = "<u8 <f8 <f8 <f8 <f4 <f4 <f4 <i4 <i4 <i4 <i4 <i4".split()
+_FORMATS = "<u8 <f8 <f8 <f8 <f4 <f4 <f4 <i4 <i4 <i4 <i4 <i4 <i4".split()
 SAMPLING = np.dtype(list(zip(SamplingRow._fields, _FORMATS, strict=True)))
 
 
@@ -87,6 +88,8 @@ class Step(msgspec.Struct, array_like=True):
     prompt_rows: list[PromptRows] = []
     histories: list[History] = []  # before anything is sampled
     biases: list[Bias] = []
+    # [M, ceil(vocab / 32)], flat: a bit a token, 1 where it may be sampled
+    masks: I32 = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def num_tokens(self) -> int:

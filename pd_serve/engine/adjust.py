@@ -23,7 +23,7 @@ def biases(params: SamplingParams) -> bool:
 
 def waits(params: SamplingParams) -> bool:
     """Whether what may be sampled depends on the tokens before."""
-    return any(len(word) > 1 for word in params.bad_words)
+    return params.grammar is not None or any(len(word) > 1 for word in params.bad_words)
 
 
 def forbidden(

@@ -204,6 +204,7 @@ def build(
     from pd_serve.engine.core import Engine
     from pd_serve.engine.lifecycle import Lifecycle
     from pd_serve.engine.ranks import RankedExecutor
+    from pd_serve.grammar.constraints import Constraints
     from pd_serve.models.sizes import sizes
 
     backend = backend_for(config)
@@ -239,6 +240,7 @@ def build(
         eos_token_ids=fit.model.eos_token_ids,
         vocab_size=fit.model.vocab_size,
         status_interval_s=pulse.interval_s,
+        constraints=Constraints(Path(config.model) / "tokenizer.json", fit.model.vocab_size, fit.model.eos_token_ids),
     )
     return engine, roles.introduce(role, engine.load(), watch.phases)
 

@@ -21,6 +21,7 @@ from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import Sampled
 from pd_serve.engine import checks
 from pd_serve.engine.channel import Channel
+from pd_serve.engine.grammars import Grammars
 from pd_serve.engine.lifecycle import Answer, Lifecycle
 from pd_serve.engine.pipeline import Collected, Pipeline
 from pd_serve.engine.plan import StepBuilder, Work
@@ -28,6 +29,7 @@ from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
+from pd_serve.grammar.constraints import Constraints
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
@@ -52,13 +54,18 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         status_interval_s: float,
+        constraints: Constraints | None = None,
     ) -> None:
-        """``status_interval_s``: between two reports of an engine that works; an idle one makes half as many."""
+        """``status_interval_s``: between two reports of an engine that works; an idle one makes half as many.
+
+        ``constraints``: for sequences with a grammar; None: none can be had.
+        """
         self._kv = kv
         self._scheduler = scheduler
         self._executor = executor
         builder = StepBuilder(kv.layout.block_size, len(kv.layout.groups), eos_token_ids)
         self._pipeline = Pipeline(executor, builder, scheduler, pulse)
+        self._grammars = Grammars(constraints)
         self._lifecycle = lifecycle
         self._channel = channel
         self._pulse = pulse
@@ -89,20 +96,18 @@ class Engine:
         """Serves until the node says ``Shutdown``."""
         poller = zmq.Poller()
         poller.register(self._channel.socket, zmq.POLLIN)
-        poller.register(watched := self._role.fileno(), zmq.POLLIN)
+        watch = _Watch(poller)
         worked = False
         while not self._stopping:
             if worked:
                 wait_ms = self._pipeline.spare_ms()
             else:  # after an empty plan only a message or a transfer event can change anything
                 wait_ms = math.ceil(max(0.0, self._status_due_s - time.monotonic()) * 1000)
+            watch.only(self._role.fileno(), self._grammars.fileno())
             self._pulse.rest()
             poller.poll(wait_ms)
             self._pulse.turn()
             worked = self.turn()
-            if self._role.fileno() != watched:
-                poller.unregister(watched)
-                poller.register(watched := self._role.fileno(), zmq.POLLIN)
 
     def turn(self) -> bool:
         """Handles what has come, and computes a step when that is due. False: there was none to compute, so only what
@@ -114,6 +119,7 @@ class Engine:
         self._flush()
         self._report()
         worked = bool(self._pipeline.spare_ms()) or self._step()
+        self._grammars.tell()
         self._flush()
         if not self._seqs and not self._pipeline.launched:
             self._answer(self._lifecycle.turn_in(self.load, self._check_idle))
@@ -130,6 +136,8 @@ class Engine:
 
         False: there was nothing to do.
         """
+        for seq, failure in self._grammars.wait():
+            self._fail(seq, failure)
         plan = self._scheduler.plan(launched=self._pipeline.launched)
         if plan is None:
             self._book_all(self._pipeline.collect())
@@ -277,12 +285,15 @@ class Engine:
         tokens = np.frombuffer(submit.tokens, dtype="<i4")
         num_prompt = len(tokens) - submit.num_output
         now_s = time.monotonic()
+        sampling = submit.sampling
+        if sampling.grammar is not None:
+            sampling = msgspec.structs.replace(sampling, ignore_eos=False)  # it says where the text ends
         seq = Sequence(
             submit.id,
             origin,
             tokens,
             num_prompt,
-            submit.sampling,
+            sampling,
             capacity=min(num_prompt + submit.sampling.max_tokens, self._scheduler.limits.max_model_len) + 1,
             handoff=submit.handoff,
             source=submit.source,
@@ -291,6 +302,8 @@ class Engine:
             salt=submit.salt,
         )
         self._seqs[seq.id] = seq
+        if sampling.grammar is not None:
+            self._grammars.open(seq, sampling.grammar)
         self._counters["requests"] += 1
         self._counters["prompt_tokens"] += seq.num_prompt
         output = self._role.submitted(seq)
@@ -308,6 +321,8 @@ class Engine:
         if submit.id in self._seqs:
             return link.Failure("invalid", f"attempt {submit.id} is running already")
         why = checks.problem(submit, self._vocab_size, self._scheduler.limits.max_model_len)
+        if not why and submit.sampling.grammar is not None:
+            why = self._grammars.missing
         if why:
             return link.Failure("invalid", why)
         return self._scheduler.refuses(self._queued, begun=submit.num_output > 0)
@@ -364,6 +379,7 @@ class Engine:
     def close(self) -> None:
         """Ends what peers can reach. After ``run``."""
         self._lifecycle.close()
+        self._grammars.close()
 
     def _report(self) -> None:
         now_s = time.monotonic()
@@ -418,3 +434,20 @@ class Engine:
             "prefix_hit_tokens": self._scheduler.prefix_hits,
             **self._lifecycle.counters(),
         }
+
+
+class _Watch:
+    """File descriptors of a poller, which may be others from turn to turn."""
+
+    def __init__(self, poller: zmq.Poller) -> None:
+        self._poller = poller
+        self._fds: tuple[int, ...] = ()
+
+    def only(self, *fds: int) -> None:
+        """Below 0: none."""
+        if fds != self._fds:
+            for fd in {*self._fds} - {-1}:
+                self._poller.unregister(fd)
+            for fd in {*fds} - {-1}:
+                self._poller.register(fd, zmq.POLLIN)
+            self._fds = fds

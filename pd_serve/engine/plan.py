@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+import numpy.typing as npt
 
 from pd_serve.compute.step import SAMPLING, History, PromptRows, Rows, SamplingRow, Step
 from pd_serve.engine import adjust
@@ -132,10 +133,17 @@ class StepBuilder:
             return
         rows = step.sampling = np.concatenate([_row_of(w.seq) for w in works])
         rows["output_index"] = [w.end - w.seq.num_prompt for w in works]
+        masks: list[npt.NDArray[np.int32]] = []
         for i, work in enumerate(works):
             work.seq.sample_row = i
+            constraint = work.seq.constraint
+            if constraint is not None and constraint.mask is not None:
+                rows["mask"][i] = len(masks)
+                masks.append(constraint.mask)
             if work.seq.adjusted:
                 self._say_more(step, i, work)
+        if masks:
+            step.masks = np.concatenate(masks)
 
     def _say_more(self, step: Step, row: int, work: Work) -> None:
         seq, params = work.seq, work.seq.sampling
@@ -147,8 +155,11 @@ class StepBuilder:
                 step.histories.append(History(told.line, seq.tokens[: seq.num_prompt], seq.tokens[seq.num_prompt :]))
         if not adjust.biases(params):
             return
+        index = work.end - seq.num_prompt
+        if seq.constraint is not None and seq.constraint.stopped:
+            index = max(index, params.min_tokens)  # nothing but an end may come
         # the last token may not be known yet, where nothing but their number matters
-        never = adjust.forbidden(params, seq.tokens[seq.num_prompt :], work.end - seq.num_prompt, self._eos)
+        never = adjust.forbidden(params, seq.tokens[seq.num_prompt :], index, self._eos)
         if never or params.logit_bias or params.allowed_token_ids:
             step.sampling["bias"][row] = told.line
             if told.never != never:
@@ -166,6 +177,6 @@ class StepBuilder:
 def _row_of(seq: Sequence) -> Rows:
     """``[1]`` of what is the same for all of its tokens."""
     if seq.sampling_row is None:
-        values = (getattr(seq.sampling, name) for name in SamplingRow._fields[:-3])
+        values = (getattr(seq.sampling, name) for name in SamplingRow._fields[:-4])
         seq.sampling_row = np.array([tuple(SamplingRow(*values))], SAMPLING)
     return seq.sampling_row

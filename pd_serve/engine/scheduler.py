@@ -150,7 +150,7 @@ class Scheduler:
     def _plan_decodes(self, launched: bool) -> list[Work] | None:
         works = []
         for seq in sorted(self.running, key=by_age):  # a victim, the youngest, has not been planned yet
-            if seq.state is not State.RUNNING or _is_prompt(seq, seq.num_scheduled) or self._ends(seq):
+            if seq.state is not State.RUNNING or _is_prompt(seq, seq.num_scheduled) or self._ends(seq) or seq.unready:
                 continue
             if seq.waits and seq.length > seq.num_tokens:
                 continue
@@ -191,6 +191,8 @@ class Scheduler:
         count = min(seq.num_tokens - start, budget)
         if seq.sampling.prompt_logprobs >= 0 and start < seq.num_prompt:
             count = min(count, PROMPT_LOGPROBS_CHUNK)
+        if start + count == seq.num_tokens and seq.unready:
+            count -= 1
         if count > 0:
             works.append(Work(seq, start, count, start + count == seq.num_tokens))
         saturated = sum(work.num_tokens for work in works) >= self.limits.saturating_tokens

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pd_serve.compute.step import Rows
 from pd_serve.engine import adjust
+from pd_serve.grammar.constraints import Constraint
 from pd_serve.kv.manager import SequenceBlocks
 from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 
@@ -36,6 +37,7 @@ class Sequence:
         "admitted_s",
         "arrival_s",
         "blocks",
+        "constraint",
         "handoff",
         "id",
         "num_cached",
@@ -94,6 +96,7 @@ class Sequence:
         self.sampling_row: Rows | None = None  # how it is sampled, made on first use
         self.sample_row = 0  # of the step launched last that samples for it
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.constraint: Constraint | None = None  # where there is a grammar
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:
@@ -109,6 +112,12 @@ class Sequence:
     def in_flight(self) -> bool:
         """Whether a launched step writes to its blocks."""
         return self.num_scheduled > self.num_computed
+
+    @property
+    def unready(self) -> bool:
+        """Whether it is not known yet which tokens its grammar permits, so that none can be sampled."""
+        constraint = self.constraint
+        return constraint is not None and not constraint.ready(self.num_tokens - self.num_prompt)
 
     @property
     def output_index(self) -> int:

@@ -24,6 +24,7 @@ from pd_serve import __version__
 from pd_serve.auth import admin_token
 from pd_serve.config import EngineConfig
 from pd_serve.errors import PDServeError
+from pd_serve.grammar.forms import missing
 from pd_serve.http import bounded
 from pd_serve.http_server import Server
 from pd_serve.node import links as codes
@@ -98,6 +99,7 @@ class Node:
             local_prefill_tokens=self._config.local_prefill_tokens,
             load=self._load() or ready.load,
             layout_text=ready.layout_text,
+            grammars=not missing(),
         )
 
     def describe(self) -> dict[str, object]:

@@ -94,6 +94,7 @@ class Router:
             if self.siblings is not None:
                 self.siblings.close()
             await self.links.close()
+            self.requests.close()
 
     async def _sweep(self) -> None:
         while True:

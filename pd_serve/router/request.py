@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.grammars import wanted_grammar
 from pd_serve.api.leniency import Leniency
 from pd_serve.api.messages_api.request import CountTokensRequest, MessagesRequest
 from pd_serve.api.parsing import parse
@@ -22,6 +23,7 @@ from pd_serve.api.responses_api.request import ResponsesRequest
 from pd_serve.api.text_model import Prompt, TextModel, unknown_model
 from pd_serve.api.translated import AnsweredRequest, MakeFormat
 from pd_serve.config import RouterConfig
+from pd_serve.router.grammars import Grammars
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import request_id
@@ -40,6 +42,7 @@ class Requests:
         self._metrics = metrics
         self._leniency = Leniency(strict=shared.settings.strict_fields)
         self._begun_s = shared.clock.now_s()
+        self._grammars = Grammars()
 
     async def completions(self, request: Request) -> Writer:
         return await self._generate(request, schemas.CompletionRequest)
@@ -78,7 +81,7 @@ class Requests:
             return text.completion_prompts(parsed)
 
         prompts = await _off_loop(prompts_of, len(content))
-        return self._writer(request, parsed, prompts, group, text, arrived_s)
+        return await self._writer(request, parsed, prompts, group, text, arrived_s)
 
     async def _translated(self, request: Request, kind: type[AnsweredRequest]) -> Writer:
         """As :meth:`_generate`, of an API whose requests are chats in other words."""
@@ -93,11 +96,11 @@ class Requests:
             prompt = await _off_loop(lambda: text.chat_prompt(chat), len(content))
             limit = asked.output_tokens(text.info.max_model_len - len(prompt.ids))
             chat.max_tokens = chat.max_tokens if limit is None else limit
-            return self._writer(request, chat, [prompt], group, text, arrived_s, asked.make_format)
+            return await self._writer(request, chat, [prompt], group, text, arrived_s, asked.make_format)
         except APIError as error:
             raise asked.in_own_words(error) from None
 
-    def _writer(
+    async def _writer(
         self,
         request: Request,
         parsed: schemas.CompletionRequest | schemas.ChatCompletionRequest,
@@ -107,6 +110,7 @@ class Requests:
         arrived_s: float,
         format_of: MakeFormat | None = None,
     ) -> Writer:
+        wanted = wanted_grammar(parsed)
         return Writer(
             request=parsed,
             prompts=prompts,
@@ -117,7 +121,11 @@ class Requests:
             request_id=request_id(request.scope),
             arrived_s=arrived_s,
             format_of=format_of,
+            grammar=None if wanted is None else await self._grammars.lowered(wanted, group, text),
         )
+
+    def close(self) -> None:
+        self._grammars.close()
 
     async def _group(self, name: str) -> Group:
         """The group to serve ``name``, one that has nodes; waits ``node_wait_s`` for it where one may be about to come.

@@ -29,6 +29,7 @@ from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.stream import Shared
+from pd_serve.wire.link import Grammar
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("pd_serve.access")
@@ -58,8 +59,9 @@ class Writer:
         request_id: str,
         arrived_s: float,
         format_of: MakeFormat | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
-        """``text``: what made the prompts. ``format_of``: of another API's answer.
+        """``text``: what made the prompts. ``format_of``: of another API's answer. ``grammar``: of each output.
 
         Raises APIError(400) where the sampling fields do not fit the model.
         """
@@ -78,6 +80,8 @@ class Writer:
         self.choices: list[Choice] = []
         for prompt in prompts:
             sampling = sampling_params(request, text, len(prompt.ids))
+            if grammar is not None:
+                sampling = msgspec.structs.replace(sampling, grammar=grammar)
             for number in range(request.choices):
                 own = msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, number)) if number else sampling
                 self.choices.append(Choice(self, len(self.choices), prompt, own, shared, request_id))

@@ -262,6 +262,7 @@ class Hello(msgspec.Struct, tag="hello"):
     local_prefill_tokens: Count  # decode: prompts up to so many uncached tokens are computed here
     load: Load
     layout_text: str = ""  # what the fingerprint is of, in words
+    grammars: bool = False  # whether its outputs can be made to follow one
 
 
 class Role(msgspec.Struct, tag="role"):

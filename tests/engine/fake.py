@@ -202,7 +202,10 @@ class FakeExecutor:
         tokens = []
         for row, values in zip(step.sampled_rows, step.sampling.tolist(), strict=True):
             params, prefix = SamplingRow._make(values), logits[row]
-            forbidden = self._forbidden[params.bias] if params.bias != NO_LINE else ()
+            forbidden = self._forbidden[params.bias] if params.bias != NO_LINE else set()
+            if params.mask != NO_LINE:
+                mask = int(step.masks.reshape(-1, 1)[params.mask, 0])
+                forbidden = forbidden | {token for token in range(VOCAB) if not mask >> token & 1}
             tokens.append(next_token(prefix, params.seed, params.output_index, forbidden))
             if params.history != NO_LINE:
                 assert self._histories[params.history] == list(prefix), "penalties of another text"

@@ -21,6 +21,7 @@ from pd_serve.engine.core import Engine
 from pd_serve.engine.lifecycle import Lifecycle
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.scheduler import Limits, Scheduler
+from pd_serve.grammar.constraints import Constraints
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
@@ -172,7 +173,9 @@ class Wire:
 
 
 class World:
-    def __init__(self, depth: int, blocks: int, budget: int, windowed: bool) -> None:
+    def __init__(
+        self, depth: int, blocks: int, budget: int, windowed: bool, constraints: Constraints | None = None
+    ) -> None:
         groups = (FULL, WINDOW) if windowed else (FULL,)
         self.kv = KVManager(KVLayout(4, "float32", groups), (blocks,) * len(groups), MAX_LEN + 1)
         self.executor = FakeExecutor(self.kv.layout, depth)
@@ -190,6 +193,7 @@ class World:
             eos_token_ids=(EOS,),
             status_interval_s=1.0,
             vocab_size=VOCAB,
+            constraints=constraints,
         )
         self.orders = 0
 

@@ -1,11 +1,11 @@
 """Chooses tokens from logits, for a step in which each row has its own parameters.
 
 Called by the executor after the model. Owns the order of what is done to a row of logits, as vLLM has it: biases (of
-which one of minus infinity forbids), penalties (here log-probabilities are taken), temperature, ``min_p``, ``top_k``,
-``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit / temperature +
-noise``, whose noise is a function of the sequence's seed, the output index and the token alone. Must never depend on
-the batch, on time or on earlier draws; and as rounding moves logits by little, it changes a draw only where two tokens
-tie (a draw by position in a running sum shifts with every weight before it).
+which one of minus infinity forbids), penalties, masks (here log-probabilities are taken), temperature, ``min_p``,
+``top_k``, ``top_p``. What they leave is drawn from by the Gumbel-max rule: the token of the highest ``logit /
+temperature + noise``, whose noise is a function of the sequence's seed, the output index and the token alone. Must
+never depend on the batch, on time or on earlier draws; and as rounding moves logits by little, it changes a draw only
+where two tokens tie (a draw by position in a running sum shifts with every weight before it).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pd_serve.compute.cpu.sampling_kernels import NUM_BINS, bin_weights, draw_among, draw_any, relative_weights
+from pd_serve.compute.cpu.sampling_kernels import NUM_BINS, bin_weights, draw_among, draw_any, forbid, relative_weights
 from pd_serve.compute.step import NO_LINE, Bias, Sampled, SamplingRow, Step
 from pd_serve.wire.link import TokenLogprob
 
@@ -42,6 +42,7 @@ class Sampler:
         for top_k in (0, 1):
             row = SamplingRow(0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, top_k, -1)
             self._draw(np.zeros(len(self._weights), np.float32), row)
+        forbid(np.zeros(1, np.float32), np.zeros(1, np.int32))
 
     def sample(self, step: Step, logits: Tensor) -> Sampled:
         """A token for each sampled row of ``logits [N, vocab]`` (float32, overwritten), and what else is wanted."""
@@ -57,12 +58,15 @@ class Sampler:
         if not len(logits):
             return Sampled([], [], prompt_logprobs)
         rows, params = logits.numpy(), [SamplingRow._make(row) for row in step.sampling.tolist()]
+        masks = step.masks.reshape(-1, -(-rows.shape[1] // 32))
         for row, p in zip(rows, params, strict=True):
             self._adjust(row, p)
+            if p.mask != NO_LINE:
+                forbid(row, masks[p.mask])
         tokens = rows.argmax(axis=1).tolist()
         logprobs: list[TokenLogprob | None] = [None] * len(params)
         for i, p in enumerate(params):
-            if p.temperature >= GREEDY_BELOW:
+            if p.temperature >= GREEDY_BELOW and (p.mask == NO_LINE or np.isfinite(rows[i, tokens[i]])):
                 tokens[i] = self._draw(rows[i], p)
             if p.history != NO_LINE:
                 self._histories[p.history].add(tokens[i])

@@ -20,6 +20,14 @@ _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE
 
 
 @kernel
+def forbid(row: Any, mask: Any) -> None:
+    """Minus infinity for tokens whose bit in the int32 words of ``mask`` is 0."""
+    for i in range(len(row)):
+        if not (mask[i >> 5] >> (i & 31)) & 1:
+            row[i] = np.float32(-np.inf)
+
+
+@kernel
 def relative_weights(row: Any, temperature: float, min_p: float, weights: Any) -> Any:
     """``weights = exp((row - max) / temperature)``, 0 where that is below ``min_p``. Returns their sum."""
     highest = np.float32(-np.inf)

@@ -43,6 +43,9 @@ class Staging:
         self.tables = [
             torch.zeros((max_seqs, max_blocks), dtype=torch.int32, pin_memory=pinned) for _ in range(num_groups)
         ]
+        self.masks = torch.empty(0, dtype=torch.int32)  # of the step, flat; memory is taken when there are some
+        self._masks = self.masks
+        self._max_seqs = max_seqs
         self._left = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
     def fill(self, step: Step, seqs: int = 0, tokens: int = 0) -> None:
@@ -64,9 +67,18 @@ class Staging:
             staged.numpy()[:used_tokens] = slots
         for table, whole in zip(step.block_tables, self.tables, strict=True):
             whole.numpy()[:used_seqs, : table.shape[1]] = table
+        self._fill_masks(step)
         self.rows.fill(step.sampling, max(seqs, len(step.sampling)))
         self._fill_up_tokens(used_tokens, tokens)
         self._fill_up_seqs(used_seqs, seqs)
+
+    def _fill_masks(self, step: Step) -> None:
+        size = len(step.masks)
+        if size > len(self._masks):
+            words = size // (int(step.sampling["mask"].max()) + 1)
+            self._masks = torch.empty(self._max_seqs * words, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        self.masks = self._masks[:size]
+        self.masks.numpy()[:] = step.masks
 
     def leaves(self) -> None:
         """All copies of it are queued on the current stream."""

@@ -123,6 +123,8 @@ class Runner:
         staged.fill(step, seqs, tokens)
         self._inputs.copy_from(staged.inputs)
         self._sampler.rows.copy_from(staged.rows)
+        if len(staged.masks):
+            self._sampler.masks.view(-1)[: len(staged.masks)].copy_(staged.masks, non_blocking=True)
         return staged
 
     def _tell_sampler(self, step: Step) -> None:

@@ -1,10 +1,11 @@
 """Chooses tokens from logits on the GPU, for a batch in which each row has its own parameters.
 
 Called by the engine after each step, within its CUDA graph. The order of what is done to a row is the CPU sampler's
-(:mod:`pd_serve.compute.cpu.sampler`): bias, penalties (log-probabilities are taken of what is then there), temperature,
-min-p, top-k, top-p. What they leave is drawn from by the Gumbel-max rule, here as a race, ``argmax weight / arrival``:
-no row is sorted, and the CPU draws the same token but where two of them tie. A row's token is a function of its logits,
-its parameters, its seed and its output index alone: must never depend on other rows, on how many there are, or on time.
+(:mod:`pd_serve.compute.cpu.sampler`): bias, penalties, masks (log-probabilities are taken of what is then there),
+temperature, min-p, top-k, top-p. What they leave is drawn from by the Gumbel-max rule, here as a race, ``argmax
+weight / arrival``: no row is sorted, and the CPU draws the same token but where two of them tie. A row's token is a
+function of its logits, its parameters, its seed and its output index alone: must never depend on other rows, on how
+many there are, or on time.
 
 Where top-k and top-p cut is found without sorting, too: passes over the row count what is above a few levels, the few
 weights between the last two levels are collected, and among these one program searches by halves. Sums are of integers,
@@ -38,8 +39,8 @@ _CANDIDATES = 4096  # weights that one program can hold: where more are left, it
 
 # of each row, by the names of SamplingRow
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_INTS = ("top_k", "output_index", "history", "bias")
-_GREEDY = {"top_p": 1, "repetition_penalty": 1, "history": NO_LINE, "bias": NO_LINE}  # else 0
+_INTS = ("top_k", "output_index", "history", "bias", "mask")
+_GREEDY = {"top_p": 1, "repetition_penalty": 1, "history": NO_LINE, "bias": NO_LINE, "mask": NO_LINE}  # else 0
 
 
 class Rows:
@@ -89,7 +90,7 @@ class Logprobs(NamedTuple):
 
 
 class Sampler:
-    """Owns the device's tables for a vocabulary: rows, histories of tokens (for penalties), biases."""
+    """Owns the device's tables for a vocabulary: rows, histories of tokens (for penalties), biases, masks."""
 
     def __init__(
         self, vocab_size: int, max_rows: int, device: torch.device, *, histories: int = 0, biases: int = 0
@@ -100,6 +101,8 @@ class Sampler:
         # a history is twice how often a token is output, and 1 more if it is in the prompt
         self.histories = torch.zeros((histories, vocab_size), dtype=torch.int32, device=device)
         self.biases = torch.zeros((biases, vocab_size), dtype=torch.float32, device=device)
+        # a bit a token, 1 where it may be sampled; lines as a step has them
+        self.masks = torch.zeros((max_rows, triton.cdiv(vocab_size, 32)), dtype=torch.int32, device=device)
         chunks = triton.cdiv(vocab_size, _CHUNK)
         self._highest = torch.empty((max_rows, chunks), dtype=torch.float32, device=device)
         self._best = torch.empty((max_rows, chunks), dtype=torch.float32, device=device)
@@ -142,7 +145,7 @@ class Sampler:
         _adjust[(n, chunks)](
             logits, logits.stride(0), adjusted, adjusted.stride(0), vocab, self._highest,
             f["repetition_penalty"], f["presence_penalty"], f["frequency_penalty"], f["history"], f["bias"],
-            histories, biases, self._collected,
+            histories, biases, f["mask"], self.masks, self.masks.shape[1], self._collected,
             COPY=adjusted is not logits, CHUNK=_CHUNK, num_warps=8,
         )  # fmt: skip
         row = (adjusted, adjusted.stride(0), vocab, chunks, self._highest)
@@ -183,7 +186,8 @@ def logprobs(logits: Tensor, tokens: Tensor, k: int) -> Logprobs:
 def _adjust(
     logits: tl.tensor, logits_row: tl.tensor, adjusted: tl.tensor, adjusted_row: tl.tensor, vocab: tl.tensor,
     highest: tl.tensor, repetition: tl.tensor, presence: tl.tensor, frequency: tl.tensor, history: tl.tensor,
-    bias: tl.tensor, histories: tl.tensor, biases: tl.tensor, collected: tl.tensor,
+    bias: tl.tensor, histories: tl.tensor, biases: tl.tensor, mask: tl.tensor, masks: tl.tensor, words: tl.tensor,
+    collected: tl.tensor,
     COPY: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -200,7 +204,11 @@ def _adjust(
         x = tl.where(seen > 0, tl.where(x > 0, x / penalty, x * penalty), x)
         count = (seen >> 1).to(tl.float32)
         x -= tl.load(frequency + row) * count + tl.where(count > 0, tl.load(presence + row), 0.0)
-    if COPY or bias_line >= 0 or history_line >= 0:
+    mask_line = tl.load(mask + row).to(tl.int64)
+    if mask_line >= 0:
+        word = tl.load(masks + mask_line * words + token // 32, inside, other=0)
+        x = tl.where((word >> (token % 32)) & 1, x, -float("inf"))
+    if COPY or bias_line >= 0 or history_line >= 0 or mask_line >= 0:
         tl.store(adjusted + row * adjusted_row + token, x, inside)
     tl.store(highest + row * tl.num_programs(1) + chunk, tl.max(x))
     if chunk == 0:

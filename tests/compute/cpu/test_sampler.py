@@ -344,3 +344,23 @@ def test_prompt_logprobs() -> None:
     assert [e.token for e in entries] == [4, 9, 0, 2999, 8]
     assert [e.logprob for e in entries] == pytest.approx([exact[i, e.token].item() for i, e in enumerate(entries)])
     assert all(len(e.top) == 2 for e in entries)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7, "min_p": 0.1}])
+def test_a_mask_forbids_whatever_else_is_asked_for(params: dict[str, Any]) -> None:
+    vocab, allowed = 1001, [3, 31, 32, 1000]
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[allowed] = 1
+    found = step(sequence(seed=1, logprobs=8, logit_bias={5: 100.0, 31: 1.0}, **params), sequence(**params))
+    found.masks = np.packbits(bits, bitorder="little").view(np.int32)
+    found.sampling["mask"][0] = 0
+    logits = random_logits(2, vocab)
+    free = Sampler(vocab).sample(step(sequence(**params)), logits[1:].clone()).tokens
+    sampled = Sampler(vocab).sample(found, logits.clone())
+    assert sampled.tokens[0] in allowed and sampled.tokens[1:] == free
+    assert sampled.logprobs[0] is not None
+    top = dict(sampled.logprobs[0].top)
+    assert sum(math.exp(top[token]) for token in allowed) == pytest.approx(1, abs=1e-5)
+    assert set(top.values()) - {top[token] for token in allowed} == {LOWEST_LOGPROB}
+    found.masks[:] = 0  # what permits nothing gives anything, and no exception
+    Sampler(vocab).sample(found, logits.clone())

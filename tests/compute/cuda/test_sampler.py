@@ -176,6 +176,26 @@ def test_the_first_of_equals_wins_a_greedy_row() -> None:
     assert sampler_for([params(temperature=0)] * 2, 9000).sample(logits).tokens.tolist() == [4500, 3]
 
 
+@pytest.mark.parametrize("p", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.01}], ids=str)
+def test_a_mask_forbids_whatever_else_is_asked_for(p: dict[str, Any]) -> None:
+    vocab, allowed = 4501, [3, 31, 32, 4095, 4096, 4500]
+    rows = [params(**p), params(seed=5, **p), params(seed=6, **p)]
+    sampler = Sampler(vocab, len(rows), DEVICE)
+    load(sampler, [row_of(p, 0, **line) for p, line in zip(rows, ({"mask": 1}, {}, {"mask": 0}), strict=True)])
+    bits = np.zeros((2, sampler.masks.shape[1] * 32), np.uint8)
+    bits[1, allowed] = 1
+    sampler.masks[:2] = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+    logits = torch.randn(len(rows), vocab, device=DEVICE) * 3
+    expected = logits.double().cpu().numpy()
+    expected[0, [token for token in range(vocab) if token not in allowed]] = -np.inf
+
+    sampled = sampler.sample(logits)
+
+    assert sampled.tokens[:2].tolist() == [drawn(expected[i], rows[i], 0) for i in (0, 1)]
+    assert np.isneginf(sampled.adjusted[0].cpu().numpy()).sum() == vocab - len(allowed)
+    assert 0 <= sampled.tokens[2].item() < vocab  # what permits nothing gives anything
+
+
 def test_bias_penalties_and_histories() -> None:
     vocab = 4500
     rows = [

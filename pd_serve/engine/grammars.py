@@ -1,0 +1,65 @@
+"""The engine's sequences that have a grammar: the grammar process hears what was sampled, and says what may come next.
+
+Without such sequences a step costs nothing for it. How masks come: :mod:`pd_serve.grammar.constraints`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pd_serve.engine.sequence import Sequence, State
+from pd_serve.grammar.constraints import Constraint, Constraints
+from pd_serve.grammar.forms import missing
+from pd_serve.wire.link import Failure, Grammar
+
+
+class Grammars:
+    """``constraints`` None: there are none here."""
+
+    def __init__(self, constraints: Constraints | None) -> None:
+        self._constraints = constraints
+        self._open: dict[Sequence, Constraint] = {}
+
+    @property
+    def missing(self) -> str:
+        """Why no sequence with a grammar can be taken; empty where one can."""
+        return "this engine knows no grammars" if self._constraints is None else missing()
+
+    def fileno(self) -> int:
+        """Readable where something has come; -1: nothing can."""
+        return -1 if self._constraints is None else self._constraints.fileno()
+
+    def open(self, seq: Sequence, grammar: Grammar) -> None:
+        assert self._constraints is not None  # its submit was not refused
+        output = seq.tokens[seq.num_prompt :].tolist()
+        seq.constraint = self._open[seq] = self._constraints.open(grammar, output)
+
+    def tell(self) -> None:
+        """What was sampled. Sequences that have ended are let go of."""
+        if not self._open:
+            return
+        assert self._constraints is not None
+        for seq, constraint in list(self._open.items()):
+            if seq.state is State.FINISHED:
+                del self._open[seq]
+                self._constraints.close(constraint)
+            elif constraint.heard and constraint.told != seq.output_index:
+                self._constraints.tell(constraint, seq.tokens[seq.num_prompt :].tolist())
+
+    def wait(self) -> Iterator[tuple[Sequence, Failure]]:
+        """For masks that are about to come. Which sequences cannot go on, and why."""
+        if not self._open:
+            return
+        assert self._constraints is not None
+        self._constraints.receive()
+        self.tell()
+        self._constraints.wait([c for seq, c in self._open.items() if seq.state is State.RUNNING])
+        failed = set(self._constraints.failed())
+        for seq, constraint in list(self._open.items()) if failed else ():
+            if constraint in failed and seq.state is not State.FINISHED:
+                kind = "internal" if constraint.lost else "invalid"
+                yield seq, Failure(kind, f"the grammar of the output cannot be followed: {constraint.error}")
+
+    def close(self) -> None:
+        if self._constraints is not None:
+            self._constraints.shut()

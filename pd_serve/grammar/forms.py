@@ -1,0 +1,70 @@
+"""Forms of a grammar, each brought into the one that llguidance compiles.
+
+llguidance is an extra: :func:`missing` says what to install where it is not. Called in the process beside the router
+or the engine (:mod:`pd_serve.grammar.worker`), because some of it is slow for long texts.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+from pd_serve.errors import PDServeError
+from pd_serve.wire.link import Grammar
+
+LOWERED = "lowered"  # the kind of what :func:`lower` has made
+MAX_TEXT = 128 << 10  # characters of a grammar
+
+# Between the parts of a JSON text: enough for any layout, and an end to what weak models go on with for ever.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+# Alternatives of which exactly one may match are taken as such of which one has to: what pydantic writes for unions
+# with a discriminator is the same in both readings.
+_JSON: Any = {"whitespace_pattern": _WHITESPACE, "coerce_one_of": True}
+
+
+class GrammarError(PDServeError):
+    """A grammar that cannot be compiled, and why."""
+
+
+def missing() -> str:
+    """What to do where llguidance is not installed; empty where it is."""
+    return "" if find_spec("llguidance") else "structured output needs llguidance: pip install 'pd-serve[structured]'"
+
+
+def lower(grammar: Grammar) -> str:
+    """What llguidance's matcher takes. Raises GrammarError; what is not found out here is when it is compiled."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    text = grammar.text
+    if len(text) > MAX_TEXT:
+        raise GrammarError(f"it has {len(text)} characters, and at most {MAX_TEXT} are allowed")
+    try:
+        match grammar.kind:
+            case "lowered":  # LOWERED
+                return text
+            case "json_object":
+                return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
+            case "json_schema":
+                return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+            case "regex":
+                return LLMatcher.grammar_from_regex(text)
+            case "choice":
+                return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, json.loads(text))))
+            case "ebnf":
+                return LLMatcher.grammar_from_lark(any_to_lark(text))
+            case "lark":
+                return LLMatcher.grammar_from_lark(text)
+    except Exception as error:  # ValueError, RecursionError, and the converter of EBNF has one of its own
+        raise GrammarError(one_line(str(error))) from None
+    raise GrammarError(f"there is no kind {grammar.kind[:40]!r} of grammar")
+
+
+def one_line(message: str) -> str:
+    """Of an error of llguidance: without its state, and short enough for an answer."""
+    return " ".join(message.partition("<state>")[0].split())[:500]
+
+
+def _literal(text: Any) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,204 @@
+"""``python -m pd_serve.grammar.worker FD``: the process beside a router or an engine in which llguidance works.
+
+It is one of its own because a tokenizer takes llguidance seconds, in which no other thread of the process would run,
+and because what clients write may be slow or large: a check runs in a child with a bound on its time and memory, and a
+sequence whose masks are too slow is ended. It knows tokens and grammars, nothing of requests. It ends when the other
+end of its socket is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from pd_serve.grammar.forms import LOWERED, GrammarError, lower, one_line
+from pd_serve.grammar.messages import (
+    Check,
+    Checked,
+    Close,
+    Load,
+    Open,
+    Permitted,
+    Tell,
+    Unframed,
+    decode_to_worker,
+    framed,
+    read,
+)
+from pd_serve.wire.link import Grammar
+
+COMPILE_S = 1.0  # of a processor
+COMPILE_BYTES = 1 << 30
+KEPT = 64  # compiled grammars
+# What masks of a sequence may take of a processor: most take 50 microseconds, and the first of a grammar milliseconds.
+SPENT_S, MASK_S = 1.0, 2e-3
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+_TOO_SLOW = "it is too complex: finding the permitted tokens takes too long"
+_TOO_LARGE = f"it takes more than {COMPILE_S:g} s or {COMPILE_BYTES >> 30} GiB to compile: make it smaller"
+
+
+class Sequence:
+    """Where in its grammar an output is."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, *, allowed_s: float = SPENT_S) -> None:
+        self._matcher = matcher
+        self._mask_bytes = -(-vocab_size // 32) * 4
+        self._allowed_s = allowed_s
+
+    def permitted(self, id: int, tokens: list[int]) -> Permitted:
+        """After ``tokens``, which came since."""
+        began_s = time.thread_time()
+        if not self._matcher.consume_tokens(tokens):
+            return Permitted(id, b"", error="other fields of the request permit none of the tokens that it does")
+        mask = self._matcher.compute_bitmask()
+        self._allowed_s += MASK_S - (time.thread_time() - began_s)
+        if self._matcher.is_error():
+            return Permitted(id, b"", error=f"it is too complex: {one_line(self._matcher.get_error())}")
+        if self._allowed_s < 0:
+            return Permitted(id, b"", error=_TOO_SLOW)
+        return Permitted(id, mask[: self._mask_bytes], self._matcher.is_stopped())
+
+
+class Model:
+    """A tokenizer, and what was compiled for it."""
+
+    def __init__(self, load: Load) -> None:
+        self.vocab_size = load.vocab_size
+        text = load.tokenizer_json.decode() if load.tokenizer_json else Path(load.path).read_text("utf-8")
+        try:
+            self._tokenizer = LLTokenizer(text, n_vocab=load.vocab_size, eos_token=load.eos)
+        except ValueError:  # it has more tokens than the model has logits
+            self._tokenizer = LLTokenizer(text, eos_token=load.eos)
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+
+    def compiled(self, grammar: Grammar) -> Sequence | None:
+        """One at its beginning, where that takes no time."""
+        found = self._compiled.get(grammar)
+        if found is None:
+            return None
+        self._compiled.move_to_end(grammar)
+        return Sequence(found.deep_copy(), self.vocab_size)
+
+    def compile(self, grammar: Grammar) -> Sequence:
+        """Raises GrammarError."""
+        matcher = LLMatcher(self._tokenizer, lower(grammar), log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise GrammarError(one_line(matcher.get_error()))
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
+        return Sequence(matcher.deep_copy(), self.vocab_size)
+
+    def check(self, grammar: Grammar) -> Checked:
+        """Compiles it, and finds the first permitted tokens."""
+        try:
+            lowered = lower(grammar)
+            first = self.compile(Grammar(LOWERED, lowered)).permitted(0, [])
+        except GrammarError as error:
+            return Checked("", str(error))
+        return Checked(lowered, first.error)
+
+
+class Worker:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._models: dict[str, Model] = {}
+        self._sequences: dict[int, Sequence | None] = {}  # None: being compiled
+        self._threads = ThreadPoolExecutor(1)  # llguidance lets others run while it compiles
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        unframed = Unframed()
+        while data := read(self._sock):
+            for payload in unframed.payloads(data):
+                self._do(payload)
+
+    def _do(self, payload: bytes) -> None:
+        match message := decode_to_worker(payload):
+            case Load():
+                self._models[message.model] = Model(message)
+            case Check():
+                self._check(message)
+            case Open():
+                self._open(message)
+            case Tell():
+                if (sequence := self._sequences.get(message.id)) is not None:
+                    self._answer(sequence.permitted(message.id, message.tokens))
+            case Close():
+                with self._lock:
+                    self._sequences.pop(message.id, None)
+
+    def _check(self, message: Check) -> None:
+        """In a child, which the kernel ends where it takes too much."""
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                _bound()
+                self._answer(self._models[message.model].check(message.grammar))
+                status = 0
+            finally:
+                os._exit(status)
+        if os.waitpid(child, 0)[1] != 0:
+            self._answer(Checked("", _TOO_LARGE))
+
+    def _open(self, message: Open) -> None:
+        model = self._models[message.model]
+        if (sequence := model.compiled(message.grammar)) is not None:
+            self._sequences[message.id] = sequence
+            self._answer(sequence.permitted(message.id, message.tokens))
+            return
+        self._sequences[message.id] = None
+        self._threads.submit(self._compile, model, message)
+
+    def _compile(self, model: Model, message: Open) -> None:
+        try:
+            sequence = model.compiled(message.grammar) or model.compile(message.grammar)
+            answer = sequence.permitted(message.id, message.tokens)
+        except GrammarError as error:
+            answer = Permitted(message.id, b"", error=str(error))
+        except BaseException as error:  # a panic of llguidance
+            answer = Permitted(message.id, b"", error=f"llguidance fails: {one_line(repr(error))}")
+        else:
+            with self._lock:
+                if message.id in self._sequences:
+                    self._sequences[message.id] = sequence
+        self._answer(answer)
+
+    def _answer(self, answer: Checked | Permitted) -> None:
+        with self._lock:
+            self._sock.sendall(framed(answer))
+
+
+def _bound() -> None:
+    """Of this process, from here on."""
+    signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_VIRTUAL, COMPILE_S)
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    limit = pages * resource.getpagesize() + COMPILE_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        Worker(sock).run()
+    except ConnectionError:
+        pass  # the other end is gone
+    os._exit(0)  # whatever is being compiled is for nobody
+
+
+if __name__ == "__main__":
+    main()
