@@ -86,12 +86,16 @@ async def _read(fd: int, noise: deque[str], on_record: Callable[[dict[str, Any]]
     """Until the other end is closed."""
     loop, readable = asyncio.get_running_loop(), asyncio.Event()
     buffer = b""
+    os.set_blocking(fd, False)  # it may be said to be readable once more after all was read
     loop.add_reader(fd, readable.set)
     try:
         while True:
             await readable.wait()
             readable.clear()
-            data = os.read(fd, _READ_BYTES)
+            try:
+                data = os.read(fd, _READ_BYTES)
+            except BlockingIOError:
+                continue
             if not data:
                 return
             *lines, buffer = (buffer + data).split(b"\n")

@@ -6,14 +6,12 @@ they connect: the fastest.
 
 from __future__ import annotations
 
-import asyncio
-import os
-import tempfile
 import time
 from typing import Any
 
 import msgspec
 
+from pd_serve import records
 from pd_serve.bench.transfer.job import Job
 from pd_serve.bench.transfer.start import run_reader
 from pd_serve.doctor.findings import Finding, broken, note, ok, problem
@@ -23,7 +21,6 @@ GPU_BYTES, GPU_BLOCK_BYTES = 256 << 20, 2 << 20  # of a pull between GPUs
 # Below it a lane has probably fallen back to something that it should not use; see transfer/session/probe.py.
 FLOOR_GB_PER_S = 1.0
 NVLINK_FLOOR_GB_PER_S = 100.0
-_CORES_A_LANE = 4
 _AGAIN = "run it again with a longer --timeout-s, or while the machine does nothing else"
 
 
@@ -49,43 +46,46 @@ class Place(msgspec.Struct, frozen=True):
         return f"between cuda:{self.devices[0]} and cuda:{self.devices[1]}"
 
 
-async def measure(lane: str, place: Place, lock: str, timeout_s: float) -> Rate:
-    """Takes some seconds, nearly all of it to start two processes; never raises."""
-    if place.devices is None:
-        job = Job(lane, False, repeats=9, lock=lock)
-    else:  # the probe region's 4 MiB take an NVLink less time than it takes to ask for them
-        job = Job(lane, True, place.devices, place.cumem, GPU_BYTES, (GPU_BLOCK_BYTES,), lock=lock)
-    rates: list[float] = []
-    failures: list[str] = []
+async def measure_all(lanes: list[str], place: Place, deadline_s: float) -> list[Rate]:
+    """One pair of processes measures all lanes, since to start them takes longest; another, what it left undone when it
+    crashed. Never raises."""
+    found: dict[str, Rate] = {}
+    left = lanes
+    while left:
+        timeout_s = deadline_s - time.monotonic()
+        if timeout_s <= 0:
+            return [found.get(lane) or Rate(lane, None, "no time was left for it", too_late=True) for lane in lanes]
+        rates, outcome = await _measure(left, place, timeout_s)
+        found |= rates
+        left = [lane for lane in left if lane not in rates]
+        if left:  # the first of them is where it hung or crashed
+            found[left[0]] = Rate(left[0], None, outcome.why(timeout_s), too_late=outcome.timed_out)
+            left = left[1:]
+    return [found[lane] for lane in lanes]
+
+
+async def _measure(lanes: list[str], place: Place, timeout_s: float) -> tuple[dict[str, Rate], records.Outcome]:
+    """Of each lane that came to an end."""
+    rates: dict[str, float] = {}
+    ended: dict[str, Rate] = {}
 
     def take(record: dict[str, Any]) -> None:
+        lane = record.get("lane", "")
         if record["kind"] == "case":
-            rates.append(record["gb_per_s"])
+            rates[lane] = max(record["gb_per_s"], rates.get(lane, 0.0))
+            ended[lane] = Rate(lane, rates[lane])
         elif record["kind"] == "failed":
-            failures.append(record["message"])
+            ended[lane] = Rate(lane, None, record["message"])
 
-    if timeout_s <= 0:
-        return Rate(lane, None, "no time was left for it", too_late=True)
-    outcome = await run_reader(job, take, timeout_s)
-    if failures:
-        return Rate(lane, None, failures[0])
-    if outcome.timed_out or outcome.status:
-        return Rate(lane, None, outcome.why(timeout_s), too_late=outcome.timed_out)
-    if not rates:
-        return Rate(lane, None, "it measured nothing")
-    return Rate(lane, max(rates))
+    outcome = await run_reader([_job(lane, place) for lane in lanes], take, timeout_s)
+    return ended, outcome
 
 
-async def measure_all(lanes: list[str], place: Place, deadline_s: float) -> list[Rate]:
-    """Lanes start together where there are cores for it, and measure one after the other."""
-    at_once = asyncio.Semaphore(max(1, len(os.sched_getaffinity(0)) // _CORES_A_LANE))
-    with tempfile.TemporaryDirectory(prefix="pd-serve-doctor-") as directory:
-
-        async def one(lane: str) -> Rate:
-            async with at_once:
-                return await measure(lane, place, f"{directory}/lock", deadline_s - time.monotonic())
-
-        return list(await asyncio.gather(*(one(lane) for lane in lanes)))
+def _job(lane: str, place: Place) -> Job:
+    if place.devices is None:
+        return Job(lane, False, repeats=9)
+    # the probe region's 4 MiB take an NVLink less time than it takes to ask for them
+    return Job(lane, True, place.devices, place.cumem, GPU_BYTES, (GPU_BLOCK_BYTES,))
 
 
 def judge(rates: list[Rate], wanted: str, place: Place) -> list[Finding]:

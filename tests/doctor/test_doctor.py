@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from pd_serve import config, records
+from pd_serve.bench.transfer import start
 from pd_serve.doctor import run as doctor
+from pd_serve.doctor import selftest
 from pd_serve.doctor.findings import Finding, Level, Section, broken, note, ok
 from pd_serve.doctor.machine import Machine
 from pd_serve.doctor.report import as_json, show
@@ -147,3 +150,31 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     data = as_json([fine, bad], [Rate("nixl", None, "gone")])
     assert data["broken"] and data["counts"] == {"ok": 1, "note": 1, "problem": 1}
     assert data["lanes"] == [{"lane": "nixl", "gb_per_s": None, "why_not": "gone", "too_late": False}]
+
+
+_READER = """
+import json, os, sys
+from pd_serve import records
+records.claim_stdout()
+for job in json.load(sys.stdin):
+    if job["lane"] == "ucx":
+        os.abort()
+    if job["lane"] == "slow":
+        import time
+        time.sleep(60)
+    records.emit({"kind": "case", "lane": job["lane"], "gb_per_s": 2.0 + os.path.exists("again")})
+    open("again", "w")
+"""
+
+
+def test_a_lane_that_crashes_or_hangs_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reader_that_crashes.py").write_text(_READER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "_READER", "reader_that_crashes")
+    deadline_s = time.monotonic() + 5
+    found = asyncio.run(selftest.measure_all(["nixl", "ucx", "nvlink", "slow", "later"], Place(), deadline_s))
+    rates = {rate.lane: rate for rate in found}
+    assert list(rates) == ["nixl", "ucx", "nvlink", "slow", "later"]
+    assert (rates["nixl"].gb_per_s, rates["nvlink"].gb_per_s) == (2.0, 3.0)
+    assert "SIGABRT" in rates["ucx"].why_not and not rates["ucx"].too_late
+    assert rates["slow"].too_late and rates["later"].too_late

@@ -18,7 +18,7 @@ _HEADS = 8
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Sent to the reader as JSON. Sizes in bytes."""
+    """Sent to the reader as JSON, in a list of those that differ in their lanes alone. Sizes in bytes."""
 
     lane: str
     cuda: bool
@@ -32,7 +32,6 @@ class Job(msgspec.Struct, frozen=True):
     repeats: int = 5
     warmup: int = 2
     under_load: bool = False
-    lock: str = ""  # a file: whoever holds it measures, while others start
 
 
 class Case(msgspec.Struct, frozen=True):

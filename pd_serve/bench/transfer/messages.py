@@ -11,7 +11,7 @@ SEED = 1  # of the content of source rank 0; the next ranks' follow
 
 
 class Open(msgspec.Struct, tag="open"):
-    """To the source, first: make a pool and a transport."""
+    """To the source: make a pool and a transport."""
 
     lane: str
     device: int | None
@@ -47,11 +47,13 @@ class Payload(msgspec.Struct, tag="payload"):
 
 
 class Close(msgspec.Struct, tag="close"):
-    """To the source, last: end in order."""
+    """To the source, last: end in order. ``again``: another :class:`Open` follows."""
+
+    again: bool = False
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """From the source, last."""
+    """From the source: nothing more of what was opened last."""
 
     message: str
 

@@ -1,48 +1,57 @@
-"""The reader process: starts the sources of one lane, pulls from them in every way that a job asks for, and measures.
+"""The reader process: starts the sources, pulls from them over each lane in every way that a job asks for, measures.
 
-``python -m pd_serve.bench.transfer.reader`` with a :class:`Job` on standard input; results are records on standard
-output (:mod:`pd_serve.records`), each a dict with a ``kind``: ``opened``, ``case``, ``limit``, ``load``, ``failed``.
+``python -m pd_serve.bench.transfer.reader`` with a list of :class:`Job` on standard input; results are records on
+standard output (:mod:`pd_serve.records`), dicts with a ``kind``: ``opened``, ``case``, ``limit``, ``load``, ``failed``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import signal
 import sys
-from pathlib import Path
 
 import msgspec
 
 from pd_serve import records
 from pd_serve.bench.transfer.job import LIMIT, Job, cases, layouts
+from pd_serve.bench.transfer.messages import Close
 from pd_serve.bench.transfer.sources import SourceProcess
 from pd_serve.errors import PDServeError
+from pd_serve.kv.layout import KVLayout
 
 
-def run(job: Job) -> None:
-    """All of the job; results go out as records. Raises PDServeError."""
-    source_layouts, reader_layout = layouts(job)
+def run(jobs: list[Job]) -> None:
+    """All of the jobs; results go out as records, also that one failed."""
     with contextlib.ExitStack() as stack:
+        source_layouts, reader_layout = layouts(jobs[0])
         # before any library starts threads here: see Child
         sources = [SourceProcess(rank, layout) for rank, layout in enumerate(source_layouts)]
         for source in sources:
             stack.callback(source.close)
-        # torch takes a second or two to import: both processes do it at the same time
-        from pd_serve.bench.transfer.reading import ReaderEnd
+        for number, job in enumerate(jobs):
+            try:
+                _measure(job, reader_layout, sources)
+            except Exception as error:
+                logging.getLogger(__name__).debug("failed", exc_info=True)
+                message = str(error) if isinstance(error, PDServeError) else f"{type(error).__name__}: {error}"
+                records.emit({"kind": "failed", "lane": job.lane, "message": message})
+            if number < len(jobs) - 1:
+                for source in sources:
+                    source.send(Close(again=True))
 
-        if job.lane == LIMIT:
-            from pd_serve.bench.transfer.raw import memcpy_gb_per_s
 
-            rate = memcpy_gb_per_s(job.size_bytes, job.devices if job.cuda else None, job.repeats)
-            records.emit({"kind": "limit", "name": "memcpy", "gb_per_s": rate})
-        end = ReaderEnd(job, reader_layout, sources)
-        stack.callback(end.close)
+def _measure(job: Job, layout: KVLayout, sources: list[SourceProcess]) -> None:
+    # torch takes a second or two to import: both processes do it at the same time
+    from pd_serve.bench.transfer.reading import ReaderEnd
+
+    if job.lane == LIMIT:
+        from pd_serve.bench.transfer.raw import memcpy_gb_per_s
+
+        rate = memcpy_gb_per_s(job.size_bytes, job.devices if job.cuda else None, job.repeats)
+        records.emit({"kind": "limit", "name": "memcpy", "gb_per_s": rate})
+    with contextlib.closing(ReaderEnd(job, layout, sources)) as end:
         records.emit({"kind": "opened", "lane": job.lane})
-        if job.lock:
-            file = stack.enter_context(Path(job.lock).open("ab"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
         for case in cases(job):
             if job.lane != LIMIT:
                 records.emit(end.measure(case))
@@ -60,14 +69,7 @@ def main() -> None:
     records.claim_stdout()
     logging.basicConfig(level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    try:
-        run(job)
-    except PDServeError as error:
-        records.emit({"kind": "failed", "lane": job.lane, "message": str(error)})
-    except Exception as error:
-        logging.getLogger(__name__).debug("failed", exc_info=True)
-        records.emit({"kind": "failed", "lane": job.lane, "message": f"{type(error).__name__}: {error}"})
+    run(msgspec.json.decode(sys.stdin.buffer.read(), type=list[Job]))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class _Bench:
                         advance()
                     self._take(record)
 
-                outcome = await run_reader(job, take)
+                outcome = await run_reader([job], take)
                 if outcome.status != 0:
                     self._fail(job.lane, f"its processes ended: {outcome.why(0)}")
 

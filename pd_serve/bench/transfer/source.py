@@ -1,4 +1,4 @@
-"""The source process: it owns a pool of known bytes, and serves them to the reader that started it.
+"""The source process: it owns a pool of known bytes, and serves them to the reader that started it, lane after lane.
 
 ``python -m pd_serve.bench.transfer.source ENDPOINT``; it ends when told, or with the reader.
 """
@@ -47,13 +47,13 @@ class Source:
     def _send(self, message: ToReader) -> None:
         self._link.send(encode(message))
 
-    def run(self) -> None:
-        """Until the reader says that it is done."""
+    def run(self) -> bool:
+        """Until the reader says that it is done; whether it wants to open another."""
         while True:
             frame = self._link.take(min(self._end.transport.progress(), _MAX_SLEEP_S))
             if frame is None:
                 if self._link.ended:
-                    return
+                    return False
                 continue
             match decode_to_source(frame):
                 case Serve(describe, layout, regions):
@@ -63,8 +63,8 @@ class Source:
                 case Payload(data):
                     assert self._reader is not None, "a transport's message before any reader"
                     self._reader.receive(data)
-                case Close():
-                    return
+                case Close(again):
+                    return again
 
     def close(self) -> None:
         if self._reader is not None:
@@ -72,26 +72,37 @@ class Source:
         self._end.close()
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    link = Link.dial(sys.argv[1])
+def _serve(link: Link, order: Open) -> bool:
+    """One lane; whether there is to be another. The reader hears why it fails."""
     try:
-        while (frame := link.take(_MAX_SLEEP_S)) is None and not link.ended:
-            pass
-        if frame is None:
-            return
-        order = decode_to_source(frame)
-        assert isinstance(order, Open), "Open comes first"
         source = Source(link, order)
         try:
-            source.run()
+            return source.run()
         finally:
             source.close()
     except PDServeError as error:
         link.send(encode(Failed(str(error))))
     except Exception as error:
         link.send(encode(Failed(f"{type(error).__name__}: {error}")))
+    return True
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    link = Link.dial(sys.argv[1])
+    try:
+        more = True
+        while more and not link.ended:
+            if (frame := link.take(_MAX_SLEEP_S)) is None:
+                continue
+            match decode_to_source(frame):
+                case Open() as order:
+                    more = _serve(link, order)
+                case Close(again):
+                    more = again
+                case _:
+                    continue  # meant for what has failed
     finally:
         link.close()
 

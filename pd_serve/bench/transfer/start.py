@@ -1,8 +1,8 @@
-"""Starts a reader process for a job: what ``bench transfer`` and ``doctor`` share. Imports nothing that moves bytes."""
+"""Starts a reader process for jobs: what ``bench transfer`` and ``doctor`` share. Imports nothing that moves bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ _READER = "pd_serve.bench.transfer.reader"
 
 
 async def run_reader(
-    job: Job, on_record: Callable[[dict[str, Any]], None], timeout_s: float | None = None
+    jobs: Sequence[Job], on_record: Callable[[dict[str, Any]], None], timeout_s: float | None = None
 ) -> records.Outcome:
-    """Runs the job to its end."""
-    return await records.run([_READER], on_record, stdin=msgspec.json.encode(job), timeout_s=timeout_s)
+    """Runs the jobs, which differ in their lanes alone, one after the other."""
+    return await records.run([_READER], on_record, stdin=msgspec.json.encode(jobs), timeout_s=timeout_s)
