@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -30,15 +30,17 @@ from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
 from pd_serve.router.dashboard.frames import frame
-from pd_serve.router.dashboard.page import FILES, Dashboard
+from pd_serve.router.dashboard.page import Dashboard
 from pd_serve.router.dashboard.recent import Recent
+from pd_serve.router.documented import Description, allowed_methods
 from pd_serve.router.doors import Doors
 from pd_serve.router.groups import Registry
 from pd_serve.router.line import Timer
 from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
-from pd_serve.router.middleware import Admin, Edge, request_id
+from pd_serve.router.middleware import Admin, Edge, request_id, wants_key
 from pd_serve.router.request import Requests, body, json_response
+from pd_serve.router.routes import TAGS, routes
 from pd_serve.router.siblings import Question, Siblings, gathered, joined_metrics, joined_status
 from pd_serve.router.status import describe, models
 from pd_serve.router.stream import Shared
@@ -80,7 +82,7 @@ class Router:
         self.dashboard = Dashboard(self.recent, self.frame, lambda: self.shared.draining and not self.shared.active)
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self.links.start()
         sweeper = asyncio.create_task(self._sweep())
         if self.siblings is not None:
@@ -127,21 +129,29 @@ class Router:
 
     # --- what operators and nodes ask -----------------------------------------------------------------
 
-    async def models(self, request: Request) -> Response:
-        found = models(self.registry, int(self.started_s))
-        name = request.path_params.get("name")
+    async def models(self, _: Request) -> Response:
+        """The models that have nodes"""
+        return json_response({"object": "list", "data": models(self.registry, int(self.started_s))})
+
+    async def model(self, request: Request) -> Response:
+        """One model, if it has nodes"""
+        name = request.path_params["name"]
         if not name:
-            return json_response({"object": "list", "data": found})
-        for model in found:
+            return await self.models(request)
+        for model in models(self.registry, int(self.started_s)):
             if model["id"] == name:
                 return json_response(model)
         raise unknown_model(name, self.registry.names())
 
     async def health(self, _: Request) -> Response:
+        """200 while the process lives"""
         return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Of all processes: any of them may get the next connection."""
+        """200 with enough nodes to serve, else 503 and why
+
+        Of all of a router's processes: any of them may get the next connection.
+        """
         found = await gathered(self.siblings, "ready", self._why_not_ready())
         reason = next((why for why in found.values() if why), "")
         if not reason and None in found.values():
@@ -162,6 +172,7 @@ class Router:
         return "" if enough else f"{found[0]} prefill and {found[1]} decode nodes; {wanted[0]} and {wanted[1]} wanted"
 
     async def metrics_text(self, _: Request) -> Response:
+        """Metrics in Prometheus' text format"""
         text = self.metrics.render(self.registry)
         if self.siblings is not None:
             texts = await gathered(self.siblings, "metrics", text.decode())
@@ -169,6 +180,7 @@ class Router:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self, _: Request) -> Response:
+        """Nodes, their state and load"""
         mine = self._status()
         if self.siblings is not None:
             mine = joined_status(mine, await gathered(self.siblings, "status", mine))
@@ -196,6 +208,7 @@ class Router:
         }
 
     async def add_node(self, request: Request) -> Response:
+        """A node registers, by proof of the secret"""
         if self.shared.draining:
             raise APIError(503, "this router is shutting down", code="shutting_down", retry_after_s=5)
         return await self._ordered(
@@ -203,6 +216,7 @@ class Router:
         )
 
     async def remove_node(self, request: Request) -> Response:
+        """A node leaves, by proof of the secret"""
         return await self._ordered(request, lambda url, _: {"url": url, "known": self.links.remove(url)})
 
     async def _ordered(self, request: Request, carry_out: Callable[[str, str], dict[str, object]]) -> Response:
@@ -270,7 +284,7 @@ def _node_url(given: str) -> str:
     return url
 
 
-def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Starlette:
+def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> FastAPI:
     """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs.
 
     ``siblings``: the other processes on its port.
@@ -295,6 +309,11 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
         )
         answer = _error(APIError(error.status_code, message), request)
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # the error knows the first route of the path alone
+            allowed = allowed_methods(served, request.scope)
+            answer.headers["Allow"] = ", ".join(allowed)
+            if method == "OPTIONS":
+                answer = Response(status_code=204, headers={"Allow": answer.headers["Allow"]})
         return answer
 
     async def failed(request: Request, error: Exception) -> Response:
@@ -304,8 +323,15 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
 
     address = settings.admin_address()
     admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
-    app = Starlette(
-        routes=_routes(router),
+    description = Description(
+        TAGS,
+        keyed=lambda path: bool(settings.api_keys()) and wants_key(path),
+        hidden=lambda path, request: admin is not None and admin.hides(request.scope, path),
+        strict=settings.strict_fields,
+    )
+    served = description.routes = routes(router, description)
+    app = FastAPI(
+        openapi_url=None,  # FastAPI's own pages: ours is among the routes
         middleware=[
             *_cors(settings),
             Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
@@ -313,32 +339,11 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Star
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
+    app.router.routes += served
+    # Starlette's own routes answer HEAD where they answer GET, FastAPI's do not.
+    app.router.routes += [Route(at.path, at.endpoint, methods=["HEAD"]) for at in served if at.method == "GET"]
     app.state.router = router
     return app
-
-
-def _routes(router: Router) -> list[Route]:
-    requests = router.requests
-    return [
-        Route("/v1/completions", requests.completions, methods=["POST"]),
-        Route("/v1/chat/completions", requests.chat_completions, methods=["POST"]),
-        Route("/v1/responses", requests.responses, methods=["POST"]),
-        Route("/v1/messages", requests.messages, methods=["POST"]),
-        Route("/v1/messages/count_tokens", requests.count_tokens, methods=["POST"]),
-        Route("/v1/models", router.models),
-        Route("/v1/models/{name:path}", router.models),
-        Route("/v1/status", router.status),
-        Route("/tokenize", requests.tokenize, methods=["POST"]),
-        Route("/detokenize", requests.detokenize, methods=["POST"]),
-        Route("/tokenizer_info", requests.tokenizer_info),
-        Route("/health", router.health),
-        Route("/ready", router.ready),
-        Route("/metrics", router.metrics_text),
-        *(Route(f"/dashboard{end}", router.dashboard.file) for end in FILES),
-        Route("/dashboard/events", router.dashboard.events),
-        Route("/nodes", router.add_node, methods=["POST"]),
-        Route("/nodes", router.remove_node, methods=["DELETE"]),
-    ]
 
 
 def _cors(settings: RouterConfig) -> list[Middleware]:

@@ -45,18 +45,23 @@ class Requests:
         self._grammars = Grammars()
 
     async def completions(self, request: Request) -> Writer:
+        """A text that goes on from a prompt"""
         return await self._generate(request, schemas.CompletionRequest)
 
     async def chat_completions(self, request: Request) -> Writer:
+        """The next message of a chat"""
         return await self._generate(request, schemas.ChatCompletionRequest)
 
     async def responses(self, request: Request) -> Writer:
+        """OpenAI's Responses API"""
         return await self._translated(request, ResponsesRequest)
 
     async def messages(self, request: Request) -> Writer:
+        """Anthropic's Messages API"""
         return await self._translated(request, MessagesRequest)
 
     async def count_tokens(self, request: Request) -> Response:
+        """How many tokens a Messages request has"""
         content = await body(request, self._settings)
 
         asked = await _off_loop(lambda: parse(CountTokensRequest, content, self._leniency), len(content))
@@ -176,6 +181,7 @@ class Requests:
             self._registry.watchers.discard(came.set)
 
     async def tokenize(self, request: Request) -> Response:
+        """A text or a chat as the model's tokens"""
         content = await body(request, self._settings)
 
         parsed = await _off_loop(lambda: parse(schemas.TokenizeRequest, content, self._leniency), len(content))
@@ -194,6 +200,7 @@ class Requests:
         return json_response(await _off_loop(work, len(content)))
 
     async def detokenize(self, request: Request) -> Response:
+        """Tokens as text"""
         content = await body(request, self._settings)
 
         parsed = await _off_loop(lambda: parse(schemas.DetokenizeRequest, content, self._leniency), len(content))
@@ -207,6 +214,7 @@ class Requests:
         return json_response(await _off_loop(work, len(content)))
 
     async def tokenizer_info(self, request: Request) -> Response:
+        """Special tokens and chat template of a model"""
         group = await self._group(request.query_params.get("model", ""))
         return json_response(group.text.tokenizer_info())
 

@@ -20,7 +20,7 @@ from tests.router.conftest import StartNode, until
 
 pytestmark = pytest.mark.slow
 
-HEAVY = ("torch", "transformers", "numpy", "numba", "nixl", "httpx", "fastapi", "jinja2", "prometheus_client", "yaml")
+HEAVY = ("torch", "transformers", "numpy", "numba", "nixl", "httpx", "jinja2", "prometheus_client", "yaml")
 
 
 def test_nothing_heavy_is_imported() -> None:

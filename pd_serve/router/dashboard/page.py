@@ -55,10 +55,12 @@ class Dashboard:
         self._made_s = 0.0
 
     async def file(self, request: Request) -> Response:
+        """A page that shows nodes, lanes and streams"""
         name, kind = FILES[request.scope["path"].removeprefix("/dashboard")]
         return Response((Path(__file__).parent / name).read_bytes(), media_type=kind, headers=_HEADERS)
 
     async def events(self, _: Request) -> Watch:
+        """What the page shows, as server-sent events"""
         if self.watchers >= MAX_WATCHERS:
             raise APIError(
                 429,
