@@ -27,7 +27,7 @@ class Harmony(Parser):
 
     def _parse(self) -> Iterator[Piece]:
         while self._held:
-            before = self._held
+            before = dict(vars(self))
             if self._kind is not None:
                 yield from self._in_message(self._kind)
             elif self._outside:
@@ -35,7 +35,7 @@ class Harmony(Parser):
                 self._outside = not self._held.startswith(("<|channel|>", "<|start|>"))
             else:
                 yield from self._in_head()
-            if self._held == before:
+            if vars(self) == before:
                 break
         if self._ended and not self._outside and self._kind is None:
             self._held = ""  # a head without a message

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pd_serve.api.parsers.json_text import Calls, Value
 from pd_serve.api.parsers.pieces import Parser, Piece
 
+_LONGEST_NAME = 512  # characters, with an id
+
 
 class _JsonCalls(Parser):
     """``_begin``: behind which of these texts calls come. ``_end``: what may follow them."""
@@ -22,17 +24,17 @@ class _JsonCalls(Parser):
 
     def _parse(self) -> Iterator[Piece]:
         while self._held:
-            before = self._held
+            before = dict(vars(self))
             if self._calls is not None:
                 yield from self._in_calls(self._calls)
             elif self._closing:
                 self._close()
             else:
                 yield from self._in_text()
-            if self._held == before:
+            if vars(self) == before:
                 break
         if self._ended and self._calls is not None:
-            if text := self._calls.finish():
+            if (text := self._calls.finish()) is not None:
                 yield from self._say(self._opened + text)
             self._calls = None
 
@@ -118,20 +120,17 @@ class Mistral(_JsonCalls):
             yield from self._in_calls(self._calls)
             return
         name, brace, _ = head.partition("{")
-        if not brace:
-            if len(name) > 512 or "\n\n" in name:
-                self._head = False
-                yield from self._say(self._opened + self._held)
-                self._held = ""
+        wrong = len(name) > _LONGEST_NAME or "\n\n" in name
+        if not brace and not wrong:
             return
         self._head = False
-        self._held = head[len(name) :]
+        rest = head[len(name) :]
         for marker in ("[CALL_ID]", "[ARGS]"):
             name = name.partition(marker)[0]
-        if not name.strip():
-            yield from self._say(self._opened + head)
-            self._held = ""
+        if wrong or not name.strip():
+            yield from self._say(self._opened)
             return
+        self._held = rest
         self._newer = Value()
         yield self._call(name.strip())
         yield from self._arguments(self._newer)

@@ -103,10 +103,10 @@ class Calls:
                 text = self._give_up(text, character)
         return pieces, text
 
-    def finish(self) -> str:
-        """The output has ended: text that never became a call."""
+    def finish(self) -> str | None:
+        """The output has ended: text that never became a call; None: there is none."""
         if self.done or (self._object is not None and self._object.told) or (self.told and not self._object):
-            return ""
+            return None
         return self._text
 
     def _close(self, call: _Call) -> None:

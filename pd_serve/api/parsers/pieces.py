@@ -45,14 +45,11 @@ class Parser(ABC):
 
     def _say(self, text: str) -> Iterator[Piece]:
         """As content, but for spaces at its end, which wait for more."""
-        if text:
-            text = self._spaces + text
-            shown = text.rstrip()
-            self._spaces = text[len(shown) :]
-            if self._ended:
-                shown, self._spaces = text, ""
-            if shown:
-                yield Piece("content", shown)
+        text = self._spaces + text
+        shown = text if self._ended else text.rstrip()
+        self._spaces = text[len(shown) :]
+        if shown:
+            yield Piece("content", shown)
 
     def _say_until(self, markers: Sequence[str]) -> Iterator[Piece]:
         """Content up to the first of these; the held text begins with it then, or cannot tell yet."""

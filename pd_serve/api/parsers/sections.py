@@ -20,55 +20,79 @@ class _Sections(Parser):
     def __init__(self) -> None:
         super().__init__()
         self._inside = False
+        self._opened = ""  # what has begun the section: content, where no call comes
         self._head = False  # the head of a call is awaited, in whole
         self._value: Value | None = None
 
     def _parse(self) -> Iterator[Piece]:
         while self._held:
-            before = self._held
+            before = dict(vars(self))
             if self._value is not None:
-                if not self._value.begun:
-                    self._skip_spaces()
-                used = self._value.feed(self._held)
-                yield Piece("arguments", self._held[:used])
-                self._held = self._held[used:]
-                if self._value.done or self._value.broken:
-                    self._value = None
+                yield from self._arguments(self._value)
             elif self._head:
                 yield from self._in_head()
             elif self._inside:
-                self._between()
+                yield from self._between()
             else:
                 yield from self._say_until((self._begin, self._call_begin))
-                if self._held.startswith(self._call_begin) or self._take(self._begin):
+                if self._held.startswith(self._call_begin):
                     self._inside = True
-            if self._held == before:
+                elif self._take(self._begin):
+                    self._inside, self._opened = True, self._begin
+            if vars(self) == before:
                 break
-        if self._ended and self._head:
-            self._held = self._call_begin + self._held
+        if self._ended:
+            self._held = self._opened + (self._call_begin if self._head else "") + self._held
+            self._opened, self._head = "", False
 
-    def _between(self) -> None:
-        """Up to the next call, or the end of all; what stands between is the format's."""
-        at, marker = first_of(self._held, (self._call_begin, self._end))
-        if at < 0:
-            if self._ended:
-                self._held = ""
-            return
-        self._held = self._held[at + len(marker) :]
-        self._head = marker == self._call_begin
-        self._inside = self._head
+    def _arguments(self, value: Value) -> Iterator[Piece]:
+        if not value.begun:
+            self._skip_spaces()
+        used = value.feed(self._held)
+        yield Piece("arguments", self._held[:used])
+        self._held = self._held[used:]
+        if value.done or value.broken:
+            self._value = None
+
+    def _between(self) -> Iterator[Piece]:
+        """Up to the next call, or the end of all. Spaces and fences are the format's, other text is content."""
+        text = self._held.lstrip(" \t\r\n`")
+        markers = (self._call_begin, self._call_end, self._end)
+        marker = next((marker for marker in markers if text.startswith(marker)), None)
+        if marker == self._call_end:
+            self._held = text[len(marker) :]
+        elif marker is not None:
+            self._held = text[len(marker) :]
+            self._head = self._inside = marker == self._call_begin
+            if marker == self._end and self._opened:
+                yield from self._no_call(marker)
+        elif text and (self._ended or not any(marker.startswith(text) for marker in markers)):
+            self._inside = False
+            yield from self._no_call("")
+        elif self._ended and not self._opened:
+            self._held = ""
 
     def _in_head(self) -> Iterator[Piece]:
-        found = self._function()
-        if found is None:
-            if first_of(self._held, (self._call_end, self._end))[0] >= 0:  # a call without arguments' begin
-                self._head, text = False, self._call_begin + self._held
-                self._inside, self._held = False, ""
-                yield from self._say(text)
+        at, marker = first_of(self._held, (self._middle, self._call_begin, self._call_end, self._end))
+        if at < 0:
             return
-        name, self._held = found
-        self._head, self._inside, self._value = False, True, Value()
-        yield self._call(name)
+        if marker == self._middle:
+            found = self._function()
+            if found is None:
+                return
+            name, rest = found
+            if name and "<" not in name:
+                self._head, self._value, self._opened, self._held = False, Value(), "", rest
+                yield self._call(name)
+                return
+            at += len(marker)
+        text, self._held = self._held[:at], self._held[at:]
+        self._head = self._inside = False
+        yield from self._no_call(self._call_begin + text)
+
+    def _no_call(self, text: str) -> Iterator[Piece]:
+        opened, self._opened = self._opened, ""
+        yield from self._say(opened + text)
 
     def _function(self) -> tuple[str, str] | None:
         """The name in a call's head and what follows it; None: not all of it has come."""

@@ -24,18 +24,22 @@ class _Tags(Parser):
         self._name: str | None = None  # of the call under way
         self._inside = False
         self._given = 0
+        self._closing = False  # spaces behind a call are the format's
 
     def _parse(self) -> Iterator[Piece]:
         while self._held:
-            before = self._held
+            before = dict(vars(self))
             if self._name is not None:
                 yield from self._in_call(self._name)
             elif self._inside:
                 yield from self._in_head()
             else:
+                if self._closing:
+                    self._skip_spaces()
+                    self._closing = not self._held
                 yield from self._say_until(("<tool_call>",))
                 self._inside = self._take("<tool_call>") is True
-            if self._held == before:
+            if vars(self) == before:
                 break
         if self._ended and self._name is not None:
             self._held, self._name = "", None  # what was cut off is half a parameter
@@ -48,9 +52,8 @@ class _Tags(Parser):
             return
         self._inside = False
         name, rest = found
-        if not name:
-            text, self._held = "<tool_call>" + self._held, ""
-            yield from self._say(text)
+        if not name or "<" in name:
+            yield from self._say("<tool_call>")
             return
         self._name, self._held, self._given = name, rest, 0
         yield self._call(name)
@@ -63,13 +66,18 @@ class _Tags(Parser):
             self._held = self._held[at + len(marker) :]
             self._name = None
             yield Piece("arguments", "}" if self._given else "{}")
-            self._spaces = ""
-            self._skip_spaces()
+            self._spaces, self._closing = "", True
             return
-        found = self._parameter(self._held[at:])
+        end = self._held.find("</tool_call>", at)
+        end = len(self._held) if end < 0 else end
+        found = self._parameter(self._held[at:end])
         if found is None:
+            if end < len(self._held):  # one that was not closed
+                text, self._held = self._held[at:end], self._held[end:]
+                yield from self._say(text)
             return
-        name, text, self._held = found
+        name, text, rest = found
+        self._held = rest + self._held[end:]
         value = _value(text, self._parameters.get(function, {}).get("properties", {}).get(name))
         opening = ", " if self._given else "{"
         self._given += 1
@@ -128,10 +136,15 @@ def _value(text: str, schema: Any) -> str:
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind != "string":
         try:
-            return json.dumps(json.loads(text), ensure_ascii=False)
+            return json.dumps(json.loads(text, parse_constant=_no_json), ensure_ascii=False)
         except (ValueError, RecursionError):
             pass
         words = {"true": "true", "false": "false", "none": "null", "null": "null"}
         if kind in ("boolean", "null") and (word := words.get(text.strip().lower())):
             return word
     return json.dumps(text, ensure_ascii=False)
+
+
+def _no_json(constant: str) -> None:
+    """NaN and Infinity are Python's."""
+    raise ValueError(constant)
