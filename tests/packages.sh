@@ -5,7 +5,7 @@
 # PD_SERVE_TEST_PACKAGES=0 keeps it from installing Debian packages.
 set -euo pipefail
 
-PACKAGES=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge chromium-headless-shell)
+PACKAGES=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge chromium-headless-shell prometheus)
 
 missing=()
 for package in "${PACKAGES[@]}"; do

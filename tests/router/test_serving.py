@@ -459,9 +459,10 @@ async def test_vllm_metric_names(start_node: StartNode, start_router: StartRoute
     families = {f.name: f for f in text_string_to_metric_families((await running.http.get("/metrics")).text)}
     for name in names:
         assert families[name].type == "gauge"
-        assert [sample.labels for sample in families[name].samples] == [{"model_name": "tiny"}]
+        assert [sample.labels for sample in families[name].samples] == [{"model_name": "tiny", "engine": "0"}]
     counted = {s.name: s.value for f in families.values() if f.type == "counter" for s in f.samples}
     assert counted["vllm:request_success_total"] == 2
+    assert set(families["vllm:request_success"].samples[0].labels) == {"model_name", "engine", "finished_reason"}
     for name in ("prompt_tokens_total", "generation_tokens_total"):
         assert counted[f"vllm:{name}"] == counted[f"pd_serve_{name}"] > 0
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
