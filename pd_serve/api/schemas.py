@@ -455,9 +455,11 @@ class ChatCompletionRequest(GenerationRequest):
     @field_validator("tool_choice", mode="after")
     @classmethod
     def _tool_choice(cls, value: Any) -> Any:
-        if value not in (None, "auto", "none"):
+        named = isinstance(value, dict) and value.get("type") == "function" and _function_name(value)
+        if value not in (None, "auto", "none", "required") and not named:
             raise pydantic_core.PydanticCustomError(
-                "tool_choice", "only 'auto' and 'none' are supported: the model decides, ask for the tool in the prompt"
+                "tool_choice",
+                'must be \'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": ...}}',
             )
         return value
 

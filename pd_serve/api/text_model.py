@@ -9,8 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+import msgspec
+
+from pd_serve.api import grammars
 from pd_serve.api.chat_template import ChatTemplates
 from pd_serve.api.errors import APIError, bad_request
+from pd_serve.api.grammars import Wanted
 from pd_serve.api.parsers import forced, registry
 from pd_serve.api.parsers.fallback import with_tools_told
 from pd_serve.api.parsers.harmony import Harmony
@@ -20,7 +24,7 @@ from pd_serve.api.parsers.pieces import Parser
 from pd_serve.api.parsers.reasoning import Thinking
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest, Tool
 from pd_serve.api.tokenizer import TextTokenizer
-from pd_serve.wire.link import Grammar, ModelInfo
+from pd_serve.wire.link import ModelInfo
 from pd_serve.wire.model import ModelBundle
 
 log = logging.getLogger(__name__)
@@ -125,9 +129,20 @@ class TextModel:
         several, told = request.parallel_tool_calls is not False, request.include_reasoning is not False
         return MessageParser(reasoning, calls, several=several, with_reasoning=told)
 
-    def forced_call(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> Grammar | None:
-        """What ``tool_choice`` makes of the output, behind reasoning that the prompt begins."""
-        return forced.forced_grammar(request, self.reasoning_end(prompt, names))
+    def wanted_grammar(
+        self, request: CompletionRequest | ChatCompletionRequest, prompt: Prompt, names: ParserNames
+    ) -> Wanted | None:
+        """What the request makes of its output, behind reasoning. A call that must be made leaves no room for more.
+
+        Raises APIError(400) where fields contradict each other.
+        """
+        wanted = grammars.wanted_grammar(request)
+        if not isinstance(request, ChatCompletionRequest):
+            return wanted
+        after = self.reasoning_end(prompt, names)
+        if (calls := forced.forced_grammar(request, after)) is not None:
+            return Wanted("tool_choice", calls)
+        return wanted and wanted._replace(grammar=msgspec.structs.replace(wanted.grammar, after=after))
 
     def reasoning_end(self, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
         """The token that ends the reasoning which the prompt has begun; none: there is none, or it is no token."""

@@ -17,6 +17,7 @@ from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.restrictions import salt_of
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import ParserNames, Prompt, TextModel
+from pd_serve.config import RouterConfig
 from pd_serve.router.groups import Group
 from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire.link import Output, SamplingParams, TokenLogprob
@@ -299,6 +300,10 @@ def _parser(
     """What tells a chat's output apart, where anything does, and the special tokens that it has to see."""
     if not isinstance(request, ChatCompletionRequest):
         return None, frozenset()
-    names = ParserNames(shared.settings.tool_call_parser, shared.settings.reasoning_parser)
+    names = parser_names(shared.settings)
     parser = text.message_parser(request, prompt, names)
     return parser, frozenset() if parser is None else text.shown_specials(names)
+
+
+def parser_names(settings: RouterConfig) -> ParserNames:
+    return ParserNames(settings.tool_call_parser, settings.reasoning_parser)

@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from pd_serve.api import schemas
 from pd_serve.api.errors import APIError, bad_request
-from pd_serve.api.grammars import wanted_grammar
 from pd_serve.api.leniency import Leniency
 from pd_serve.api.messages_api.request import CountTokensRequest, MessagesRequest
 from pd_serve.api.parsing import parse
@@ -23,6 +22,7 @@ from pd_serve.api.responses_api.request import ResponsesRequest
 from pd_serve.api.text_model import Prompt, TextModel, unknown_model
 from pd_serve.api.translated import AnsweredRequest, MakeFormat
 from pd_serve.config import RouterConfig
+from pd_serve.router.choice import parser_names
 from pd_serve.router.grammars import Grammars
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
@@ -115,7 +115,7 @@ class Requests:
         arrived_s: float,
         format_of: MakeFormat | None = None,
     ) -> Writer:
-        wanted = wanted_grammar(parsed)
+        wanted = text.wanted_grammar(parsed, prompts[0], parser_names(self._settings))
         return Writer(
             request=parsed,
             prompts=prompts,

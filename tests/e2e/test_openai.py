@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -65,6 +66,31 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
     assert tokens == [t.token for t in whole.choices[0].logprobs.content]
     assert usage == whole.usage
     assert finish == whole.choices[0].finish_reason
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def test_calls_that_must_be_made(client: openai.OpenAI) -> None:
+    """By a model that would make none."""
+    asked: Any = {"model": client.models.list().data[0].id, "messages": MESSAGES, "temperature": 0, "max_tokens": 80}
+    asked["tools"] = [{"type": "function", "function": {"name": name, "parameters": WEATHER}} for name in ("f", "g")]
+    one = client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert (one.finish_reason, one.message.content) == ("tool_calls", None)
+    (call,) = one.message.tool_calls
+    assert call.function.name in ("f", "g") and json.loads(call.function.arguments).keys() == {"city", "days"}
+
+    named = {"type": "function", "function": {"name": "g"}}
+    with client.chat.completions.stream(**asked, tool_choice=named) as stream:
+        names = {event.name for event in stream if event.type == "tool_calls.function.arguments.delta"}
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert call.function.name == "g" and names == {"g"}
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
 
 
 async def test_async_completions_with_stop_and_n(running: Cluster) -> None:

@@ -8,6 +8,7 @@ from pd_serve.api import grammars
 from pd_serve.api.schemas import ChatCompletionRequest, Tool
 from pd_serve.wire.link import Grammar
 
+_COMPACT = {"whitespace_flexible": False}  # a weak model writes spaces without end
 _NOTHING = {"type": "object", "properties": {}}  # of a function without parameters
 
 
@@ -17,12 +18,11 @@ def forced_grammar(request: ChatCompletionRequest, after: tuple[int, ...] = ()) 
     ``after``: as in :class:`~pd_serve.wire.link.Grammar`.
     """
     if request.tool_named is not None:
-        return grammars.json_schema(parameters(request.tool_named), after)
+        return grammars.json_schema(parameters(request.tool_named), after, _COMPACT)
     if request.tool_choice != "required":
         return None
-    return grammars.json_schema(
-        calls_schema(request.tools or [], several=request.parallel_tool_calls is not False), after
-    )
+    schema = calls_schema(request.tools or [], several=request.parallel_tool_calls is not False)
+    return grammars.json_schema(schema, after, _COMPACT)
 
 
 def parameters(tool: Tool) -> dict[str, Any]:
