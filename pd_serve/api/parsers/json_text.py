@@ -83,7 +83,8 @@ class Calls:
         while text and not self.done:
             if self._object is not None:
                 used = self._object.feed(text, pieces)
-                self._text += text[:used]
+                if not self._object.told:
+                    self._text += text[:used]
                 text = text[used:]
                 if self._object.done:
                     self._close(self._object)
@@ -199,10 +200,11 @@ class _Call:
         used = member.feed(character)
         if member.broken:
             return False
-        if used:
+        if used and self._streamed:
+            self._part = character  # it may be long, and is told already
+            self._argue(character, pieces)
+        elif used:
             self._part += character
-            if self._streamed:
-                self._argue(character, pieces)
         if member.done:
             self._reading = "comma"
             self._had(pieces)

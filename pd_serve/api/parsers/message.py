@@ -30,8 +30,9 @@ class MessageParser:
         self._calls = calls
         self._several = several
         self._with_reasoning = with_reasoning
-        self._said = {"reasoning": "", "content": ""}
+        self._said: dict[str, list[str]] = {"reasoning": [], "content": []}
         self._made: list[dict[str, Any]] = []  # calls
+        self._arguments: list[list[str]] = []  # of each
         self.reasoning_tokens = 0
 
     @property
@@ -54,10 +55,15 @@ class MessageParser:
 
     def message(self) -> Delta:
         """The whole, when it is finished."""
-        found: Delta = {"role": "assistant", "content": self._said["content"]}
+        content = "".join(self._said["content"])
+        found: Delta = {"role": "assistant", "content": content}
         if self._made:
-            found |= {"content": self._said["content"] or None, "tool_calls": self._made}
-        if text := self._said["reasoning"]:
+            calls = [
+                {**call, "function": {**call["function"], "arguments": "".join(parts)}}
+                for call, parts in zip(self._made, self._arguments, strict=True)
+            ]
+            found |= {"content": content or None, "tool_calls": calls}
+        if text := "".join(self._said["reasoning"]):
             found |= {"reasoning": text, "reasoning_content": text}
         return found
 
@@ -76,12 +82,12 @@ class MessageParser:
     def _delta(self, piece: Piece) -> Delta | None:
         match piece.kind:
             case "content":
-                self._said["content"] += piece.text
+                self._said["content"].append(piece.text)
                 return {"content": piece.text}
             case "reasoning":
                 if not self._with_reasoning:
                     return None
-                self._said["reasoning"] += piece.text
+                self._said["reasoning"].append(piece.text)
                 return {"reasoning": piece.text, "reasoning_content": piece.text}
             case "call":
                 self._open = self._several or not self._made
@@ -90,11 +96,12 @@ class MessageParser:
                 function = {"name": piece.text, "arguments": ""}
                 call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
                 self._made.append(call)
+                self._arguments.append([])
                 return {"tool_calls": [{"index": len(self._made) - 1, **call, "function": dict(function)}]}
             case _:
                 if not self._open:
                     return None
-                self._made[-1]["function"]["arguments"] += piece.text
+                self._arguments[-1].append(piece.text)
                 return {"tool_calls": [{"index": len(self._made) - 1, "function": {"arguments": piece.text}}]}
 
     _open = False  # whether the last call is told

@@ -84,12 +84,19 @@ def first_of(text: str, markers: Sequence[str]) -> tuple[int, str]:
 
 
 def overlap(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that one of these begins with."""
-    longest = min(len(text), max((len(marker) for marker in markers), default=0))
-    for size in range(longest, 0, -1):
-        if any(marker.startswith(text[-size:]) for marker in markers):
-            return size
-    return 0
+    """Length of the longest end of ``text`` that one of these, which have more than a character, begins with.
+
+    None of them is in the text in whole.
+    """
+    longest = 0
+    for marker in markers:
+        tail = text[1 - len(marker) :]
+        at = tail.find(marker[0])
+        while at >= 0 and not marker.startswith(tail[at:]):
+            at = tail.find(marker[0], at + 1)
+        if at >= 0:
+            longest = max(longest, len(tail) - at)
+    return longest
 
 
 def joined(pieces: Iterator[Piece] | list[Piece]) -> list[Piece]:

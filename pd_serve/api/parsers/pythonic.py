@@ -23,6 +23,7 @@ class Pythonic(Parser):
         self._reading = "start"  # start | calls | text
         self._opened = ""
         self._told = 0
+        self._brackets = _Brackets()
 
     def _parse(self) -> Iterator[Piece]:
         if self._reading == "start":
@@ -43,13 +44,13 @@ class Pythonic(Parser):
 
     def _in_calls(self) -> Iterator[Piece]:
         while True:
-            if self._told:
-                self._held = self._held.lstrip(", \t\r\n")
-            end = _end_of_call(self._held)
+            if self._told and (text := self._held.lstrip(", \t\r\n")) != self._held:
+                self._held, self._brackets = text, _Brackets()
+            end = self._brackets.end_of_call(self._held)
             call = _call(self._held[:end]) if end >= 0 else None
             if call is None:
                 break
-            self._held, self._told = self._held[end:], self._told + 1
+            self._held, self._told, self._brackets = self._held[end:], self._told + 1, _Brackets()
             yield self._call(call[0])
             yield Piece("arguments", call[1])
         if self._told and self._held.startswith("]"):
@@ -60,26 +61,36 @@ class Pythonic(Parser):
             self._reading = "text"
 
 
-def _end_of_call(text: str) -> int:
-    """Behind the bracket that closes the first call; -1: it has not come."""
-    depth, quote, escaped = 0, "", False
-    for place, character in enumerate(text):
-        if quote:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == quote:
-                quote = ""
-        elif character in "\"'":
-            quote = character
-        elif character in _OPEN:
-            depth += 1
-        elif character in _CLOSE:
-            depth -= 1
-            if depth <= 0:
-                return place + 1 if depth == 0 else -1
-    return -1
+class _Brackets:
+    """Counts them in a text that grows, every character once."""
+
+    def __init__(self) -> None:
+        self._place = self._depth = 0
+        self._quote = ""
+        self._escaped = False
+
+    def end_of_call(self, text: str) -> int:
+        """Behind the bracket that closes the first call; -1: it has not come."""
+        for place in range(self._place, len(text)):
+            character = text[place]
+            if self._quote:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = True
+                elif character == self._quote:
+                    self._quote = ""
+            elif character in "\"'":
+                self._quote = character
+            elif character in _OPEN:
+                self._depth += 1
+            elif character in _CLOSE:
+                if self._depth <= 1:
+                    self._place = place  # it is found again
+                    return place + 1 if self._depth else -1
+                self._depth -= 1
+        self._place = len(text)
+        return -1
 
 
 def _is_no_call(text: str) -> bool:

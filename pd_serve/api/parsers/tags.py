@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pd_serve.api.parsers.pieces import Parser, Piece, first_of
 
+_LONGEST = len("</tool_call>")
 Parameters = Mapping[str, Mapping[str, Any]]  # by function: its parameters' JSON schema
 
 
@@ -24,6 +25,7 @@ class _Tags(Parser):
         self._name: str | None = None  # of the call under way
         self._inside = False
         self._given = 0
+        self._looked = 0  # so much of a parameter has come and is not whole
         self._closing = False  # spaces behind a call are the format's
 
     def _parse(self) -> Iterator[Piece]:
@@ -59,10 +61,15 @@ class _Tags(Parser):
         yield self._call(name)
 
     def _in_call(self, function: str) -> Iterator[Piece]:
+        # Values may be long: only what can end one is worth a look at all of it.
+        looked, self._looked = self._looked, len(self._held)
+        if looked and first_of(self._held[max(0, looked - _LONGEST) :], ("</tool_call>", self._parameter_end))[0] < 0:
+            return
         at, marker = first_of(self._held, ("</tool_call>", self._parameter_begin))
         if at < 0:
             return
         if marker == "</tool_call>":
+            self._looked = 0
             self._held = self._held[at + len(marker) :]
             self._name = None
             yield Piece("arguments", "}" if self._given else "{}")
@@ -73,17 +80,18 @@ class _Tags(Parser):
         found = self._parameter(self._held[at:end])
         if found is None:
             if end < len(self._held):  # one that was not closed
-                text, self._held = self._held[at:end], self._held[end:]
+                text, self._held, self._looked = self._held[at:end], self._held[end:], 0
                 yield from self._say(text)
             return
         name, text, rest = found
-        self._held = rest + self._held[end:]
+        self._held, self._looked = rest + self._held[end:], 0
         value = _value(text, self._parameters.get(function, {}).get("properties", {}).get(name))
         opening = ", " if self._given else "{"
         self._given += 1
         yield Piece("arguments", f"{opening}{json.dumps(name, ensure_ascii=False)}: {value}")
 
     _parameter_begin: str
+    _parameter_end: str
 
     @abstractmethod
     def _function(self) -> tuple[str, str] | None:
@@ -98,7 +106,7 @@ class Glm(_Tags):
     """``<tool_call>name\\n<arg_key>k</arg_key>\\n<arg_value>v</arg_value>\\n</tool_call>``: GLM 4.5 to 4.7."""
 
     markers = (*_Tags.markers, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    _parameter_begin = "<arg_key>"
+    _parameter_begin, _parameter_end = "<arg_key>", "</arg_value>"
     _whole = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
     def _function(self) -> tuple[str, str] | None:
@@ -114,7 +122,7 @@ class Glm(_Tags):
 class QwenCoder(_Tags):
     """``<tool_call><function=name><parameter=k>v</parameter></function></tool_call>``, a line each: Qwen3-Coder."""
 
-    _parameter_begin = "<parameter="
+    _parameter_begin, _parameter_end = "<parameter=", "</parameter>"
     _head = re.compile(r"\s*<function=([^>\n]*)>")
     _whole = re.compile(r"<parameter=([^>\n]*)>\n?(.*?)\n?</parameter>", re.DOTALL)
 

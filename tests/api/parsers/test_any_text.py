@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import pytest
@@ -199,3 +200,27 @@ FENCED = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\
 def test_forms(name: str, text: str, found: list[Piece]) -> None:
     assert pieces(PARSERS[name](), [text]) == found
     assert pieces(PARSERS[name](), list(text)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("hermes", '<tool_call>{{"name": "f", "arguments": {{"s": "{}"}}}}</tool_call>'),
+        ("pythonic", '[f(s="{}")]'),
+        ("glm45", "<tool_call>f\n<arg_key>s</arg_key><arg_value>{}</arg_value></tool_call>"),
+        ("qwen3_coder", "<tool_call><function=f><parameter=s>{}</parameter></function></tool_call>"),
+    ],
+)
+def test_long_arguments_cost_no_more_a_token(name: str, form: str) -> None:
+    """Agents write whole files: six times the text is six times the work, where looking at all of it again is 36."""
+
+    def cost_s(size: int) -> float:
+        text = form.format("x > y " * (size // 6))
+        parser = PARSERS[name]()
+        begun_s = time.process_time()
+        found = [piece for at in range(0, len(text), 4) for piece in parser.feed(text[at : at + 4])]
+        assert [piece.text for piece in found if piece.kind == "call"] == ["f"]
+        return time.process_time() - begun_s
+
+    short_s = min(cost_s(2_000) for _ in range(3))
+    assert cost_s(12_000) < 16 * short_s
