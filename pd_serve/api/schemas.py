@@ -478,7 +478,9 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
+        thinking = False if self.enable_thinking is None and self.reasoning_effort == "none" else self.enable_thinking
+        # DeepSeek's and Granite's templates have the switch under the shorter name.
+        named = {"reasoning_effort": self.reasoning_effort, "enable_thinking": thinking, "thinking": thinking}
         found = {name: value for name, value in named.items() if value is not None}
         return {**found, **(self.chat_template_kwargs or {})}
 

@@ -13,6 +13,7 @@ import msgspec
 
 from pd_serve.api import grammars
 from pd_serve.api.chat_template import ChatTemplates
+from pd_serve.api.conversation import joined
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.grammars import Wanted
 from pd_serve.api.parsers import forced, registry
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_SEQUENCES = 1024  # prompts x n of one request
 _INT32 = 2**31
 _CHARACTERS_PER_TOKEN = 16  # more than usual text has
+_END_TOKENS = 16  # of a prompt: as many as a template puts behind the last message
 _TOO_LONG = "context_length_exceeded"
 
 
@@ -62,6 +64,7 @@ class TextModel:
         self._warned = False
         self._chosen: dict[ParserNames, ParserNames] = {}
         self._specials: dict[ParserNames, frozenset[int]] = {}
+        self._switched: dict[str, bool] = {}
         self.sampling_defaults = bundle.generation_defaults
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
@@ -112,16 +115,17 @@ class TextModel:
         self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames
     ) -> MessageParser | None:
         """What tells reasoning and calls from the content of one choice; None: all of it is content."""
-        reasoning = self._reasoning(prompt, names)
+        reasoning = self._reasoning(request, prompt, names)
+        if reasoning is not None and reasoning.thinks and not self._close_ids(names):
+            # A grammar that could not be told when to begin holds from the first token, and it allows no reasoning.
+            reasoning = None if self.wanted_grammar(request, prompt, names) else reasoning
         calls: Parser | None = None
         tools = request.tools_shown
-        if tools and isinstance(reasoning, Harmony):
-            calls = None  # it tells them itself
-        elif tools and request.tool_named is not None:
+        if tools and request.tool_named is not None:
             calls = Named(request.tool_named.function.name)
         elif tools and request.tool_choice == "required":
             calls = Forced()
-        elif tools:
+        elif tools and not isinstance(reasoning, Harmony):  # which tells them itself
             parameters = {tool.function.name: forced.parameters(tool) for tool in tools}
             calls = registry.make_tool_parser(self._parsers(names).tools, parameters)
         if reasoning is None and calls is None:
@@ -139,16 +143,30 @@ class TextModel:
         wanted = grammars.wanted_grammar(request)
         if not isinstance(request, ChatCompletionRequest):
             return wanted
-        after = self.reasoning_end(prompt, names)
+        after = self.reasoning_end(request, prompt, names)
         if (calls := forced.forced_grammar(request, after)) is not None:
             return Wanted("tool_choice", calls)
         return wanted and wanted._replace(grammar=msgspec.structs.replace(wanted.grammar, after=after))
 
-    def reasoning_end(self, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
-        """The token that ends the reasoning which the prompt has begun; none: there is none, or it is no token."""
-        reasoning = self._reasoning(prompt, names)
-        if reasoning is None or not reasoning.thinks:
-            return ()
+    def reasoning_end(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
+        """The token that ends the reasoning which is to be expected; none: none is, or its end is no token."""
+        left = self._left(request, prompt, names)
+        thinks = left == "reasoning" or (left == "open" and self._opens_by_itself(names))
+        return self._close_ids(names) if thinks else ()
+
+    def _opens_by_itself(self, names: ParserNames) -> bool:
+        """A model whose template closes the reasoning where none is wanted opens it where it is."""
+        mark = registry.close_mark(self._parsers(names).reasoning)
+        if mark and mark not in self._switched:
+            variables = {"enable_thinking": False, "thinking": False}
+            try:
+                text = self.templates.render([{"role": "user", "content": "Hello"}], extra=variables)
+            except APIError:
+                text = ""
+            self._switched[mark] = text.rstrip().endswith(mark)
+        return bool(mark) and self._switched[mark]
+
+    def _close_ids(self, names: ParserNames) -> tuple[int, ...]:
         mark = registry.close_mark(self._parsers(names).reasoning)
         ids = self.tokenizer.encode(mark, add_special_tokens=False) if mark else []
         return tuple(ids) if len(ids) == 1 else ()
@@ -172,11 +190,18 @@ class TextModel:
             )
         return self._chosen[names]
 
-    def _reasoning(self, prompt: Prompt, names: ParserNames) -> Thinking | Harmony | None:
+    def _reasoning(
+        self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames
+    ) -> Thinking | Harmony | None:
+        return registry.make_reasoning_parser(self._parsers(names).reasoning, self._left(request, prompt, names))
+
+    def _left(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> registry.Left:
         name = self._parsers(names).reasoning
         if name == registry.NONE:
-            return None
-        return registry.make_reasoning_parser(name, self.tokenizer.decode(prompt.ids[-16:], skip_special_tokens=False))
+            return "answer"
+        end = self.tokenizer.decode(prompt.ids[-_END_TOKENS:], skip_special_tokens=False)
+        continued = joined(request.messages[-1].content) if request.continue_final_message else None
+        return registry.left_by_prompt(name, end, continued)
 
     def _encode_prompt(
         self, request: CompletionRequest | ChatCompletionRequest, text: str, special: bool, param: str

@@ -286,7 +286,7 @@ def test_prompts_are_cut_from_the_left() -> None:
 
 def test_variables_of_templates() -> None:
     request = lenient(ChatCompletionRequest, messages=HI, reasoning_effort="low", enable_thinking=False)
-    assert request.template_variables == {"reasoning_effort": "low", "enable_thinking": False}
+    assert request.template_variables == {"reasoning_effort": "low", "enable_thinking": False, "thinking": False}
     request = lenient(
         ChatCompletionRequest, messages=HI, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "x"}
     )

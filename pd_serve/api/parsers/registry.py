@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from pd_serve.api.parsers.harmony import Harmony
 from pd_serve.api.parsers.json_calls import Granite, Hermes, Llama3Json, Mistral
@@ -12,6 +13,8 @@ from pd_serve.api.parsers.reasoning import Thinking
 from pd_serve.api.parsers.sections import DeepSeek, KimiK2
 from pd_serve.api.parsers.tags import Glm, Parameters, QwenCoder
 
+# What comes next where a prompt ends: reasoning, the answer, or either, as the output opens it.
+Left = Literal["reasoning", "answer", "open"]
 AUTO, NONE = "auto", "none"
 
 _TOOLS: dict[str, type[Parser]] = {
@@ -26,7 +29,8 @@ _TOOLS: dict[str, type[Parser]] = {
     "kimi_k2": KimiK2,
     "openai": Harmony,
 }
-_MARKS = {"deepseek_r1": ("<think>", "</think>"), "qwen3": ("<think>", "</think>"), "mistral": ("[THINK]", "[/THINK]")}
+_ALWAYS = "deepseek_r1"  # begins to think without a mark
+_MARKS = {_ALWAYS: ("<think>", "</think>"), "qwen3": ("<think>", "</think>"), "mistral": ("[THINK]", "[/THINK]")}
 TOOL_PARSERS = (AUTO, *_TOOLS)
 REASONING_PARSERS = (AUTO, NONE, *_MARKS, "openai_gptoss")
 
@@ -67,16 +71,28 @@ def make_tool_parser(name: str, parameters: Parameters) -> Parser:
     return make(parameters) if kind in (Glm, QwenCoder) else make()
 
 
-def make_reasoning_parser(name: str, prompt_end: str) -> Thinking | Harmony | None:
-    """``prompt_end``: the last words of the prompt, where some templates begin the reasoning, or end it."""
-    if name == "openai_gptoss":
-        return Harmony()
+def left_by_prompt(name: str, prompt_end: str, continued: str | None) -> Left:
+    """``prompt_end``: the last words of the prompt, where some templates begin the reasoning, or end it.
+
+    ``continued``: the message that the output goes on with, where it does with one.
+    """
+    if name not in _MARKS:
+        return "open"
+    open_mark, close_mark = _MARKS[name]
+    if continued is not None:
+        if continued.rfind(open_mark) > continued.rfind(close_mark):
+            return "reasoning"
+        return "answer" if continued.strip() else "open"
+    end = prompt_end.rstrip()
+    if end.endswith(close_mark):
+        return "answer"
+    return "reasoning" if name == _ALWAYS or end.endswith(open_mark) else "open"
+
+
+def make_reasoning_parser(name: str, left: Left) -> Thinking | Harmony | None:
     if name == NONE:
         return None
-    open_mark, close_mark = _MARKS[name]
-    end = prompt_end.rstrip()
-    begun = not end.endswith(close_mark) if name == "deepseek_r1" else end.endswith(open_mark)
-    return Thinking(open_mark, close_mark, begun=begun)
+    return Thinking(*_MARKS[name], begun=left == "reasoning") if name in _MARKS else Harmony()
 
 
 def close_mark(name: str) -> str:
