@@ -69,7 +69,7 @@ $(BIN)/python:
 # pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e . | $(SHORT)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[structured]' | $(SHORT)
 	@touch $@
 
 $(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python

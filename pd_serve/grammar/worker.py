@@ -39,6 +39,7 @@ from pd_serve.wire.link import Grammar
 
 COMPILE_S = 1.0  # of a processor
 COMPILE_BYTES = 1 << 30
+WORKER_BYTES = 6 << 30  # a tokenizer of 262,144 tokens takes 0.8 GB for a moment
 KEPT = 64  # compiled grammars
 # What masks of a sequence may take of a processor: most take 50 microseconds, and the first of a grammar milliseconds.
 SPENT_S, MASK_S = 1.0, 2e-3
@@ -133,7 +134,7 @@ class Worker:
                 self._open(message)
             case Tell():
                 if (sequence := self._sequences.get(message.id)) is not None:
-                    self._answer(sequence.permitted(message.id, message.tokens))
+                    self._answer(_permitted(sequence, message.id, message.tokens))
             case Close():
                 with self._lock:
                     self._sequences.pop(message.id, None)
@@ -156,7 +157,7 @@ class Worker:
         model = self._models[message.model]
         if (sequence := model.compiled(message.grammar)) is not None:
             self._sequences[message.id] = sequence
-            self._answer(sequence.permitted(message.id, message.tokens))
+            self._answer(_permitted(sequence, message.id, message.tokens))
             return
         self._sequences[message.id] = None
         self._threads.submit(self._compile, model, message)
@@ -164,11 +165,11 @@ class Worker:
     def _compile(self, model: Model, message: Open) -> None:
         try:
             sequence = model.compiled(message.grammar) or model.compile(message.grammar)
-            answer = sequence.permitted(message.id, message.tokens)
+            answer = _permitted(sequence, message.id, message.tokens)
         except GrammarError as error:
             answer = Permitted(message.id, b"", error=str(error))
         except BaseException as error:  # a panic of llguidance
-            answer = Permitted(message.id, b"", error=f"llguidance fails: {one_line(repr(error))}")
+            answer = _panic(message.id, error)
         else:
             with self._lock:
                 if message.id in self._sequences:
@@ -180,18 +181,36 @@ class Worker:
             self._sock.sendall(framed(answer))
 
 
+def _permitted(sequence: Sequence, id: int, tokens: list[int]) -> Permitted:
+    """Whatever llguidance does."""
+    try:
+        return sequence.permitted(id, tokens)
+    except BaseException as error:
+        return _panic(id, error)
+
+
+def _panic(id: int, error: BaseException) -> Permitted:
+    """Rust's panics are no Exception."""
+    return Permitted(id, b"", error=f"llguidance fails: {one_line(repr(error))}")
+
+
 def _bound() -> None:
-    """Of this process, from here on."""
+    """Of a check, from here on: its processor and what memory it takes more."""
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_VIRTUAL, COMPILE_S)
     pages = int(Path("/proc/self/statm").read_text().split()[5])
-    limit = pages * resource.getpagesize() + COMPILE_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    _limit_memory(pages * resource.getpagesize() + COMPILE_BYTES)
+
+
+def _limit_memory(size: int) -> None:
+    """The process ends, and leaves no core, where more is asked for."""
+    resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory(WORKER_BYTES)
     sock = socket.socket(fileno=int(sys.argv[1]))
     try:
         Worker(sock).run()

@@ -68,6 +68,7 @@ class ScriptedNode:
         secret: str = "",
         host: str = "127.0.0.1",
         tls: ssl.SSLContext | None = None,
+        grammars: bool = True,
     ) -> None:
         self.fabric = fabric
         self.role = role
@@ -100,6 +101,7 @@ class ScriptedNode:
         self.accept = asyncio.Event()  # decode, cleared: it neither accepts nor refuses what has a source
         self.accept.set()
         self.misfits: dict[str, str] = {}
+        self.grammars = grammars
         self.queued = self.max_queue = 0
         self.queue_wait_s = 0.0
         # What was seen.
@@ -197,7 +199,7 @@ class ScriptedNode:
         self._connections.add(connection)
         hello = link.Hello(
             self.link_version, self.id, self.role, self.url, self.info, self.layout, self.epoch,
-            (f"tcp://{self.id}",), "test", self.local_prefill_tokens, self.load(),
+            (f"tcp://{self.id}",), "test", self.local_prefill_tokens, self.load(), grammars=self.grammars,
         )  # fmt: skip
         mine: list[str] = []
         status = asyncio.create_task(self._report(connection))
