@@ -88,19 +88,25 @@ class TextModel:
         return found
 
     def chat_prompt(self, request: ChatCompletionRequest) -> Prompt:
-        tools = request.tools_shown
-        text = self.render(
+        text = self._chat_text(request)
+        ids = self._encode_prompt(request, text, bool(request.add_special_tokens), "messages")
+        prompt = self._cut(request, Prompt(ids, text, self._tools_warning() if request.tools_shown else None))
+        limit = request.max_completion_tokens or request.max_tokens or 1
+        self.check_length(len(prompt.ids), limit, "messages", "max_tokens")
+        return prompt
+
+    def count_chat(self, request: ChatCompletionRequest) -> int:
+        """The prompt's tokens, also where they are more than the model takes."""
+        return len(self.tokenizer.encode(self._chat_text(request), add_special_tokens=bool(request.add_special_tokens)))
+
+    def _chat_text(self, request: ChatCompletionRequest) -> str:
+        return self.render(
             request.messages,
-            tools,
+            request.tools_shown,
             request.add_generation_prompt,
             request.continue_final_message,
             request.template_variables,
         )
-        ids = self._encode_prompt(request, text, bool(request.add_special_tokens), "messages")
-        prompt = self._cut(request, Prompt(ids, text, self._tools_warning() if tools else None))
-        limit = request.max_completion_tokens or request.max_tokens or 1
-        self.check_length(len(prompt.ids), limit, "messages", "max_tokens")
-        return prompt
 
     def _tools_warning(self) -> str | None:
         if not self.templates.ignores_tools():

@@ -67,8 +67,7 @@ class Requests:
         asked = await _off_loop(lambda: parse(CountTokensRequest, content, self._leniency), len(content))
         chat = await _off_loop(lambda: asked.chat(self._leniency), len(content))
         text = (await self._group(chat.model)).text
-        prompt = await _off_loop(lambda: text.chat_prompt(chat), len(content))
-        return json_response({"input_tokens": len(prompt.ids)})
+        return json_response({"input_tokens": await _off_loop(lambda: text.count_chat(chat), len(content))})
 
     async def _generate(
         self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]

@@ -274,7 +274,7 @@ def streamed(format: TranslatedFormat, deltas: Iterable[dict[str, Any]], finish:
     raw = format.first(0)
     for delta in deltas:
         plain = delta.get("content") if delta.keys() == {"content"} else None
-        raw += format.text(0, plain) if plain is not None else format.translate(delta, None, None)
+        raw += format.text(0, plain) if plain is not None else format.chunk(0, "", message=delta)
     raw += format.chunk(0, "", finish=finish) + format.end(USAGE)
     return list(events(raw))
 

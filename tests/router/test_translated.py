@@ -87,6 +87,8 @@ async def test_messages(router: Running, anthropic_client: anthropic.AsyncAnthro
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[4:6])
     counted = await anthropic_client.messages.count_tokens(model="tiny", messages=HI)
     assert counted.input_tokens == chat["usage"]["prompt_tokens"]
+    lengthy = await anthropic_client.messages.count_tokens(model="tiny", messages=HI * 200)
+    assert lengthy.input_tokens > 512 and lengthy.input_tokens > 100 * counted.input_tokens
     longest = await anthropic_client.messages.create(**{**asked, "max_tokens": 5000})
     assert longest.stop_reason == "model_context_window_exceeded"
     assert longest.usage.output_tokens == 512 - counted.input_tokens
