@@ -14,6 +14,10 @@ RUN_DEV := $(VENV)/.installed-dev
 
 # Of pip's output what says how far it is.
 SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
+# Runs beside pip, which is silent for a minute while it unpacks: how long it has been at it, and how much is there.
+TICK = begun=$$SECONDS; (while sleep 10 >/dev/null; do \
+	echo "  ... $$((SECONDS - begun)) s, $$(du -sm $(VENV) 2>/dev/null | cut -f1) MB in $(VENV)"; done) & \
+	tick=$$!; trap 'kill $$tick 2>/dev/null || true' EXIT
 
 # What is not compiled once is compiled by each of the hundred processes that tests start.
 export PYTHONDONTWRITEBYTECODE :=
@@ -69,10 +73,10 @@ $(BIN)/python:
 # pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[structured]' | $(SHORT)
+	@$(TICK); $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[structured]' | $(SHORT)
 	@touch $@
 
 $(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve and its test tools into $(VENV) (a minute or two the first time) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[test,dev]' | $(SHORT)
+	@$(TICK); $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test,dev]' | $(SHORT)
 	@touch $@ $(RUN)

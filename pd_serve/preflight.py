@@ -12,7 +12,7 @@ from pd_serve.config import EngineSettings
 from pd_serve.errors import ConfigError
 from pd_serve.values import readable_size
 
-_LIBRARIES = {"ucx": "ucxx", "nixl": "nixl"}
+_LIBRARIES = {"ucx": ("ucxx",), "nixl": ("nixl_cu13", "nixl_cu12")}
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -20,11 +20,11 @@ def check(settings: EngineSettings, *, nodes: int = 1) -> None:
     """Raises ConfigError. ``nodes``: how many are started here with these settings, with ``device`` resolved."""
     settings.node_secret()
     settings.nixl_backend_options()
-    library = _LIBRARIES.get(settings.transport)
-    if library is not None and importlib.util.find_spec(library) is None:
+    libraries = _LIBRARIES.get(settings.transport, ())
+    if libraries and not any(map(importlib.util.find_spec, libraries)):
         raise ConfigError(
-            f"--transport {settings.transport} needs {library}, which is not installed: pip install "
-            f"'pd-serve{'[ucx]' if library == 'ucxx' else ''}', or use --transport auto"
+            f"--transport {settings.transport} needs {libraries[0]}, which is not installed: pip install "
+            f"'pd-serve{'[ucx]' if settings.transport == 'ucx' else ''}', or use --transport auto"
         )
     if settings.device == "cuda":
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pd_serve import config as settings
-from pd_serve import logs, preflight
+from pd_serve import introduction, logs, preflight
 from pd_serve.config import NodeConfig, RouterConfig, UpConfig
 from pd_serve.memory.choice import choose
 from pd_serve.memory.visible import VARIABLE, count_gpus, deal_gpus
@@ -205,15 +204,10 @@ class Up:
             await self._wait_ready(client)
             while (rows := await self._rows(client)) is None:  # one died just now: it is started again
                 await self._wait_ready(client)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        took_s = time.monotonic() - self._started_s
-        url = f"{_router_url(self._config)}/v1"
-        print(f"\n{table}\n\nReady after {took_s:.1f} s: {self._config.served_model_name} at {url}\n")
-        print(f"Try:\n\n{_example(self._config)}\n")
-        key = "YOUR_KEY" if self._config.api_key or self._config.api_key_file else "unused"
-        print(f'In Python:\n\n  import openai\n  client = openai.OpenAI(base_url="{url}", api_key="{key}")\n')
-        print("Ctrl-C ends everything.", flush=True)
+            pages = await self._pages(client)
+        url, took_s = _router_url(self._config), time.monotonic() - self._started_s
+        chat = await asyncio.to_thread(_chats, self._config.model)  # reads files; the loop watches processes
+        print(introduction.text(self._config, url, pages, rows, took_s, chat=chat), flush=True)
         for process in self._processes:
             process.stream()
 
@@ -230,14 +224,28 @@ class Up:
                     waiting.remove(process)
             await asyncio.sleep(_POLL_S if waiting else 0)
 
+    def _admin_url(self) -> str:
+        """Of the router's own port for operators; empty where they use the one that clients do."""
+        address = self._config.admin_address()
+        scheme = "https" if self._config.ssl_certfile else "http"
+        return "" if address is None else f"{scheme}://{netloc(*address)}"
+
+    async def _pages(self, client: httpx.AsyncClient) -> dict[str, str]:
+        """Those of the router that are there."""
+        url = _router_url(self._config)
+        known = {
+            "The API, to read and to try": f"{url}/docs",
+            "What happens here, live": f"{self._admin_url() or url}/dashboard",
+        }
+        return {what: page for what, page in known.items() if (await client.get(page)).is_success}
+
     async def _rows(self, client: httpx.AsyncClient) -> list[tuple[str, ...]] | None:
         """None where a process does not answer."""
         router, *nodes = self._processes
         rows: list[tuple[str, ...]] = [("process", "endpoint", "model", "dtype", "transport", "pid", "engine")]
         rows.append((router.name, router.url, "", "", "", str(router.pid), ""))
-        if (admin := self._config.admin_address()) is not None:
-            scheme = "https" if self._config.ssl_certfile else "http"
-            rows.append(("admin", f"{scheme}://{netloc(*admin)}", "", "", "", str(router.pid), ""))
+        if admin := self._admin_url():
+            rows.append(("admin", admin, "", "", "", str(router.pid), ""))
         for process in nodes:
             status = await _document(client, f"{process.url}/v1/status")
             if not status.get("links"):
@@ -257,18 +265,10 @@ def _count(config: UpConfig) -> str:
     return " + ".join(["router", *found])
 
 
-def _example(config: UpConfig) -> str:
-    """A curl command that works: chat where the model can, else completion."""
+def _chats(model: str) -> bool:
     from pd_serve.wire.model import bundle_from_directory
 
-    body: dict[str, object] = {"model": config.served_model_name}
-    if bundle_from_directory(config.model).chat_templates:
-        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]
-    else:
-        path, body["prompt"] = "completions", "The sky is blue because"
-    body |= {"max_tokens": 64, "stream": True}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key or config.api_key_file else ""
-    return f"  curl -N {_router_url(config)}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return bool(bundle_from_directory(model).chat_templates)
 
 
 async def _is_ready(client: httpx.AsyncClient, process: Supervised) -> bool:

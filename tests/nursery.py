@@ -34,7 +34,7 @@ from pd_serve import processes
 
 PRELOADED = (
     "torch",
-    "nixl",
+    "nixl_cu13._bindings",
     "pd_serve.cli",
     "pd_serve.router.main",
     "pd_serve.router.app",

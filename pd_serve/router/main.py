@@ -29,6 +29,7 @@ def run(settings: RouterConfig) -> int:
     """Serves until SIGTERM or SIGINT; the exit status. Raises ConfigError when the port is taken."""
     logs.configure(settings.log_level, "router", form=settings.log_format, access_log=settings.access_log)
     check(settings)
+    settings.api_keys()  # what is wrong with their file is said before anybody can connect
     listeners = _listeners(settings)
     if settings.workers > 1:
         for listener in listeners:

@@ -21,9 +21,9 @@ def agent(machine: Machine) -> list[Finding]:
     try:
         nixl = load_bindings()
     except TransferError as error:
-        return [broken("NIXL", str(error), "pip install nixl")]
-    builds = [name for name in ("nixl-cu12", "nixl-cu13") if _installed(name)]
-    findings = [ok("NIXL", f"{metadata.version('nixl')}, build {', '.join(builds) or 'unknown'}")]
+        return [broken("NIXL", str(error), "pip install nixl-cu13")]
+    build = nixl.__name__.partition(".")[0].replace("_", "-")
+    findings = [ok("NIXL", f"{metadata.version(build)}, the build {build}")]
     config = nixl.nixlAgentConfig()
     config.useProgThread = False
     agent = nixl.nixlAgent(f"doctor-{os.getpid()}", config)
@@ -82,14 +82,6 @@ def judge(found: uct.Resources, machine: Machine) -> list[Finding]:
     elif gpu and "cuda_ipc" not in found.transports:
         findings.append(note("UCX and CUDA", "no cuda_ipc: this UCX cannot use NVLink; the nvlink lane can", ""))
     return findings
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 CHECKS: tuple[Check, ...] = (agent,)

@@ -15,7 +15,7 @@ from pd_serve.errors import ConfigError
 from pd_serve.memory import alloc_conf
 from pd_serve.memory.choice import torch_versions
 
-_PACKAGES = ("nixl", "cuda-bindings", "nvidia-ml-py", "numba")  # with one name; the others come in builds
+_PACKAGES = ("cuda-bindings", "nvidia-ml-py", "numba")  # with one name; the others come in builds
 _UCX_HARMFUL = {
     "UCX_TLS": "it restricts what NIXL and ucxx may use; unset it, unless you know that the fastest is in it",
     "UCX_NET_DEVICES": "NIXL and ucxx use these network devices only; leave it out to use all",
@@ -30,7 +30,7 @@ def versions(machine: Machine) -> list[Finding]:
         try:
             findings.append(ok(name, metadata.version(name)))
         except metadata.PackageNotFoundError:
-            if name in ("nixl", "numba"):
+            if name == "numba":
                 findings.append(broken(name, "not installed", f"pip install {name}"))
     return findings
 

@@ -38,12 +38,15 @@ UCX_DEFAULTS = {
 }
 
 
+BUILDS = ("nixl_cu13", "nixl_cu12")
+
+
 def load_bindings() -> ModuleType:
     for key, value in UCX_DEFAULTS.items():
         os.environ.setdefault(key, value)
     try:
-        # the meta package picks the build (CUDA 12, 13) that fits this machine; its `nixl_agent` class
-        # is not used because it fixes the progress thread's delay
+        # the meta package, where it is there, picks the build (CUDA 12, 13) that fits this machine; the class
+        # `nixl_agent` is not used because it fixes the progress thread's delay
         from nixl import _bindings
     except ImportError as error:
         return _other_build(error)
@@ -52,15 +55,13 @@ def load_bindings() -> ModuleType:
 
 
 def _other_build(refusal: ImportError) -> ModuleType:
-    """NIXL 1.5.1 goes by the cuda-bindings that torch imports, and refuses where only another build is installed."""
-    for build in ("nixl_cu13", "nixl_cu12"):
+    """A build by itself; NIXL 1.5.1's package goes by the cuda-bindings that torch imports, and refuses others."""
+    for build in BUILDS:
         try:
             return importlib.import_module(f"{build}._bindings")
         except ImportError:
             continue
-    raise TransferError(
-        FailureKind.TRANSFER, f"NIXL cannot be loaded ({refusal}); install the package `nixl` and a build of it"
-    ) from refusal
+    raise TransferError(FailureKind.TRANSFER, f"NIXL cannot be loaded ({refusal}): pip install nixl-cu13") from refusal
 
 
 class Agent:
