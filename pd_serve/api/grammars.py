@@ -74,6 +74,10 @@ class Wanted(NamedTuple):
     grammar: Grammar
 
 
+# Options of llguidance. The pattern, too: one that is there, as a default is, goes before the switch.
+NO_WHITESPACE: dict[str, Any] = {"whitespace_flexible": False, "whitespace_pattern": ""}
+
+
 def wanted_grammar(request: Fields) -> Wanted | None:
     """Raises APIError(400) where fields contradict each other."""
     found = list(_named(request))
@@ -134,7 +138,7 @@ def _of_structured(wanted: StructuredOutputs) -> Iterator[Wanted]:
     if wanted.whitespace_pattern:
         options["whitespace_pattern"] = wanted.whitespace_pattern
     if wanted.disable_any_whitespace:
-        options["whitespace_flexible"] = False
+        options |= NO_WHITESPACE
     if wanted.json_ is not None:
         yield Wanted(f"{name}.json", json_schema(wanted.json_, options=options))
     if wanted.json_object:

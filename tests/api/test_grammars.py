@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pd_serve.api.errors import APIError
-from pd_serve.api.grammars import Wanted, wanted_grammar
+from pd_serve.api.grammars import NO_WHITESPACE, Wanted, wanted_grammar
 from pd_serve.api.parsing import parse
 from pd_serve.api.schemas import CompletionRequest
 from pd_serve.wire.link import Grammar
@@ -55,7 +55,7 @@ def test_no_field_is_none() -> None:
 def test_white_space_is_said_in_the_schema() -> None:
     for fields, options in (
         ({"guided_json": TEXT, "guided_whitespace_pattern": " ?"}, {"whitespace_pattern": " ?"}),
-        ({"structured_outputs": {"json": True, "disable_any_whitespace": True}}, {"whitespace_flexible": False}),
+        ({"structured_outputs": {"json": True, "disable_any_whitespace": True}}, NO_WHITESPACE),
     ):
         found = wanted(**fields)
         assert found is not None and json.loads(found.grammar.text)["x-guidance"] == options

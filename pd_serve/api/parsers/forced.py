@@ -8,21 +8,22 @@ from pd_serve.api import grammars
 from pd_serve.api.schemas import ChatCompletionRequest, Tool
 from pd_serve.wire.link import Grammar
 
-_COMPACT = {"whitespace_flexible": False}  # a weak model writes spaces without end
 _NOTHING = {"type": "object", "properties": {}}  # of a function without parameters
 
 
 def forced_grammar(request: ChatCompletionRequest, after: tuple[int, ...] = ()) -> Grammar | None:
     """Of "required": a list of calls. Of a named function: its arguments. None: the model decides.
 
+    Without white space, which a weak model writes without end.
+
     ``after``: as in :class:`~pd_serve.wire.link.Grammar`.
     """
     if request.tool_named is not None:
-        return grammars.json_schema(parameters(request.tool_named), after, _COMPACT)
+        return grammars.json_schema(parameters(request.tool_named), after, grammars.NO_WHITESPACE)
     if request.tool_choice != "required":
         return None
     schema = calls_schema(request.tools or [], several=request.parallel_tool_calls is not False)
-    return grammars.json_schema(schema, after, _COMPACT)
+    return grammars.json_schema(schema, after, grammars.NO_WHITESPACE)
 
 
 def parameters(tool: Tool) -> dict[str, Any]:

@@ -47,6 +47,7 @@ _TOOLS_BY_TEXT = (
     ("<|python_start|>", "pythonic"),
     ("func_name1(params_name1=", "pythonic"),
     ("<|python_tag|>", "llama3_json"),
+    ("dictionary of argument name and its value", "llama3_json"),  # those of Llama 3.2 and of models made from it
 )
 _REASONING_BY_TEXT = (("<|channel|>", "openai_gptoss"), ("[THINK]", "mistral"), ("</think>", "qwen3"))
 

@@ -23,6 +23,7 @@ def test_the_settings_know_all_of_them() -> None:
         ("<|start|>assistant<|channel|>analysis", "openai", "openai_gptoss"),
         ("<｜tool▁calls▁begin｜> </think>", "deepseek_v3", "qwen3"),
         ("<|python_tag|>", "llama3_json", "none"),
+        ('{"name": function name, "parameters": dictionary of argument name and its value}', "llama3_json", "none"),
         ("[func_name1(params_name1=params_value1)]", "pythonic", "none"),
     ],
 )
