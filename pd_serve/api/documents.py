@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, RootModel
+
+from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 
 
 class _Document(BaseModel):
@@ -128,6 +130,38 @@ class ChatCompletion(_Document):
     usage: Usage
 
 
+class ChatDelta(_Choice):
+    delta: ChatMessage
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletionChunk(_Document):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatDelta]
+    usage: Usage | None = None
+
+
+class Event(_Document):
+    """What kind of event it is says what else it holds."""
+
+    type: str
+
+
+class InvokedEvent(RootModel[ChatCompletionChunk | Completion]):
+    """As the request was a chat or a completion."""
+
+
+class Invocation(RootModel[ChatCompletionRequest | CompletionRequest]):
+    """A chat where it has `messages`, else a completion."""
+
+
+class Invoked(RootModel[ChatCompletion | Completion]):
+    """As the request was a chat or a completion."""
+
+
 class Response(_Document):
     """OpenAI's Response."""
 
@@ -188,6 +222,14 @@ class TokenizerInfo(_Document):
 
 class Health(_Document):
     status: Literal["ok"]
+
+
+class Pong(_Document):
+    pass
+
+
+class Version(_Document):
+    version: str
 
 
 class Readiness(_Document):

@@ -20,7 +20,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pd_serve import __version__, values
 from pd_serve.api import schemas
@@ -29,6 +28,7 @@ from pd_serve.api.messages_api.errors import body_at
 from pd_serve.api.parsing import parse
 from pd_serve.api.text_model import unknown_model
 from pd_serve.config import RouterConfig
+from pd_serve.router.application import Application
 from pd_serve.router.dashboard.frames import frame
 from pd_serve.router.dashboard.page import Dashboard
 from pd_serve.router.dashboard.recent import Recent
@@ -142,10 +142,6 @@ class Router:
             if model["id"] == name:
                 return json_response(model)
         raise unknown_model(name, self.registry.names())
-
-    async def health(self, _: Request) -> Response:
-        """200 while the process lives"""
-        return json_response({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
         """200 with enough nodes to serve, else 503 and why
@@ -325,13 +321,13 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Fast
     admin = None if address is None else Admin(address[1], needs_key=not is_loopback(address[0]))
     description = Description(
         TAGS,
-        keyed=lambda path: bool(settings.api_keys()) and wants_key(path),
+        keyed=lambda path: bool(settings.api_keys()) and wants_key(path, admin),
         hidden=lambda path, request: admin is not None and admin.hides(request.scope, path),
         strict=settings.strict_fields,
     )
     served = description.routes = routes(router, description)
-    app = FastAPI(
-        openapi_url=None,  # FastAPI's own pages: ours is among the routes
+    app = Application(
+        served,
         middleware=[
             *_cors(settings),
             Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
@@ -339,9 +335,6 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Fast
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
-    app.router.routes += served
-    # Starlette's own routes answer HEAD where they answer GET, FastAPI's do not.
-    app.router.routes += [Route(at.path, at.endpoint, methods=["HEAD"]) for at in served if at.method == "GET"]
     app.state.router = router
     return app
 

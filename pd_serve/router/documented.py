@@ -7,6 +7,7 @@ of FastAPI. What the handlers take and give is said by models; their schemas are
 from __future__ import annotations
 
 import asyncio
+import re
 import textwrap
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, request_response
 from starlette.types import Scope
 
 from pd_serve import __version__
@@ -29,6 +30,7 @@ Kind = type[BaseModel]
 _Refs = Mapping[tuple[Any, JsonSchemaMode], dict[str, Any]]  # of a model
 
 _JSON = "application/json"
+_DONE = "[DONE]"
 _SAID = {
     400: "the request is wrong: `message` says what to change",
     401: "no valid API key",
@@ -39,18 +41,20 @@ _SAID = {
     429: "too many requests: wait as long as `Retry-After` says",
     499: "the client left",
     500: "an error of the server's own",
+    501: "what it needs is not installed here",
     502: "nodes failed, and trying again on others did not help",
     503: "no node can take the request now: try again after `Retry-After`",
     504: "the request took longer than the server allows",
 }
 BODY = (400, 408, 413)  # of whatever reads a body
-WORK = (*BODY, 404, 429, 499, 500, 502, 503, 504)  # of whatever runs on nodes
+WORK = (*BODY, 404, 429, 499, 500, 501, 502, 503, 504)  # of whatever runs on nodes
 
 
 class Documented(APIRoute):
     """``takes``: the body's model. ``gives``: the answer's model, or the media type of one that is not JSON.
 
-    ``streams``: events that ``"stream": true`` gives, as an example. ``errors``: statuses that are not a success.
+    Where it gives None it is always an error. ``streams``: what the events hold that ``"stream": true`` gives, and an
+    example of them. ``errors``: statuses that are not a success. ``statuses``: those that the handler makes itself.
     """
 
     def __init__(
@@ -60,17 +64,17 @@ class Documented(APIRoute):
         handler: Handler,
         *,
         tag: str,
-        gives: Kind | str,
+        gives: Kind | str | None,
         takes: Kind | None = None,
         examples: Mapping[str, Mapping[str, Any]] | None = None,
-        streams: str = "",
+        streams: tuple[Kind, str] | None = None,
         errors: Iterable[int] = (),
         statuses: Mapping[int, Kind] | None = None,
         parameters: Iterable[dict[str, Any]] = (),
         error: Kind = documents.ErrorDocument,
         listed: bool = True,
     ) -> None:
-        self.method, self._handler = method, handler
+        self.method = method
         self.takes, self.gives, self.streams, self.error = takes, gives, streams, error
         self.examples = examples or {}
         self.errors = sorted(errors)
@@ -86,17 +90,16 @@ class Documented(APIRoute):
             description=text,
             response_model=None,
             include_in_schema=listed,
-            operation_id=handler.__name__,
+            operation_id=re.sub(r"\W+", "_", f"{method.lower()}{path.replace(':path', '')}").strip("_"),
         )
-
-    def get_route_handler(self) -> Handler:
-        return self._handler
+        self.app = request_response(handler)  # Starlette's: as it is
 
     def models(self) -> Iterable[tuple[Kind, JsonSchemaMode]]:
         if self.takes is not None:
             yield self.takes, "validation"
-        for kind in (self.gives, self.error, *self.statuses.values()):
-            if not isinstance(kind, str):
+        streamed = self.streams and self.streams[0]
+        for kind in (self.gives, self.error, streamed, *self.statuses.values()):
+            if kind is not None and not isinstance(kind, str):
                 yield kind, "serialization"
 
     def operation(self, refs: _Refs, *, keys: bool) -> dict[str, Any]:
@@ -107,10 +110,15 @@ class Documented(APIRoute):
                 return {"description": description, "content": {kind: {"schema": {"type": "string"}}}}
             return {"description": description, "content": {_JSON: {"schema": refs[kind, "serialization"]}}}
 
-        found = answer(self.gives, "the answer")
+        responses = {} if self.gives is None else {"200": answer(self.gives, "the answer")}
         if self.streams:
-            found["content"]["text/event-stream"] = {"schema": {"type": "string"}, "example": self.streams}
-        responses = {"200": found}
+            kind, example = self.streams
+            held = [refs[kind, "serialization"], refs[self.error, "serialization"]]
+            data: dict[str, Any] = {"type": "string", "contentMediaType": _JSON, "contentSchema": {"anyOf": held}}
+            if _DONE in example:
+                data = {"type": "string", "anyOf": [{"const": _DONE}, data]}
+            event = {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+            responses["200"]["content"]["text/event-stream"] = {"schema": event, "example": example}
         for status in [401] * keys + self.errors:
             responses[str(status)] = answer(self.error, _SAID[status])
         for status, kind in self.statuses.items():

@@ -15,22 +15,18 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.messages_api.errors import MESSAGES, body_at
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_OPEN = ("/health", "/ready", "/openapi.json")  # for probes, and what is said in public
+_OPEN = ("/health", "/ready", "/ping", "/version", "/openapi.json")  # for probes, and what is said in public
 _PROVEN = ("/nodes",)  # nodes hold no client's key and prove the secret instead
 _PAGE = ("/dashboard", "/dashboard/app.js", "/dashboard/style.css")  # asks for the key itself; shows nothing without
 _ADMIN = ("/metrics", "/v1/status", "/dashboard/events", *_PAGE)
-COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")  # they run on nodes
+# They run on nodes.
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations")
 _KEY_HEADERS = (b"x-api-key", b"api-key")  # of Anthropic's and Azure's clients
 
 
 def request_id(scope: Scope) -> str:
     """The client's X-Request-Id where it is usable, else one of ours. Empty outside of :class:`Edge`."""
     return str(scope.get("pd_serve.request_id", ""))
-
-
-def wants_key(path: str) -> bool:
-    """Where keys are set."""
-    return path not in _OPEN + _PROVEN + _PAGE
 
 
 class Admin(NamedTuple):
@@ -42,6 +38,12 @@ class Admin(NamedTuple):
     def hides(self, scope: Scope, path: str) -> bool:
         """Whether ``path`` is not for the listener that a request came to."""
         return path in _ADMIN and (scope.get("server") or ("", 0))[1] != self.port
+
+
+def wants_key(path: str, admin: Admin | None) -> bool:
+    """Where keys are set."""
+    spared = admin is not None and not admin.needs_key and path in _ADMIN
+    return not spared and path not in _OPEN + _PROVEN + _PAGE
 
 
 class Edge:
@@ -98,13 +100,11 @@ class Edge:
                 del self._served[key]
 
     def _refusal(self, scope: Scope, keys: list[bytes]) -> APIError | None:
-        path, needs_key = scope["path"], bool(self._keys) and wants_key(scope["path"])
+        path, needs_key = scope["path"], bool(self._keys) and wants_key(scope["path"], self._admin)
         if path in _OPEN + _PROVEN:
             return None
-        if self._admin is not None and path in _ADMIN:
-            if self._admin.hides(scope, path):
-                return APIError(404, f"{path} is on the admin listener, not here: --admin-host, --admin-port")
-            needs_key = needs_key and self._admin.needs_key
+        if self._admin is not None and self._admin.hides(scope, path):
+            return APIError(404, f"{path} is on the admin listener, not here: --admin-host, --admin-port")
         key = self._known(keys)
         if needs_key and not key:
             return APIError(401, "send a valid API key as 'Authorization: Bearer KEY'", code="invalid_api_key")

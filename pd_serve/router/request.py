@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
 import msgspec
@@ -27,10 +28,12 @@ from pd_serve.router.grammars import Grammars
 from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import request_id
+from pd_serve.router.plain import not_served_error
 from pd_serve.router.stream import Shared
 from pd_serve.router.writer import Writer
 
 _INLINE_BYTES = 16 << 10  # longer bodies are tokenised in a thread, so that streams do not pause
+_NOT_TEXT = {"input", "queries", "documents", "text_1", "data_1"}  # of embeddings, ranks and scores
 _T = TypeVar("_T")
 
 
@@ -46,11 +49,22 @@ class Requests:
 
     async def completions(self, request: Request) -> Writer:
         """A text that goes on from a prompt"""
-        return await self._generate(request, schemas.CompletionRequest)
+        arrived_s, content = await self._received(request)
+        return await self._generate(request, schemas.CompletionRequest, content, arrived_s)
 
     async def chat_completions(self, request: Request) -> Writer:
         """The next message of a chat"""
-        return await self._generate(request, schemas.ChatCompletionRequest)
+        arrived_s, content = await self._received(request)
+        return await self._generate(request, schemas.ChatCompletionRequest, content, arrived_s)
+
+    async def invocations(self, request: Request) -> Writer:
+        """SageMaker's one path: a chat where the body has `messages`, else a completion"""
+        arrived_s, content = await self._received(request)
+        names = await _off_loop(lambda: _names(content), len(content))
+        if names & _NOT_TEXT and not names & {"messages", "prompt"}:
+            raise not_served_error(request.scope["path"])
+        kind = schemas.ChatCompletionRequest if "messages" in names else schemas.CompletionRequest
+        return await self._generate(request, kind, content, arrived_s)
 
     async def responses(self, request: Request) -> Writer:
         """OpenAI's Responses API"""
@@ -69,12 +83,18 @@ class Requests:
         text = (await self._group(chat.model)).text
         return json_response({"input_tokens": await _off_loop(lambda: text.count_chat(chat), len(content))})
 
-    async def _generate(
-        self, request: Request, kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest]
-    ) -> Writer:
+    async def _received(self, request: Request) -> tuple[float, bytes]:
+        """When the request came, and its body."""
         arrived_s = self._shared.clock.now_s()
-        content = await body(request, self._settings)
+        return arrived_s, await body(request, self._settings)
 
+    async def _generate(
+        self,
+        request: Request,
+        kind: type[schemas.CompletionRequest] | type[schemas.ChatCompletionRequest],
+        content: bytes,
+        arrived_s: float,
+    ) -> Writer:
         parsed = await _off_loop(lambda: parse(kind, content, self._leniency), len(content))
         group = await self._group(parsed.model)
         text = group.text  # of now: a node with another one may link meanwhile
@@ -89,9 +109,7 @@ class Requests:
 
     async def _translated(self, request: Request, kind: type[AnsweredRequest]) -> Writer:
         """As :meth:`_generate`, of an API whose requests are chats in other words."""
-        arrived_s = self._shared.clock.now_s()
-        content = await body(request, self._settings)
-
+        arrived_s, content = await self._received(request)
         asked = await _off_loop(lambda: parse(kind, content, self._leniency), len(content))
         chat = await _off_loop(lambda: asked.chat(self._leniency), len(content))
         group = await self._group(chat.model)
@@ -242,6 +260,14 @@ async def body(request: Request, settings: RouterConfig) -> bytes:
     except ClientDisconnect:
         raise APIError(499, "the client left while it sent the request") from None
     return b"".join(parts)
+
+
+def _names(content: bytes) -> AbstractSet[str]:
+    """The fields of a body; none where it is no object: whoever reads it says what is wrong."""
+    try:
+        return msgspec.json.decode(content, type=dict[str, msgspec.Raw]).keys()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return set()
 
 
 async def _off_loop(work: Callable[[], _T], size_bytes: int) -> _T:

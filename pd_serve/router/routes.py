@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from pd_serve.api import documents, schemas
 from pd_serve.api.messages_api.request import CountTokensRequest, MessagesRequest
 from pd_serve.api.responses_api.request import ResponsesRequest
+from pd_serve.router import plain
 from pd_serve.router.dashboard.page import FILES
 from pd_serve.router.documented import BODY, WORK, Description, Documented
 
@@ -42,6 +44,10 @@ _MESSAGE_EVENTS = (
     'event: content_block_delta\ndata: {"type": "content_block_delta", "index": 0, '
     '"delta": {"type": "text_delta", "text": "Hello"}}\n\n'
 )
+_OTHERS = (
+    *("/v1/embeddings", "/pooling", "/classify"),
+    *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+)
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "completions": {
         "text": {"prompt": "The capital of France is", **_SHORT},
@@ -68,6 +74,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 def routes(router: Router, description: Description) -> list[Documented]:
     return [
         *_answers(router),
+        *(Documented("POST", path, plain.not_served, tag=_COMPLETIONS, gives=None, errors=(404,)) for path in _OTHERS),
         *_questions(router),
         *_state(router),
         *_nodes(router),
@@ -78,51 +85,48 @@ def routes(router: Router, description: Description) -> list[Documented]:
 def _answers(router: Router) -> list[Documented]:
     """What runs on nodes."""
     requests = router.requests
+    documented = functools.partial(Documented, "POST", tag=_COMPLETIONS, errors=WORK)
     return [
-        Documented(
-            "POST",
+        documented(
             "/v1/completions",
             requests.completions,
-            tag=_COMPLETIONS,
             takes=schemas.CompletionRequest,
             gives=documents.Completion,
             examples=_EXAMPLES["completions"],
-            streams=_COMPLETION_EVENTS,
-            errors=WORK,
+            streams=(documents.Completion, _COMPLETION_EVENTS),
         ),
-        Documented(
-            "POST",
+        documented(
             "/v1/chat/completions",
             requests.chat_completions,
-            tag=_COMPLETIONS,
             takes=schemas.ChatCompletionRequest,
             gives=documents.ChatCompletion,
             examples=_EXAMPLES["chat"],
-            streams=_CHAT_EVENTS,
-            errors=WORK,
+            streams=(documents.ChatCompletionChunk, _CHAT_EVENTS),
         ),
-        Documented(
-            "POST",
+        documented(
             "/v1/responses",
             requests.responses,
-            tag=_COMPLETIONS,
             takes=ResponsesRequest,
             gives=documents.Response,
             examples=_EXAMPLES["responses"],
-            streams=_RESPONSE_EVENTS,
-            errors=WORK,
+            streams=(documents.Event, _RESPONSE_EVENTS),
         ),
-        Documented(
-            "POST",
+        documented(
             "/v1/messages",
             requests.messages,
-            tag=_COMPLETIONS,
             takes=MessagesRequest,
             gives=documents.AnthropicMessage,
             examples=_EXAMPLES["messages"],
-            streams=_MESSAGE_EVENTS,
-            errors=WORK,
+            streams=(documents.Event, _MESSAGE_EVENTS),
             error=documents.MessagesErrorDocument,
+        ),
+        documented(
+            "/invocations",
+            requests.invocations,
+            takes=documents.Invocation,
+            gives=documents.Invoked,
+            examples=_EXAMPLES["chat"] | _EXAMPLES["completions"],
+            streams=(documents.InvokedEvent, _CHAT_EVENTS),
         ),
     ]
 
@@ -190,7 +194,10 @@ def _questions(router: Router) -> list[Documented]:
 def _state(router: Router) -> list[Documented]:
     page, *files = FILES
     return [
-        Documented("GET", "/health", router.health, tag=_STATE, gives=documents.Health),
+        Documented("GET", "/health", plain.health, tag=_STATE, gives=documents.Health),
+        Documented("GET", "/ping", plain.ping, tag=_STATE, gives=documents.Pong),
+        Documented("POST", "/ping", plain.ping, tag=_STATE, gives=documents.Pong, listed=False),
+        Documented("GET", "/version", plain.version, tag=_STATE, gives=documents.Version),
         Documented(
             "GET",
             "/ready",
