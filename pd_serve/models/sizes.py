@@ -13,6 +13,7 @@ from pd_serve.config import EngineSettings
 from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import KVLayout
 from pd_serve.models.config import ModelConfig
+from pd_serve.preflight import memory_bytes
 from pd_serve.values import readable_size
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,38 @@ def sizes(settings: EngineSettings, directory: Path, template: str, *, rank: int
     model = ModelConfig.from_directory(directory, template).for_rank(rank, settings.tp)
     layout = KVLayout(settings.block_tokens, _kv_dtype(settings, model), model.layer_groups())
     size = settings.kv_cache_bytes
+    if settings.device != "cuda":
+        _check_memory(settings, model)
     num_blocks = _num_blocks(layout, size) if size else 0
     capacity = (num_blocks - 1) * settings.block_tokens if size else model.max_model_len
     max_model_len = _max_model_len(settings, model, capacity)
     return Sizes(model.for_length(max_model_len), layout, num_blocks, max_model_len)
+
+
+def weight_numbers(model: ModelConfig) -> int:
+    """How many numbers a rank's matrices have: norms and biases are next to nothing beside them."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    experts = 0 if model.experts is None else model.experts.count * model.experts.intermediate_size
+    total = model.hidden_size * model.head_rows * (1 if model.tie_word_embeddings else 2)
+    for layer in range(model.num_layers):
+        sparse = model.experts is not None and layer in model.experts.layers
+        mlp = experts if sparse else model.intermediate_size
+        total += model.hidden_size * (heads * model.head_dim + 3 * mlp)
+    return total
+
+
+def _check_memory(settings: EngineSettings, model: ModelConfig) -> None:
+    """A system that runs out of memory kills processes without a word."""
+    dtype_bytes = 4 if settings.dtype == "float32" else 2  # FP8 is dequantised on cores
+    weights, present = weight_numbers(model) * dtype_bytes * settings.tp, memory_bytes()
+    if weights + settings.kv_cache_bytes * settings.tp <= present:
+        return
+    smaller = " --dtype bfloat16, which halves the weights, or" if dtype_bytes == 4 else ""
+    raise ConfigError(
+        f"--model {settings.model} does not fit: its weights are {readable_size(weights)} in {settings.dtype}, "
+        f"--kv-cache-memory is {readable_size(settings.kv_cache_bytes)}, and this machine or container has "
+        f"{readable_size(present)} of memory; choose{smaller} a smaller model"
+    )
 
 
 def _kv_dtype(settings: EngineSettings, model: ModelConfig) -> str:

@@ -1,7 +1,9 @@
-"""How long sequences may be, before anything is loaded."""
+"""How long sequences may be and whether a model fits, before anything is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from pd_serve import up
 from pd_serve.config import NodeConfig, UpConfig
 from pd_serve.errors import ConfigError
 from pd_serve.models.config import ModelConfig
-from pd_serve.models.sizes import _kv_dtype, _max_model_len
+from pd_serve.models.sizes import _kv_dtype, _max_model_len, sizes, weight_numbers
 from tests.e2e import tiny_model
 from tests.models.reference import LONGROPE, SIZES
 
@@ -69,3 +71,18 @@ def test_up_says_what_does_not_fit_before_it_starts_anything(
     with pytest.raises(ConfigError, match=said):
         up.run(UpConfig(model=str(tiny_model.write(tmp_path)), **settings))  # type: ignore[arg-type]
     assert "Starting" not in capfd.readouterr().out
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_there_is(tmp_path: Path) -> None:
+    directory = tiny_model.write(tmp_path / "m", tiny_model.SMALL)
+    held = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 4
+    assert weight_numbers(ModelConfig.from_directory(directory)) == pytest.approx(held, rel=0.05)
+    settings = NodeConfig(
+        role="decode", model=str(directory), device="cpu", dtype="float32", kv_cache_memory=64 << 20, max_model_len=64
+    )
+    sizes(settings, directory, "")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 2**31 - 1, "hidden_size": 4096}))
+    with pytest.raises(ConfigError, match=r"--model .* weights are .*TiB in float32, --kv-cache-memory .*--dtype bf"):
+        sizes(settings, directory, "")
+    sizes(dataclasses.replace(settings, device="cuda"), directory, "")  # a GPU's memory is measured at the start
