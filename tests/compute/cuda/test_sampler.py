@@ -196,6 +196,19 @@ def test_a_mask_forbids_whatever_else_is_asked_for(p: dict[str, Any]) -> None:
     assert 0 <= sampled.tokens[2].item() < vocab  # what permits nothing gives anything
 
 
+def test_nothing_but_what_is_allowed_is_sampled() -> None:
+    vocab, allowed = 4500, [2, 7, 30, 4400]
+    filters = [{"temperature": 0}, {}, {"top_k": 40}, {"top_p": 0.99}, {"min_p": 0.01}, {"top_k": 3, "top_p": 0.9}]
+    rows = [params(seed=seed, **{"temperature": 5.0, **more}) for seed, more in enumerate(filters)]
+    sampler = Sampler(vocab, len(rows), DEVICE, biases=1)
+    logits = torch.randn(1, vocab, device=DEVICE).repeat(len(rows), 1)
+    expected = np.full(vocab, -np.inf)
+    expected[allowed] = logits[0, allowed].double().cpu().numpy()
+    sampler.set_bias(0, torch.tensor(allowed, device=DEVICE), torch.zeros(len(allowed), device=DEVICE), only=True)
+    load(sampler, [row_of(p, 3, bias=0) for p in rows])
+    assert sampler.sample(logits).tokens.tolist() == [drawn(expected, p, 3) for p in rows]
+
+
 def test_bias_penalties_and_histories() -> None:
     vocab = 4500
     rows = [
