@@ -15,7 +15,8 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.messages_api.errors import MESSAGES, body_at
 
 _ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_OPEN = ("/health", "/ready", "/ping", "/version", "/openapi.json")  # for probes, and what is said in public
+# For probes, and what is said in public.
+_OPEN = ("/health", "/ready", "/ping", "/version", "/openapi.json", "/docs", "/docs/app.js", "/docs/style.css")
 _PROVEN = ("/nodes",)  # nodes hold no client's key and prove the secret instead
 _PAGE = ("/dashboard", "/dashboard/app.js", "/dashboard/style.css")  # asks for the key itself; shows nothing without
 _ADMIN = ("/metrics", "/v1/status", "/dashboard/events", *_PAGE)

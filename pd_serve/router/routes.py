@@ -11,6 +11,7 @@ from pd_serve.api.responses_api.request import ResponsesRequest
 from pd_serve.router import plain
 from pd_serve.router.dashboard.page import FILES
 from pd_serve.router.documented import BODY, WORK, Description, Documented
+from pd_serve.router.explorer import page as explorer
 
 if TYPE_CHECKING:
     from pd_serve.router.app import Router
@@ -79,6 +80,10 @@ def routes(router: Router, description: Description) -> list[Documented]:
         *_state(router),
         *_nodes(router),
         Documented("GET", "/openapi.json", description.openapi, tag=_STATE, gives=documents.OpenAPI, errors=(500,)),
+        *(
+            Documented("GET", path, explorer.file, tag=_STATE, gives=kind, listed=path == "/docs")
+            for path, (_, kind) in explorer.FILES.items()
+        ),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.router.browser import CHROMIUM, WHY_NOT, browser
 from tests.router.conftest import Running, StartNode, StartRouter
 
 
@@ -119,3 +121,20 @@ async def test_methods(running: Running) -> None:
     asked = await running.http.options("/v1/models")
     assert asked.status_code == 204 and asked.headers["allow"] == "GET, HEAD, OPTIONS"
     assert (await running.http.options("/nothing")).status_code == 404
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
+async def test_the_page_in_a_browser(running: Running, tmp_path: Path) -> None:
+    async with browser(tmp_path) as page:
+        await page.open(running.url + "/docs")
+        await page.sees("document.querySelectorAll('details.operation').length > 20")
+        # In the order of the list: completions first; the second of its examples is streamed.
+        await page.evaluate("document.querySelector('details.operation').open = true")
+        await page.sees("document.querySelectorAll('details[open] tr').length > 30")
+        await page.evaluate("var choice = document.querySelector('select'); choice.value = 'streamed'")
+        await page.evaluate("choice.dispatchEvent(new Event('change')); document.querySelector('button').click()")
+        shown = await page.sees("(text => text.includes('[DONE]') && text)(document.querySelector('pre').textContent)")
+        assert shown.startswith("200 text/event-stream") and '"text_completion"' in shown
+        assert page.errors == [] and await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        own = (running.url + "/", "data:,")
+        assert page.asked and [url for url in page.asked if not url.startswith(own)] == []

@@ -30,7 +30,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-_HEADERS = {
+HEADERS = {  # of pages
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -57,7 +57,7 @@ class Dashboard:
     async def file(self, request: Request) -> Response:
         """A page that shows nodes, lanes and streams"""
         name, kind = FILES[request.scope["path"].removeprefix("/dashboard")]
-        return Response((Path(__file__).parent / name).read_bytes(), media_type=kind, headers=_HEADERS)
+        return Response((Path(__file__).parent / name).read_bytes(), media_type=kind, headers=HEADERS)
 
     async def events(self, _: Request) -> Watch:
         """What the page shows, as server-sent events"""
