@@ -231,13 +231,13 @@ class Up:
         return "" if address is None else f"{scheme}://{netloc(*address)}"
 
     async def _pages(self, client: httpx.AsyncClient) -> dict[str, str]:
-        """Those of the router that are there."""
+        """Those of the router that are there, some for who has a key."""
         url = _router_url(self._config)
         known = {
             "The API, to read and to try": f"{url}/docs",
             "What happens here, live": f"{self._admin_url() or url}/dashboard",
         }
-        return {what: page for what, page in known.items() if (await client.get(page)).is_success}
+        return {what: page for what, page in known.items() if (await client.get(page)).status_code != 404}
 
     async def _rows(self, client: httpx.AsyncClient) -> list[tuple[str, ...]] | None:
         """None where a process does not answer."""
