@@ -52,6 +52,9 @@ Name = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 _Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 _Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 _INT64 = 2**63
+# As descriptions say it: validators below take more than the field's type.
+_STOP = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}
 
 
 class Body(BaseModel):
@@ -133,7 +136,7 @@ class GenerationRequest(Body):
     logit_bias: dict[str, float] | None = None
     seed: Annotated[Int, Field(ge=-_INT64, lt=2 * _INT64)] | None = None
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
-    stop: list[str] | None = None  # a single string is accepted, too
+    stop: Annotated[list[str] | None, Field(json_schema_extra=_STOP)] = None
     stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -358,7 +361,7 @@ class Message(Body):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[dict[str, str]] | None = None
+    content: Annotated[str | list[dict[str, str]] | None, Field(json_schema_extra=_CONTENT)] = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
