@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import pytest
 
 from tests.e2e.cluster import Cluster
@@ -44,4 +45,50 @@ def test_both_apis_answer_as_a_chat_does(smol: Cluster) -> None:
     assert message.stop_reason == "end_turn"
     cached = message.usage.cache_read_input_tokens or 0
     assert cached + message.usage.input_tokens == chat.usage.prompt_tokens  # type: ignore[union-attr]
+    smol.assert_idle()
+
+
+def test_both_apis_call_tools_and_keep_to_schemas(smol: Cluster) -> None:
+    import anthropic
+    import openai
+
+    client = openai.OpenAI(base_url=smol.url + "/v1", api_key="none", max_retries=0)
+    claude = anthropic.Anthropic(base_url=smol.url, api_key="none", max_retries=0)
+    asked: Any = {"model": client.models.list().data[0].id}
+    schema: Any = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+
+    class City(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+        city: Literal["Paris", "Rome"]
+
+    parsed = client.responses.parse(input=QUESTION, text_format=City, max_output_tokens=60, **asked)
+    assert parsed.output_parsed is not None and parsed.output_parsed.city in ("Paris", "Rome")
+    tool: Any = {"type": "function", "name": "look", "parameters": schema, "strict": True}
+    with client.responses.stream(input=QUESTION, tools=[tool], tool_choice="required", **asked) as events:
+        called = events.get_final_response().output
+    assert [item.type for item in called] == ["function_call"]
+    result: Any = {"type": "function_call_output", "call_id": called[0].call_id, "output": "sunny"}  # type: ignore[union-attr]
+    told: Any = [{"role": "user", "content": QUESTION}, *called, result]
+    assert client.responses.create(
+        input=told, tools=[tool], tool_choice="none", max_output_tokens=5, **asked
+    ).output_text
+
+    look: Any = {"name": "look", "input_schema": schema}
+    turn: Any = [{"role": "user", "content": QUESTION}]
+    named: Any = {"type": "tool", "name": "look"}
+    with claude.messages.stream(messages=turn, tools=[look], tool_choice=named, max_tokens=60, **asked) as stream:
+        message = stream.get_final_message()
+    (block,) = message.content
+    assert message.stop_reason == "tool_use" and block.type == "tool_use" and block.name == "look"
+    assert City.model_validate(block.input)
+    turn += [
+        {"role": "assistant", "content": message.content},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}]},
+    ]
+    assert claude.messages.create(messages=turn, tools=[look], max_tokens=5, **asked).usage.output_tokens == 5
     smol.assert_idle()
