@@ -95,6 +95,14 @@ class Common:
         "Lines to read, or JSON objects to collect: time, level, process, pid, logger, message; request_id and what "
         "the access log says as fields.",
     )
+    otlp_traces_endpoint: str = setting(
+        "",
+        values.COLLECTOR,
+        "Processes",
+        "Where OpenTelemetry traces go (OTLP over HTTP), as http://collector:4318/v1/traces. Needs the extra otel.",
+        reason="Empty: what OTEL_EXPORTER_OTLP_ENDPOINT and its kind name; none where they do not. OTEL_TRACES_SAMPLER "
+        "says which requests.",
+    )
     drain_timeout_s: float = setting(
         20.0,
         decimal(0.0),

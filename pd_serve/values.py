@@ -72,6 +72,18 @@ def _url(value: object) -> str:
 URL = Kind("URL", _url)
 
 
+def _collector(value: object) -> str:
+    """A URL with a path, as exporters are given it."""
+    raw = _text(value)
+    host, _, path = raw.removeprefix("https://").removeprefix("http://").partition("/")
+    if raw and not (_url(raw[: raw.index(host) + len(host)]) and path):
+        raise ValueError(f"must be the whole URL, like http://collector:4318/v1/traces, not {raw!r}")
+    return raw
+
+
+COLLECTOR = Kind("URL", _collector)
+
+
 def _endpoint(value: object) -> str:
     """An endpoint's URL as clients are given it, with /v1, or without."""
     return _url(_text(value).rstrip("/").removesuffix("/v1"))

@@ -103,9 +103,10 @@ class InboxReceiver:
     def _place(self) -> None:
         """Gives blocks to offered sequences and to nobody who is younger than the first that finds no room."""
         while self._offered and self._place_first(self._offered[0]):
-            self._offered.pop(0)
+            seq = self._offered.pop(0)
+            seq.placed_s = time.monotonic()
             self._placed += 1
-            self._scheduler.pace.placed(time.monotonic())
+            self._scheduler.pace.placed(seq.placed_s)
         self._scheduler.outside_s = self._offered[0].arrival_s if self._offered else math.inf
 
     def _place_first(self, seq: Sequence) -> bool:

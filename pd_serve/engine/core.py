@@ -28,7 +28,7 @@ from pd_serve.engine.plan import StepBuilder, Work
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Scheduler
-from pd_serve.engine.sequence import Sequence, State
+from pd_serve.engine.sequence import Sequence, State, TracedSequence
 from pd_serve.grammar.constraints import Constraints
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
@@ -129,7 +129,7 @@ class Engine:
         for seq, output in self._role.events():
             self._emit(seq, output)
             if output.failure is not None:
-                self._seqs.pop(seq.id, None)
+                self._forget(seq, output.failure.message, failed=True)
 
     def _step(self) -> bool:
         """Launches a step and books the one before it, or where the executor computes at once this one.
@@ -202,7 +202,7 @@ class Engine:
             return
         self._role.computed(seq, token)
         if seq.state is State.FINISHED:
-            self._seqs.pop(seq.id, None)
+            self._forget(seq, "handed over")
 
     # --- messages -----------------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class Engine:
         sampling = submit.sampling
         if sampling.grammar is not None:
             sampling = msgspec.structs.replace(sampling, ignore_eos=False)  # it says where the text ends
-        seq = Sequence(
+        seq = (TracedSequence if submit.trace else Sequence)(
             submit.id,
             origin,
             tokens,
@@ -307,6 +307,8 @@ class Engine:
         self._counters["requests"] += 1
         self._counters["prompt_tokens"] += seq.num_prompt
         output = self._role.submitted(seq)
+        if isinstance(seq, TracedSequence):
+            seq.begin(submit.trace)
         if output is not None:
             self._emit(seq, output)
         if seq.state is State.WAITING:
@@ -334,9 +336,13 @@ class Engine:
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    def _end(self, seq: Sequence, reason: str) -> None:
+    def _forget(self, seq: Sequence, end: str, *, failed: bool = False) -> None:
+        if self._seqs.pop(seq.id, None) is not None and isinstance(seq, TracedSequence):
+            self._channel.send_node(seq.timeline(end, failed=failed))
+
+    def _end(self, seq: Sequence, reason: str, *, failed: bool = False) -> None:
         """Ends a sequence for good on this engine; its blocks go back now, or when its pull has stopped."""
-        self._seqs.pop(seq.id, None)
+        self._forget(seq, reason, failed=failed)
         self._role.ended(seq, reason)
         if seq.state in (State.WAITING, State.RUNNING):
             self._scheduler.remove(seq)
@@ -344,7 +350,7 @@ class Engine:
     def _fail(self, seq: Sequence, failure: link.Failure) -> None:
         self._counters[f"failures_{failure.kind}"] += 1
         self._emit(seq, link.Output(id=seq.id, index=seq.output_index, tokens=[], failure=failure))
-        self._end(seq, failure.message)
+        self._end(seq, failure.message, failed=True)
 
     def _emit(self, seq: Sequence, output: link.Output) -> None:
         self._outbound[seq.origin].append(output)

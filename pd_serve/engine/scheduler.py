@@ -94,7 +94,8 @@ class Scheduler:
         """Lets a sequence run that has its blocks: computed from here on, or with KV that has arrived."""
         if not seq.started:
             seq.started = True
-            observe(self.times, QUEUE, time.monotonic() - seq.admitted_s)
+            seq.started_s = time.monotonic()
+            observe(self.times, QUEUE, seq.started_s - seq.admitted_s)
             self.num_started += 1
         seq.state = State.RUNNING
         seq.num_scheduled = seq.num_computed

@@ -5,6 +5,7 @@ Data only. The scheduler moves it between states, the KV manager owns ``blocks``
 
 from __future__ import annotations
 
+import time
 from enum import Enum
 
 import numpy as np
@@ -14,6 +15,7 @@ from pd_serve.compute.step import Rows
 from pd_serve.engine import adjust
 from pd_serve.grammar.constraints import Constraint
 from pd_serve.kv.manager import SequenceBlocks
+from pd_serve.wire.engine import Timeline
 from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 
 
@@ -46,6 +48,7 @@ class Sequence:
         "num_scheduled",
         "num_tokens",
         "origin",
+        "placed_s",
         "prompt_logprobs",
         "salt",
         "sample_row",
@@ -53,6 +56,7 @@ class Sequence:
         "sampling_row",
         "source",
         "started",
+        "started_s",
         "state",
         "waits",
     )
@@ -90,7 +94,9 @@ class Sequence:
         # What may be sampled depends on the token before: no step is launched for it before that is known.
         self.waits = adjust.waits(sampling)
         self.adjusted = adjust.biases(sampling) or adjust.penalises(sampling)  # its logits, before one is chosen
+        self.placed_s = 0.0  # it got blocks for KV that is to be pulled
         self.started = False  # it has run; a preempted one waits again
+        self.started_s = 0.0
         self.state = State.WAITING
         self.blocks: SequenceBlocks | None = None
         self.sampling_row: Rows | None = None  # how it is sampled, made on first use
@@ -127,3 +133,40 @@ class Sequence:
     def append(self, token: int) -> None:
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
+
+
+class TracedSequence(Sequence):
+    """One whose times are wanted: it notes the first token by itself, so that others pay nothing for it."""
+
+    __slots__ = ("base", "first_token_s", "pulled", "trace")
+
+    def begin(self, trace: str) -> None:
+        """When it has its state. ``trace``: the span of its submit."""
+        self.trace = trace
+        self.base = self.num_tokens
+        self.first_token_s = 0.0
+        self.pulled = self.state is State.PULLING
+
+    def append(self, token: int) -> None:
+        if self.num_tokens == self.base:
+            self.first_token_s = time.monotonic()
+        super().append(token)
+
+    def timeline(self, end: str, *, failed: bool) -> Timeline:
+        """When it has ended."""
+        return Timeline(
+            id=self.id,
+            trace=self.trace,
+            admitted_s=self.admitted_s,
+            ended_s=time.monotonic(),
+            end=end,
+            failed=failed,
+            pulled=self.pulled,
+            handoff=self.handoff,
+            placed_s=self.placed_s,
+            started_s=self.started_s,
+            first_token_s=self.first_token_s,
+            tokens=self.base,
+            cached=self.num_cached,
+            made=self.num_tokens - self.base,
+        )

@@ -52,6 +52,7 @@ class EngineProcess:
         self._child: Child | None = None
         self.ready: wire.EngineReady | None = None
         self.status: Status | None = None
+        self.ended_attempt: Callable[[wire.Timeline], None] = lambda _: None  # told of attempts with a span
         self.submits: dict[int, int] = {}  # by link: the number of the last submit that ``status`` includes
         self._liveness = Liveness(timeout_s, self._read)
         self._beats = 0
@@ -250,6 +251,8 @@ class EngineProcess:
                 self._drained.set()
             case wire.SleepState():
                 self._answered(message)
+            case wire.Timeline():
+                self.ended_attempt(message)
 
     def _answered(self, state: wire.SleepState) -> None:
         order = self._orders.pop(state.number, None)

@@ -10,7 +10,7 @@ import os
 from dataclasses import replace
 from urllib.parse import urlsplit
 
-from pd_serve import logs, preflight
+from pd_serve import logs, preflight, tracing
 from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import ConfigError
 from pd_serve.memory.choice import choose
@@ -28,6 +28,7 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     chosen = choose(config.device)
     config = replace(config, device=chosen.device)
     preflight.check(config)
+    tracing.check(config.otlp_traces_endpoint)
     config.check_door(config.host)
     if config.peer_host:
         config.check_door(config.peer_host, "peer_host")
@@ -44,7 +45,8 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
         engine.start(engine_config, command=engine_command)
         from pd_serve.node.server import Node
 
-        return Node(engine_config, engine, url).run(listener)
+        traces = tracing.begin(config.otlp_traces_endpoint, "pd-serve-node", engine_config.node_id)
+        return Node(engine_config, engine, url, traces).run(listener)
     finally:
         engine.close()
         listener.close()

@@ -40,6 +40,7 @@ from pd_serve.wire.model import bundle_from_directory, encode_bundle, text_hash
 
 if TYPE_CHECKING:
     from pd_serve.node.registration import Registration
+    from pd_serve.otel import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,13 @@ class _Server(Server):
 
 
 class Node:
-    def __init__(self, config: EngineConfig, engine: EngineProcess, url: str) -> None:
+    def __init__(self, config: EngineConfig, engine: EngineProcess, url: str, tracing: Tracing | None = None) -> None:
         self._config = config
+        self._tracing = tracing
+        if tracing is not None:
+            from pd_serve.node.spans import Spans
+
+            engine.ended_attempt = Spans(tracing).record
         self._secret = config.secret.encode()
         self.engine = engine
         self.links = Links(self._secret, config.connect_timeout_s, lambda: self._bundle)
@@ -243,6 +249,8 @@ class Node:
             for task in (engine_end, stop):
                 task.cancel()
             await asyncio.gather(engine_end, stop, return_exceptions=True)
+            if self._tracing is not None:
+                await self._tracing.close()
         log.info("ended")
         return 0
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -42,10 +42,14 @@ from pd_serve.router.middleware import Admin, Edge, request_id, wants_key
 from pd_serve.router.request import Requests, body, json_response
 from pd_serve.router.routes import TAGS, routes
 from pd_serve.router.siblings import Question, Siblings, gathered, joined_metrics, joined_status
+from pd_serve.router.spans import Traced
 from pd_serve.router.status import describe, models
 from pd_serve.router.stream import Shared
 from pd_serve.trust import asks_for_others, is_loopback
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER
+
+if TYPE_CHECKING:
+    from pd_serve.otel import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +68,11 @@ class _LoopClock:
 class Router:
     """The running router: handlers are its methods."""
 
-    def __init__(self, settings: RouterConfig, siblings: Siblings | None = None) -> None:
+    def __init__(
+        self, settings: RouterConfig, siblings: Siblings | None = None, tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
+        self._tracing = tracing
         self.registry = Registry()
         self.secret = settings.node_secret().encode()
         self.links = Links(settings, self.registry, self.secret)
@@ -97,6 +104,8 @@ class Router:
                 self.siblings.close()
             await self.links.close()
             self.requests.close()
+            if self._tracing is not None:
+                await self._tracing.close()
 
     async def _sweep(self) -> None:
         while True:
@@ -280,12 +289,12 @@ def _node_url(given: str) -> str:
     return url
 
 
-def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> FastAPI:
+def create_app(settings: RouterConfig, siblings: Siblings | None = None, tracing: Tracing | None = None) -> FastAPI:
     """``app.state.router`` is the :class:`Router`; it works while the application's lifespan runs.
 
-    ``siblings``: the other processes on its port.
+    ``siblings``: the other processes on its port. ``tracing``: closed with it.
     """
-    router = Router(settings, siblings)
+    router = Router(settings, siblings, tracing)
 
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -328,15 +337,21 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None) -> Fast
     served = description.routes = routes(router, description)
     app = Application(
         served,
-        middleware=[
-            *_cors(settings),
-            Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
-        ],
+        middleware=_middleware(settings, admin, tracing),
         exception_handlers={APIError: api_error, HTTPException: http_error, Exception: failed},
         lifespan=router.lifespan,
     )
     app.state.router = router
     return app
+
+
+def _middleware(settings: RouterConfig, admin: Admin | None, tracing: Tracing | None) -> list[Middleware]:
+    """The outermost first."""
+    return [
+        *_cors(settings),
+        Middleware(Edge, api_keys=settings.api_keys(), admin=admin, at_once=settings.max_concurrent_per_key),
+        *([] if tracing is None else [Middleware(Traced, tracing=tracing)]),
+    ]
 
 
 def _cors(settings: RouterConfig) -> list[Middleware]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pd_serve.router.nodes import Node
+from pd_serve.router.spans import AttemptSpan
 from pd_serve.wire import link
 
 
@@ -41,6 +42,7 @@ class Attempt:
         self.accepted = False  # the decode node has room
         self.arrived = False  # the KV is on the decode node
         self.local = False  # the decode node computes the prompt itself
+        self.span: AttemptSpan | None = None  # where its request is traced
         self._owner = owner
         self._held: list[link.Output] = []  # of the prefill node, before the decode node accepted
         self._early: list[link.Output] = []  # of the decode node, before the prefill node's first token came
@@ -59,6 +61,16 @@ class Attempt:
             self._owner.on_lost(self, node, why)
         except Exception:
             self._owner.broken("a lost node")  # the other attempts of the node are still to be told
+
+    # --- its trace ----------------------------------------------------------------------------------
+
+    def noted(self, what: str, **more: str) -> None:
+        if self.span is not None:
+            self.span.event(what, **more)
+
+    def failed(self, kind: str, why: str) -> None:
+        if self.span is not None:
+            self.span.fail(kind, why)
 
     # --- called by its stream -------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import ParserNames, Prompt, TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.router.groups import Group
+from pd_serve.router.spans import RequestSpan
 from pd_serve.router.stream import Shared, Stream
 from pd_serve.wire.link import Output, SamplingParams, TokenLogprob
 
@@ -33,6 +34,7 @@ class Answer(Protocol):
     chat: bool
     streamed: bool
     started: bool
+    span: RequestSpan | None
 
     def first_token(self, now_s: float) -> None: ...
 
@@ -103,6 +105,7 @@ class Choice:
             request_id,
             priority=request.priority or 0,
             salt=salt_of(request.cache_salt),
+            span=answer.span,
         )
 
     def _completion_logprobs(self, request: CompletionRequest | ChatCompletionRequest, tops: int) -> CompletionLogprobs:

@@ -11,7 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from pd_serve import logs
+from pd_serve import logs, tracing
 from pd_serve.config import RouterConfig
 from pd_serve.net import end_unread, listen, netloc
 from pd_serve.router import discovery
@@ -67,7 +67,9 @@ def serve(settings: RouterConfig, listeners: list[socket.socket], siblings: Sibl
     from pd_serve.router.app import create_app
     from pd_serve.router.ending import Draining
 
-    app = create_app(settings, siblings)
+    instance = f"{socket.gethostname()}:{settings.port}/{os.getpid()}"
+    traces = tracing.begin(settings.otlp_traces_endpoint, "pd-serve-router", instance)
+    app = create_app(settings, siblings, traces)
     config = uvicorn.Config(
         app,
         http=bounded(settings),
@@ -88,6 +90,7 @@ def serve(settings: RouterConfig, listeners: list[socket.socket], siblings: Sibl
 def check(settings: RouterConfig) -> None:
     """Raises ConfigError for doors that would be open by mistake; says which are open on purpose."""
     settings.check_nodes()
+    tracing.check(settings.otlp_traces_endpoint)
     for where in settings.discover:
         discovery.check(where)
     server_tls(settings.ssl_certfile, settings.ssl_keyfile)

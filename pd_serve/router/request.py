@@ -29,6 +29,7 @@ from pd_serve.router.groups import Group, Registry
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import request_id
 from pd_serve.router.plain import not_served_error
+from pd_serve.router.spans import span_of
 from pd_serve.router.stream import Shared
 from pd_serve.router.writer import Writer
 
@@ -143,6 +144,7 @@ class Requests:
             request_id=request_id(request.scope),
             arrived_s=arrived_s,
             format_of=format_of,
+            span=span_of(request.scope),
             grammar=None if wanted is None else await self._grammars.lowered(wanted, group, text),
         )
 

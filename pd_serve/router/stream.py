@@ -30,6 +30,7 @@ from pd_serve.router.groups import Group
 from pd_serve.router.line import Clock, Timer
 from pd_serve.router.nodes import Node
 from pd_serve.router.policy import Nowhere, Placement, Terms, place, reader
+from pd_serve.router.spans import RequestSpan
 from pd_serve.wire import link
 from pd_serve.wire.chunks import CHUNK_TOKENS, chain
 from pd_serve.wire.chunks import start as chain_start
@@ -80,9 +81,11 @@ class Stream:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        span: RequestSpan | None = None,
     ) -> None:
         """``name``: the request's id (and choice), for logs and as the head of attempt ids. ``priority``: a lower one
-        is served before a higher one. ``salt``: cached prefixes are shared with streams of the same one only."""
+        is served before a higher one. ``salt``: cached prefixes are shared with streams of the same one only. ``span``:
+        of the request, where it is traced."""
         self._shared = shared
         self._group = group
         self._sink = sink
@@ -93,6 +96,7 @@ class Stream:
         named = len(prompt) >= CHUNK_TOKENS
         self._chain = chain(group.info.fingerprint, _int32(prompt), chain_start(salt)) if named else []
         self._salt = salt
+        self._span = span
         self._sampling = sampling
         self._priority = max(-1000, min(1000, priority))
         self.outputs: list[int] = []
@@ -123,6 +127,7 @@ class Stream:
         if not self.done:
             if self._attempt is not None:
                 self._shared.count("aborts", reason)
+                self._attempt.noted("aborted", reason=reason)
             self._close()
 
     def fail(self, error: APIError) -> None:
@@ -219,6 +224,8 @@ class Stream:
         attempt_id = f"{self._name[:48]}~{shared.prefix}{next(shared.numbers):x}"
         attempt = self._attempt = Attempt(attempt_id, self, made, prefill, decode)
         attempt.cached = placement.cached
+        if self._span is not None:
+            attempt.span = self._span.attempt(attempt, len(self._prompt))
         if self.submitted_s is None:
             self.submitted_s = shared.clock.now_s()
         if prefill is not None:
@@ -261,11 +268,13 @@ class Stream:
             age_s=self._shared.clock.now_s() - self.created_s,
             priority=self._priority,
             salt=self._salt,
+            trace="" if attempt.span is None else attempt.span.traceparent,
         )
         self._group.breakers.tried(node.id)
         cached = attempt.cached if node is attempt.prefill else 0
         if not node.submit(attempt, submit, cached) and attempt is self._attempt:
             # A link that is closing takes everything, and tells us when it ends. This is another matter.
+            attempt.failed("unsent", f"{node.title} could not be written to")
             self._end_attempt()
             self._avoid[node.id] = self._avoid.get(node.id, 0) + 1
             self._again("unsent", f"{node.title} could not be written to", pause_s=_UNSENT_S)
@@ -369,12 +378,15 @@ class Stream:
         """A decode node's word that is no refusal: it has accepted, whatever else it says."""
         if output.event == "local":
             attempt.local = True
+            attempt.noted("computed by the decode node")
         elif output.event == "arrived":
             attempt.arrived = True
+            attempt.noted("KV arrived")
             if attempt.prefill is not None and self._group.breakers:
                 self._group.breakers.succeeded((attempt.prefill.id, node.id))
         if not attempt.accepted:
             held = attempt.accept()
+            attempt.noted("accepted")
             self._refused.clear()
             if self._lined_up:
                 self._lined_up = False
@@ -432,6 +444,7 @@ class Stream:
             extra=self._logged,
         )
         self._shared.count("retries", "disagreement")
+        attempt.noted("disagreement")
         self._end_attempt()
         self._dispatch()
 
@@ -446,6 +459,7 @@ class Stream:
 
     def _on_refusal(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
         self._shared.count("retries", "refused")
+        attempt.noted("refused", node=node.id, why=failure.message)
         self._refused.add(node.id)
         self._refusal = failure
         if node is attempt.decode and attempt.prefill is not None:
@@ -461,6 +475,7 @@ class Stream:
         self._dispatch()
 
     def _on_fault(self, attempt: Attempt, node: Node, failure: link.Failure) -> None:
+        attempt.failed(failure.kind, f"{_part(attempt, node)} node {node.id}: {failure.message}")
         self._end_attempt()
         log.warning("%s: %s failed (%s): %s", attempt.id, node.title, failure.kind, failure.message, extra=self._logged)
         if failure.kind == "invalid":
@@ -484,6 +499,7 @@ class Stream:
         if node is attempt.prefill and attempt.prefill_is_done(len(self.outputs)):
             attempt.prefill = None
             return
+        attempt.failed("lost", f"{_part(attempt, node)} node {node.id}: {why}")
         self._end_attempt()
         self._again("lost", f"{_part(attempt, node)} node lost: {why}")
 
@@ -530,6 +546,8 @@ class Stream:
         attempt, self._attempt = self._attempt, None
         if attempt is None:
             return
+        if attempt.span is not None:
+            attempt.span.end(len(self.outputs) - attempt.base)
         for node in (attempt.prefill, attempt.decode):
             if node is not None:
                 node.release(attempt, abort=True)

@@ -28,6 +28,7 @@ from pd_serve.router.choice import Choice
 from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
 from pd_serve.router.metrics import Metrics
+from pd_serve.router.spans import RequestSpan
 from pd_serve.router.stream import Shared
 from pd_serve.wire.link import Grammar
 
@@ -60,8 +61,10 @@ class Writer:
         arrived_s: float,
         format_of: MakeFormat | None = None,
         grammar: Grammar | None = None,
+        span: RequestSpan | None = None,
     ) -> None:
         """``text``: what made the prompts. ``format_of``: of another API's answer. ``grammar``: of each output.
+        ``span``: where it is traced.
 
         Raises APIError(400) where the sampling fields do not fit the model.
         """
@@ -77,6 +80,7 @@ class Writer:
             self.format = _format(request, id=id, created_s=now_s, model=text.info.name)
         else:
             self.format = format_of(id=id, created_s=now_s, model=text.info.name, usage=self.usage)
+        self.span = span
         self.choices: list[Choice] = []
         for prompt in prompts:
             sampling = sampling_params(request, text, len(prompt.ids))
@@ -114,6 +118,8 @@ class Writer:
             self._first_s = now_s
             self._own.ttft.observe(now_s - self._arrived_s)
             self._queued(now_s)
+            if self.span is not None:
+                self.span.first_token()
 
     def _queued(self, now_s: float) -> None:
         """Once a request: at its first token, or at its end where it never got one."""
@@ -325,6 +331,8 @@ class Writer:
         self._metrics.count("requests", scope["path"], str(status))
         if self._error is not None:
             self._metrics.count("errors", self._error.code or str(status))
+        if self.span is not None:
+            self.span.finish(self.text.info.name, usage, self._error, left=self._left)
         ttft_ms = None if self._first_s is None else round(1000 * (self._first_s - self._arrived_s), 1)
         said = (
             scope["path"],

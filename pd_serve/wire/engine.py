@@ -99,6 +99,28 @@ class Report(msgspec.Struct, tag="report"):
     submits: dict[int, int] = {}
 
 
+class Timeline(msgspec.Struct, tag="timeline"):
+    """Engine to node, when an attempt whose submit named a span has ended here: what happened when.
+
+    Times are seconds of the machine's monotonic clock, 0: never. ``pulled``: its KV was to come from another node.
+    """
+
+    id: str
+    trace: str
+    admitted_s: float
+    ended_s: float
+    end: str  # "finished", "handed over", "aborted", or what went wrong
+    failed: bool
+    pulled: bool
+    handoff: bool
+    placed_s: float  # it got blocks for KV that is to be pulled
+    started_s: float  # it ran, or its KV was here
+    first_token_s: float  # of this attempt
+    tokens: int  # of the prompt, output of earlier attempts included
+    cached: int  # of these, out of the prefix cache
+    made: int  # output tokens of this attempt
+
+
 class Beat(msgspec.Struct, tag="beat"):
     """The engine's pulse, from a thread that does not wait for the main one."""
 
@@ -106,7 +128,7 @@ class Beat(msgspec.Struct, tag="beat"):
 
 
 ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake | Listen
-FromEngine = EngineReady | EngineFailed | Report | Drained | SleepState
+FromEngine = EngineReady | EngineFailed | Report | Drained | SleepState | Timeline
 
 encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -120,6 +120,7 @@ class Submit(msgspec.Struct, tag="submit"):
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0  # a lower one comes before all of a higher one
     # Cached prefixes are found by those with the same salt only. A digest: what clients send is theirs
     salt: Annotated[bytes, Meta(max_length=64)] = b""
+    trace: Annotated[str, Meta(max_length=64)] = ""  # W3C's traceparent of the attempt's span; empty: not sampled
 
 
 class Abort(msgspec.Struct, tag="abort"):

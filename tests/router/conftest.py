@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -17,6 +17,9 @@ from pd_serve.config import RouterConfig
 from pd_serve.http import bounded
 from pd_serve.router.app import Router, create_app
 from tests.router.scripted_node import Fabric, ScriptedNode
+
+if TYPE_CHECKING:
+    from pd_serve.otel import Tracing
 
 StartNode = Callable[..., Awaitable[ScriptedNode]]
 StartRouter = Callable[..., Awaitable["Running"]]
@@ -31,8 +34,8 @@ class _Server(uvicorn.Server):
 class Running:
     """A router that serves HTTP."""
 
-    def __init__(self, settings: RouterConfig, port: int = 0) -> None:
-        self.app = create_app(settings)
+    def __init__(self, settings: RouterConfig, port: int = 0, tracing: Tracing | None = None) -> None:
+        self.app = create_app(settings, tracing=tracing)
         self.router: Router = self.app.state.router
         listeners = [socket.create_server(("127.0.0.1", port))]
         self.url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}"
@@ -105,11 +108,15 @@ async def start_node() -> AsyncIterator[StartNode]:
 async def start_router() -> AsyncIterator[StartRouter]:
     routers = []
 
-    async def start(*nodes: ScriptedNode, ready: bool = True, listen_port: int = 0, **options: Any) -> Running:
+    async def start(
+        *nodes: ScriptedNode, ready: bool = True, listen_port: int = 0, tracing: Tracing | None = None, **options: Any
+    ) -> Running:
         urls = {f"{role}": tuple(node.url for node in nodes if node.role == role) for role in ("prefill", "decode")}
         counts = {f"min_{role}": len(urls[f"{role}"]) for role in ("prefill", "decode")}
         running = Running(
-            RouterConfig(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}), listen_port
+            RouterConfig(**{**urls, **counts, "node_wait_s": 1.0, "link_timeout_s": 3.0, **options}),
+            listen_port,
+            tracing,
         )
         routers.append(running)
         await running.started()
