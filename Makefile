@@ -22,7 +22,7 @@ TICK = begun=$$SECONDS; (while sleep 10 >/dev/null; do \
 # What is not compiled once is compiled by each of the hundred processes that tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help up test test-fast lint format docs golden clean
+.PHONY: help up test test-fast test-clients lint format docs golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -44,6 +44,9 @@ test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at 
 
 test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
+
+test-clients: $(RUN)  ## the clients of docs/clients.md against the default model, in an environment of their own
+	@tests/clients/run.sh $(BIN)/python .venv-clients $(ARGS)
 
 lint: $(RUN_DEV)  ## ruff, mypy, hadolint, and whether docs/configuration.md is up to date
 	@$(BIN)/python -m compileall -q pd_serve

@@ -17,6 +17,7 @@ import pytest
 from pd_serve.models.source import resolve
 from tests.certificates import make_certificate
 
+collect_ignore = ["clients"]  # of another environment: see clients/run.sh
 REAL_MODELS = {"smollm2", "gemma3"}
 # What takes longest begins first, so that workers end together: names of files, or what a name begins with.
 # Files in one entry share a system, and therefore a worker.

@@ -35,8 +35,11 @@ class JsonSchema(_Part):
 
 
 class ResponseFormat(_Part):
+    """``schema``: of a ``json_object``, as some clients have it."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
 
 
 class StructuredOutputs(_Part):
@@ -122,7 +125,9 @@ def _named(request: Fields) -> Iterator[Wanted]:
 def _of_format(wanted: ResponseFormat | None) -> Iterator[Wanted]:
     if wanted is None or wanted.type == "text":
         return
-    if wanted.type == "json_object":
+    if wanted.type == "json_object" and wanted.schema_ is not None:
+        yield Wanted("response_format", json_schema(wanted.schema_))
+    elif wanted.type == "json_object":
         yield Wanted("response_format", Grammar("json_object"))
     elif wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad_request(

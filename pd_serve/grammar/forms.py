@@ -21,6 +21,10 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 # Alternatives of which exactly one may match are taken as such of which one has to: what pydantic writes for unions
 # with a discriminator is the same in both readings.
 _JSON: Any = {"whitespace_pattern": _WHITESPACE, "coerce_one_of": True}
+# Keywords of a JSON schema with schemas in them.
+_OF_NAMES, _OF_LISTS = {"properties", "$defs", "definitions"}, {"anyOf", "oneOf", "prefixItems"}
+_OF_ONE = {"items", "additionalProperties", "contains", "not", "if", "then", "else"}
+_FURTHER = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
 
 
 class GrammarError(PDServeError):
@@ -47,7 +51,7 @@ def lower(grammar: Grammar) -> str:
             case "json_object":
                 return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
+                return LLMatcher.grammar_from_json_schema(json.dumps(closed(json.loads(text))), defaults=_JSON)
             case "regex":
                 return LLMatcher.grammar_from_regex(text)
             case "choice":
@@ -59,6 +63,32 @@ def lower(grammar: Grammar) -> str:
     except Exception as error:  # ValueError, RecursionError, and the converter of EBNF has one of its own
         raise GrammarError(one_line(str(error))) from None
     raise GrammarError(f"there is no kind {grammar.kind[:40]!r} of grammar")
+
+
+def closed(schema: Any) -> Any:
+    """Objects whose schema does not speak of further properties have none, as OpenAI's strict schemas and xgrammar do.
+
+    JSON schema would let a model add properties without end, and weak ones do. Not where schemas are joined by
+    ``allOf``: each would forbid what the others ask for.
+    """
+    return schema if "allOf" in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key in _OF_NAMES & found.keys():
+        if isinstance(found[key], dict):
+            found[key] = {name: _closed(part) for name, part in found[key].items()}
+    for key in _OF_LISTS & found.keys():
+        if isinstance(found[key], list):
+            found[key] = [_closed(part) for part in found[key]]
+    for key in _OF_ONE & found.keys():
+        found[key] = _closed(found[key])
+    if "properties" in found and not _FURTHER & found.keys():
+        found["additionalProperties"] = False
+    return found
 
 
 def one_line(message: str) -> str:

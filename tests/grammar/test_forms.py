@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from pd_serve.api.grammars import NO_WHITESPACE, json_schema
+from pd_serve.api.grammars import NO_WHITESPACE, json_schema, wanted_grammar
 from pd_serve.api.parsers.forced import forced_grammar
 from pd_serve.api.schemas import ChatCompletionRequest
 from pd_serve.grammar.forms import lower
@@ -44,3 +46,28 @@ def test_calls_that_must_be_made() -> None:
         assert not allows(forced("required"), text)
     named = forced({"type": "function", "function": {"name": "g"}})
     assert allows(named, '{"a":[]}') and not allows(named, '{"a":[ ]}') and not allows(named, "{}")
+
+
+@pytest.mark.parametrize(
+    ("more", "further"),
+    [
+        ({}, False),
+        ({"additionalProperties": True}, True),
+        ({"patternProperties": {"^c": {"type": "integer"}}}, True),
+        ({"allOf": [{"properties": {"c": {"type": "integer"}}}]}, True),
+    ],
+)
+def test_further_properties_come_where_the_schema_speaks_of_them(more: dict[str, Any], further: bool) -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], **more}
+    for schema, form in ((inner, "%s"), ({"type": "array", "items": inner}, "[%s]")):
+        assert allows(json_schema(schema), form % '{"a": 1}')
+        assert allows(json_schema(schema), form % '{"a": 1, "c": 2}') == further
+
+
+def test_a_json_object_may_have_a_schema() -> None:
+    asked = {
+        "messages": [{"role": "user", "content": "?"}],
+        "response_format": {"type": "json_object", "schema": NUMBERS},
+    }
+    wanted = wanted_grammar(ChatCompletionRequest.model_validate(asked))
+    assert wanted is not None and wanted.grammar == json_schema(NUMBERS)
