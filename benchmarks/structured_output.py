@@ -67,7 +67,7 @@ class Batch:
     def tell(self, tokens: list[int]) -> None:
         for constraint, output, token in zip(self._open, self._outputs, tokens, strict=True):
             output.append(token)
-            self._constraints.tell(constraint, output)
+            self._constraints.tell(constraint, [token])
 
     def renew(self, eos: tuple[int, ...]) -> None:
         for i, output in enumerate(self._outputs):

@@ -44,7 +44,7 @@ class Grammars:
                 del self._open[seq]
                 self._constraints.close(constraint)
             elif constraint.heard and constraint.told != seq.output_index:
-                self._constraints.tell(constraint, seq.tokens[seq.num_prompt :].tolist())
+                self._constraints.tell(constraint, seq.tokens[seq.num_prompt + constraint.told :].tolist())
 
     def wait(self) -> Iterator[tuple[Sequence, Failure]]:
         """For masks that are about to come. Which sequences cannot go on, and why."""

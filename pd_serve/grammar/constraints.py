@@ -83,12 +83,11 @@ class Constraints:
         self._send(Open(constraint.id, "", Grammar(grammar.kind, grammar.text), news))
         return constraint
 
-    def tell(self, constraint: Constraint, output: list[int]) -> None:
-        """All output so far. Not before what was told before has been answered."""
-        news = output[constraint.told :]
+    def tell(self, constraint: Constraint, news: list[int]) -> None:
+        """The output tokens after those it was told of. Not before what was told before has been answered."""
+        constraint.told += len(news)
         if not constraint.begun:
             news = self._begin(constraint, news)
-        constraint.told = len(output)
         if constraint.begun:
             constraint.heard = False
             self._send(Tell(constraint.id, news))

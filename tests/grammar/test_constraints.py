@@ -64,7 +64,7 @@ def draw(constraints: Constraints, grammar: Grammar, seed: int, most: int = 400)
         output.append(random_.choice(sorted(permitted)))
         if output[-1] == EOS:
             break
-        constraints.tell(constraint, output)
+        constraints.tell(constraint, output[-1:])
     constraints.close(constraint)
     assert output[-1] == EOS, "it does not end"
     return TEXT.decode(output[:-1], skip_special_tokens=False)
@@ -87,7 +87,7 @@ def test_a_sequence_goes_on_where_another_node_left_it(constraints: Constraints)
     one = constraints.open(grammar, [])
     heard(constraints, one)
     for end in range(1, len(output) + 1):
-        constraints.tell(one, output[:end])
+        constraints.tell(one, output[end - 1 : end])
         assert not one.ready(end)
         permitted = heard(constraints, one)
         assert one.ready(end)
@@ -103,9 +103,9 @@ def test_a_grammar_begins_after_its_token(constraints: Constraints) -> None:
         time.sleep(0.001)
         constraints.receive()
     assert constraint.mask is None
-    constraints.tell(constraint, [*thoughts, 7])
+    constraints.tell(constraint, [7])
     assert constraint.ready(len(thoughts) + 1) and constraint.mask is None
-    constraints.tell(constraint, [*thoughts, 7, begin])
+    constraints.tell(constraint, [begin])
     assert heard(constraints, constraint) == set(TEXT.encode("a", add_special_tokens=False))
     late = constraints.open(constraint.grammar, [*thoughts, begin, *TEXT.encode("a", add_special_tokens=False)])
     assert heard(constraints, late) == {EOS} and late.stopped

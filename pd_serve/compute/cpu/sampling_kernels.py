@@ -22,9 +22,11 @@ _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE
 @kernel
 def forbid(row: Any, mask: Any) -> None:
     """Minus infinity for tokens whose bit in the int32 words of ``mask`` is 0."""
-    for i in range(len(row)):
-        if not (mask[i >> 5] >> (i & 31)) & 1:
-            row[i] = np.float32(-np.inf)
+    for word in range(len(mask)):
+        bits, first = mask[word], 32 * word
+        if bits != -1:
+            for i in range(min(32, len(row) - first)):
+                row[first + i] = row[first + i] if (bits >> i) & 1 else np.float32(-np.inf)
 
 
 @kernel
