@@ -51,7 +51,7 @@ def lower(grammar: Grammar) -> str:
             case "json_object":
                 return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(json.dumps(closed(json.loads(text))), defaults=_JSON)
+                return LLMatcher.grammar_from_json_schema(closed(text), defaults=_JSON)
             case "regex":
                 return LLMatcher.grammar_from_regex(text)
             case "choice":
@@ -65,13 +65,16 @@ def lower(grammar: Grammar) -> str:
     raise GrammarError(f"there is no kind {grammar.kind[:40]!r} of grammar")
 
 
-def closed(schema: Any) -> Any:
+def closed(text: str) -> str:
     """Objects whose schema does not speak of further properties have none, as OpenAI's strict schemas and xgrammar do.
 
     JSON schema would let a model add properties without end, and weak ones do. Not where schemas are joined by
     ``allOf``: each would forbid what the others ask for.
     """
-    return schema if "allOf" in json.dumps(schema) else _closed(schema)
+    try:
+        return text if '"allOf"' in text else json.dumps(_closed(json.loads(text)))
+    except ValueError:
+        return text  # whoever compiles it says what is wrong
 
 
 def _closed(schema: Any) -> Any:

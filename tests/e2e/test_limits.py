@@ -38,7 +38,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "bias of an unknown token": ({"logit_bias": {"999999": 1}}, 400, "logit_bias"),
     "too many logprobs": ({"logprobs": 1000}, 400, "logprobs"),
     "seed too large": ({"seed": 2**70}, 400, "seed"),
-    "response format": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "response format": ({"response_format": {"type": "xml"}}, 400, "response_format"),
 }
 
 
