@@ -54,12 +54,16 @@ def test_a_collector_that_is_away_costs_nothing_and_loses_nothing(
         traces.tracer.start_span(str(number)).end()
     assert time.monotonic() - begun_s < 2.0
     deadline_s = time.monotonic() + 10
-    while not caplog.records:
+
+    def warnings() -> int:  # other lines are there where another test has set the level
+        return len([record for record in caplog.records if record.levelname == "WARNING"])
+
+    while not warnings():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     traces.tracer.start_span("later").end()
     time.sleep(0.5)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert warnings() == 1
     collector = Collector(port)
     try:
         traces.tracer.start_span("last").end()
@@ -67,7 +71,7 @@ def test_a_collector_that_is_away_costs_nothing_and_loses_nothing(
     finally:
         collector.close()
     assert sorted(span.name for span in collector.spans) == sorted([*map(str, range(1000)), "later", "last"])
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert warnings() == 1
 
 
 def test_contexts_cross_processes_as_w3c_says() -> None:
