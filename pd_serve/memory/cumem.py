@@ -210,6 +210,10 @@ class CumemAllocator:
                     self._exchange(before)
                 except PDServeError as error:
                     log.error("cuda:%d: the memory of before resizing is not to be had again: %s", self.device, error)
+                    for allocation in allocations:  # half of one is no use to anybody
+                        if not allocation.ready:
+                            with contextlib.suppress(DriverError):
+                                self._take_down(allocation)
                 raise
             finally:
                 for allocation, requested in before:
@@ -269,7 +273,7 @@ class CumemAllocator:
                 if allocation.tag not in keep and allocation.backup is not None:
                     self._drop_backup(allocation)
             failure: DriverError | None = None
-            for allocation in awake:
+            for allocation in [a for a in self._allocations.values() if a.ready or a.mapped]:
                 try:
                     self._take_down(allocation)
                 except DriverError as error:
