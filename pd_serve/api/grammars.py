@@ -50,7 +50,7 @@ class StructuredOutputs(_Part):
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_additional_properties: bool | None = None  # those that the schema does not speak of are forbidden anyway
     structural_tag: Any = None
 
     @field_validator("structural_tag", mode="after")
