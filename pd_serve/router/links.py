@@ -1,9 +1,9 @@
 """One link a node: connected, greeted, watched, and connected again for nodes of the static list.
 
-Owns the WebSockets. Both ends of a link prove that they know the secret before either says anything of itself; what a
-node says afterwards is checked before anything is made of it. Registered nodes are forgotten when their link ends and
-come back by registering again. A link that is silent for too long (the node answers no ping, or its engine no longer
-speaks) counts as lost: what ran there goes on elsewhere, and what such a node still says later is never read.
+Owns when links begin and end; what a link is, its node's backend says (:mod:`pd_serve.router.backends`). Registered
+nodes are forgotten when their link ends and come back by registering again. A link that is silent for too long (the
+node answers no ping, or its engine no longer speaks) counts as lost: what ran there goes on elsewhere, and what such a
+node still says later is never read.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import contextlib
 import functools
 import logging
 import random
-import ssl
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,18 +24,14 @@ from pd_serve.api.errors import APIError
 from pd_serve.api.text_model import TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.errors import ConfigError, PDServeError
+from pd_serve.router.backends.base import OWN, Backend, Link, Place, Unfit
+from pd_serve.router.backends.pdserve import PDServe
 from pd_serve.router.discovery import follow
 from pd_serve.router.groups import Registry
 from pd_serve.router.nodes import Node
-from pd_serve.router.websocket import WebSocket, connect
-from pd_serve.trust import client_tls
 from pd_serve.wire import link as wire
-from pd_serve.wire.handshake import BROKEN_SEAL, LinkRefused, RouterHalf
-from pd_serve.wire.model import decode_bundle
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 _BACKOFF_S = (0.1, 0.25, 0.5, 1.0, 2.0)  # the last one for ever
 _REFUSED_BACKOFF_S = (*_BACKOFF_S, 5.0, 10.0, 30.0, 60.0)  # for a node that answers and cannot be worked with
@@ -48,50 +43,41 @@ _PING_AFTER = 0.6  # of ``link_timeout_s``; idle engines speak more often than t
 _STALL_S = 2.0  # a tick so late means that the router itself slept: no verdict on others then
 
 
-class _Unfit(PDServeError):
-    """The node and this router cannot work together; trying again will not help soon."""
-
-
 class Unlinked(NamedTuple):
     url: str
     state: str
     reason: str
 
 
-class _Impossible(PDServeError):
-    """A node said what cannot be."""
-
-
 @dataclass
-class _Link:
-    url: str
+class _Entry:
+    place: Place
     static: bool
     task: asyncio.Task[None] | None = None
-    socket: WebSocket | None = None
+    link: Link | None = None
     node: Node | None = None
-    spoke_s: float = 0.0  # when the engine was last heard: a status or outputs
     state: str = "connecting"
     reason: str = ""  # why the last try failed
     refused: bool = False  # the node was there, and it and this router cannot work together
     instance: str = ""  # of the node's process, as it registered
     again: asyncio.Event = field(default_factory=asyncio.Event)  # the next try need not wait
 
+    @property
+    def url(self) -> str:
+        return self.place.url
+
 
 class Links:
     def __init__(self, settings: RouterConfig, registry: Registry, secret: bytes) -> None:
         self._settings = settings
-        self._secret = secret
         self._registry = registry
-        self._links: dict[str, _Link] = {}
+        self._backends: dict[str, Backend] = {OWN: PDServe(settings, registry, secret)}
+        self._entries: dict[str, _Entry] = {}
         self._complaints: dict[str, str] = {}
         self._tick_s = time.monotonic()
         self._watcher: asyncio.Task[None] | None = None
         self._lists: dict[str, set[str]] = {}  # of discovery, as far as they are linked to
         self._followers: list[asyncio.Task[None]] = []
-
-    @functools.cached_property
-    def _tls(self) -> ssl.SSLContext:
-        return client_tls(self._settings.ssl_ca)
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
@@ -103,7 +89,7 @@ class Links:
             self._followers.append(follower)
 
     async def close(self) -> None:
-        tasks = [task for entry in self._links.values() if (task := entry.task) is not None]
+        tasks = [task for entry in self._entries.values() if (task := entry.task) is not None]
         tasks += self._followers
         tasks += [self._watcher] if self._watcher is not None else []
         for task in tasks:
@@ -117,16 +103,16 @@ class Links:
         Raises APIError where there are too many.
         """
         url = url.rstrip("/")
-        entry = self._links.get(url)
+        entry = self._entries.get(url)
         if entry is None:
-            if not static and len(self._links) >= MAX_LINKS:
+            if not static and len(self._entries) >= MAX_LINKS:
                 raise APIError(
                     503,
                     f"{MAX_LINKS} nodes are registered with this router: take some away, or start another router",
                     code="too_many_nodes",
                     retry_after_s=60,
                 )
-            entry = self._links[url] = _Link(url, static, instance=instance)
+            entry = self._entries[url] = _Entry(Place(url, OWN), static, instance=instance)
             entry.task = asyncio.create_task(self._keep(entry))
         elif entry.node is None and (not instance or instance != entry.instance):
             entry.again.set()
@@ -135,18 +121,18 @@ class Links:
 
     def remove(self, url: str) -> bool:
         """A node leaves. Static ones are tried again, they may come back."""
-        entry = self._links.get(url.rstrip("/"))
+        entry = self._entries.get(url.rstrip("/"))
         if entry is None:
             return False
-        if entry.socket is not None:
-            entry.socket.close("the node left")
+        if entry.link is not None:
+            entry.link.close("the node left")
         elif not entry.static and entry.task is not None:
             entry.task.cancel()
         return True
 
     def registered(self) -> dict[str, str]:
         """Nodes that registered themselves: instance by URL."""
-        return {entry.url: entry.instance for entry in self._links.values() if not entry.static}
+        return {entry.url: entry.instance for entry in self._entries.values() if not entry.static}
 
     def listed(self, where: str, urls: dict[str, bool]) -> None:
         """What a list of discovery says now: nodes that came are linked to, those that left are not tried again. With
@@ -160,7 +146,7 @@ class Links:
                 self._complain(url, str(error))
                 continue
             now.add(url)
-            entry = self._links.get(url)
+            entry = self._entries.get(url)
             if entry is None and not leaving:
                 self.add(url, static=True)
             elif entry is not None:
@@ -174,7 +160,7 @@ class Links:
 
     def forget(self, url: str) -> None:
         """A node is listed no more: its link goes on to its own end, and is not begun again."""
-        entry = self._links.get(url)
+        entry = self._entries.get(url)
         if entry is None or url in (*self._settings.prefill, *self._settings.decode):
             return
         entry.static = False
@@ -183,11 +169,11 @@ class Links:
 
     def unlinked(self) -> list[Unlinked]:
         """Nodes that are known and not linked."""
-        return [Unlinked(e.url, e.state, e.reason) for e in self._links.values() if e.node is None]
+        return [Unlinked(e.url, e.state, e.reason) for e in self._entries.values() if e.node is None]
 
     # --- one link -------------------------------------------------------------------------------------
 
-    async def _keep(self, entry: _Link) -> None:
+    async def _keep(self, entry: _Entry) -> None:
         failures = 0
         try:
             while True:
@@ -201,55 +187,42 @@ class Links:
                     await asyncio.wait_for(entry.again.wait(), delay_s * random.uniform(0.8, 1.2))
                     failures = 0
         finally:
-            if self._links.get(entry.url) is entry:
-                del self._links[entry.url]
+            if self._entries.get(entry.url) is entry:
+                del self._entries[entry.url]
 
-    async def _once(self, entry: _Link) -> bool:
+    async def _once(self, entry: _Entry) -> bool:
         """Connects and serves until the link ends; whether it was ever in use."""
         entry.again.clear()
         if not entry.refused:
             entry.state = "connecting"  # else the reason stays readable while it is tried again
-        socket = None
+        link = None
         why = "the router ends"
         try:
-            opening = _Opening(self._secret)
-            socket = await connect(
-                entry.url,
-                "/link",
-                lambda data: self._received(entry, opening, data),
-                self._settings.connect_timeout_s,
-                self._tls if entry.url.startswith("https:") else None,
-            )
-            entry.socket = socket
-            socket.send(opening.half.greeting)
-            greeting = await self._said(opening.hello, socket, self._settings.connect_timeout_s)
-            await self._prepare(greeting, opening, socket)
-            if socket.closed.done():
-                raise ConnectionError(socket.closed.result())
-            seal = opening.half.outgoing
-            entry.node = Node(greeting, lambda message: socket.send(seal.close(wire.encoder.encode(message))))
-            entry.spoke_s = time.monotonic()
+            link = entry.link = await self._backends[entry.place.backend].open(entry.place)
+            await self._prepare(link)
+            if link.closed.done():
+                raise ConnectionError(link.closed.result())
+            node = entry.node = Node(link.hello, link.send)
             entry.state, entry.reason, entry.refused = "linked", "", False
             self._complaints.pop(entry.url, None)
-            self._registry.add(entry.node)
-            if opening.role is not None:
-                self._registry.role(entry.node, opening.role)
-            log.info("%s linked at %s", entry.node.title, entry.url)
-            why = await socket.closed
+            self._registry.add(node)
+            link.begin(node)
+            log.info("%s linked at %s", node.title, entry.url)
+            why = await link.closed
             return True
-        except (OSError, _Unfit, PDServeError, msgspec.DecodeError) as error:
+        except (OSError, PDServeError, msgspec.DecodeError) as error:
             entry.reason = str(error) or type(error).__name__
             entry.refused = not isinstance(error, OSError)
             entry.state = "refused" if entry.refused else "unreachable"
             self._complain(entry.url, entry.reason)
             return False
         finally:
-            node, entry.node, entry.socket = entry.node, None, None
-            if node is not None:
-                log.info("%s unlinked: %s", node.title, why)
-                self._registry.remove(node, why)
-            if socket is not None:
-                socket.close(why)
+            left, entry.node, entry.link = entry.node, None, None
+            if left is not None:
+                log.info("%s unlinked: %s", left.title, why)
+                self._registry.remove(left, why)
+            if link is not None:
+                link.close(why)
 
     def _complain(self, url: str, what: str) -> None:
         """Once for each cause: a node registers every few seconds."""
@@ -259,26 +232,16 @@ class Links:
             self._complaints[url] = what
             log.warning("cannot link to the node at %s: %s", url, what)
 
-    async def _said(self, what: asyncio.Future[_T], socket: WebSocket, timeout_s: float) -> _T:
-        """Raises OSError when the link ends first, or nothing comes; _Unfit when the node refuses."""
-        async with asyncio.timeout(timeout_s):
-            await asyncio.wait((what, socket.closed), return_when=asyncio.FIRST_COMPLETED)
-        if what.done():
-            return what.result()
-        if socket.refused:
-            raise _Unfit(socket.closed.result())
-        raise ConnectionError(socket.closed.result())
-
-    async def _prepare(self, greeting: wire.Hello, opening: _Opening, socket: WebSocket) -> None:
-        """The model's text side is there, and no other link of the same node is. Raises _Unfit."""
+    async def _prepare(self, link: Link) -> None:
+        """The model's text side is there, and no other link of the same node is. Raises Unfit."""
+        greeting = link.hello
         if greeting.role not in wire.ROLES:
-            raise _Unfit(f"its role '{greeting.role}' is unknown to this router: update the router")
+            raise Unfit(f"its role '{greeting.role}' is unknown to this router: update the router")
         self._check_unique(greeting)
         if not self._registry.knows(greeting.model):
             started_s = time.monotonic()
-            socket.send(opening.half.outgoing.close(wire.encoder.encode(wire.GetModel())))
-            bundle = await self._said(opening.model, socket, self._settings.model_timeout_s)
-            text = await asyncio.to_thread(lambda: TextModel(decode_bundle(bundle), greeting.model))
+            bundle = await link.bundle()
+            text = await asyncio.to_thread(lambda: TextModel(bundle, greeting.model))
             self._registry.add_group(text)
             log.info("tokenizer of '%s' loaded in %.2f s", greeting.model.name, time.monotonic() - started_s)
             self._check_unique(greeting)
@@ -287,60 +250,10 @@ class Links:
         """A link that lives gives way to no newcomer: a node that started again has no old one."""
         old = self._registry.get(greeting.node_id)
         if old is not None:
-            raise _Unfit(
+            raise Unfit(
                 f"node {greeting.node_id} is linked already, under {old.url}: list it once, or give each node its own "
                 "--advertise-url"
             )
-
-    def _received(self, entry: _Link, opening: _Opening, data: bytes) -> None:
-        if opening.failed:
-            return
-        try:
-            self._take(entry, opening, data)
-        except (LinkRefused, _Impossible, msgspec.DecodeError) as error:
-            opening.failed = True
-            if not opening.hello.done():
-                opening.hello.set_exception(error)
-                opening.hello.exception()  # nobody may be waiting
-            else:
-                log.warning("the node at %s said what cannot be: %s", entry.url, error)
-            if entry.socket is not None:
-                entry.socket.close(str(error))
-
-    def _take(self, entry: _Link, opening: _Opening, data: bytes) -> None:
-        """Raises LinkRefused, _Impossible or DecodeError for what ends the link."""
-        if not opening.proved:
-            proof = opening.half.prove(data)
-            assert entry.socket is not None  # before there is one nobody can answer to its nonce
-            opening.proved = True
-            entry.socket.send(proof)
-            return
-        frame = opening.half.incoming.open(data)
-        if frame is None:
-            raise _Impossible(BROKEN_SEAL)
-        message = wire.decode_from_node(frame)
-        node = entry.node
-        now_s = time.monotonic()
-        entry.spoke_s = now_s
-        match message:
-            case wire.Outputs() if node is not None:
-                _check_outputs(message.items, node.hello.model.vocab_size)
-                node.outputs(message.items, now_s)
-            case wire.Status() if node is not None:
-                self._registry.status(node, message)
-            case wire.Prefixes() if node is not None:
-                try:
-                    self._registry.cached(node, message)
-                except ValueError as error:
-                    raise _Impossible(str(error)) from None
-            case wire.Role() if node is not None:
-                self._registry.role(node, message)
-            case wire.Role():
-                opening.role = message
-            case wire.Hello() if not opening.hello.done():
-                opening.hello.set_result(message)
-            case wire.Model() if opening.hello.done() and not opening.model.done():
-                opening.model.set_result(message.bundle)
 
     # --- silence --------------------------------------------------------------------------------------
 
@@ -351,51 +264,25 @@ class Links:
             now_s = time.monotonic()
             stalled = now_s - self._tick_s > _TICK_S + _STALL_S
             self._tick_s = now_s
-            for entry in list(self._links.values()):
-                if entry.socket is not None and entry.node is not None:
-                    self._check(entry, entry.socket, entry.node, now_s, forgive=stalled)
+            for entry in list(self._entries.values()):
+                if entry.link is not None and entry.node is not None:
+                    self._check(entry.link, entry.node, now_s, forgive=stalled)
 
-    def _check(self, entry: _Link, socket: WebSocket, node: Node, now_s: float, *, forgive: bool) -> None:
+    def _check(self, link: Link, node: Node, now_s: float, *, forgive: bool) -> None:
         if forgive:
             # What the node sent while this process slept is still unread.
-            socket.heard_s = entry.spoke_s = now_s
-        silent_s = now_s - socket.heard_s
+            link.heard_s = link.spoke_s = now_s
+        silent_s = now_s - link.heard_s
         if silent_s > self._settings.link_timeout_s:
-            socket.abort(f"silent for {silent_s:.1f} s")
-        elif now_s - entry.spoke_s > self._settings.engine_timeout_s:
-            socket.abort(f"its engine was silent for {now_s - entry.spoke_s:.1f} s")
+            link.abort(f"silent for {silent_s:.1f} s")
+        elif now_s - link.spoke_s > self._settings.engine_timeout_s:
+            link.abort(f"its engine was silent for {now_s - link.spoke_s:.1f} s")
         elif node.running is not None and node.running.seconds > node.running.limit_s:
-            socket.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
+            link.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
         elif silent_s > _PING_AFTER * self._settings.link_timeout_s:
-            socket.ping()
+            link.ping()
 
 
 def _follows_no_more(follower: asyncio.Task[None]) -> None:
     if not follower.cancelled() and (error := follower.exception()) is not None:
         log.critical("%s is followed no more: restart the router", follower.get_name(), exc_info=error)
-
-
-class _Opening:
-    """What a link waits for before it is in use."""
-
-    def __init__(self, secret: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        self.half = RouterHalf(secret)
-        self.proved = False  # the node knows the secret: its frames are sealed from here on
-        self.failed = False  # nothing that it says is read any more
-        self.role: wire.Role | None = None  # it has changed since its hello
-        self.hello: asyncio.Future[wire.Hello] = loop.create_future()
-        self.model: asyncio.Future[bytes] = loop.create_future()
-
-
-def _check_outputs(items: list[wire.Output], vocab_size: int) -> None:
-    """Beyond what types say (see :mod:`pd_serve.wire.link`): tokens are of the vocabulary. Raises _Impossible."""
-    for item in items:
-        if item.tokens and max(item.tokens) >= vocab_size:
-            raise _Impossible(f"token {max(item.tokens)} of a vocabulary of {vocab_size}")
-        if item.stop_token is not None and item.stop_token >= vocab_size:
-            raise _Impossible(f"stop token {item.stop_token} of a vocabulary of {vocab_size}")
-        for entries in (item.logprobs, item.prompt_logprobs):
-            for entry in entries or ():
-                if entry is not None and max((entry.token, *(id for id, _ in entry.top))) >= vocab_size:
-                    raise _Impossible(f"log-probability of a token outside of the vocabulary of {vocab_size}")

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from pd_serve.config import RouterConfig
+from pd_serve.router.backends.base import OWN, Place
 from pd_serve.router.groups import Registry
-from pd_serve.router.links import Links, _Link
+from pd_serve.router.links import Links, _Entry
 from pd_serve.router.nodes import Node
 from pd_serve.wire import link
 from tests.api import tiny
@@ -19,8 +20,9 @@ from tests.router.conftest import StartNode, StartRouter, until
 
 
 @dataclass
-class NotedSocket:
+class NotedLink:
     heard_s: float
+    spoke_s: float
     said: list[str] = field(default_factory=list)
 
     def abort(self, why: str) -> None:
@@ -53,19 +55,19 @@ def test_when_a_link_is_given_up(
     node = Node(hello, lambda _: None)
     node.running = link.Running(7, 100, step_s, 10.0) if step_s else None
     now_s = time.monotonic()
-    entry, socket = _Link("http://d", static=True, spoke_s=now_s - engine_s), NotedSocket(now_s - socket_s)
-    links._check(entry, socket, node, now_s, forgive=forgive)  # type: ignore[arg-type]
-    assert socket.said == said
-    links._check(entry, socket, node, now_s, forgive=False)  # type: ignore[arg-type]
-    assert socket.said == said * 2, "what was forgiven is forgotten"
+    noted = NotedLink(now_s - socket_s, now_s - engine_s)
+    links._check(noted, node, now_s, forgive=forgive)  # type: ignore[arg-type]
+    assert noted.said == said
+    links._check(noted, node, now_s, forgive=False)  # type: ignore[arg-type]
+    assert noted.said == said * 2, "what was forgiven is forgotten"
 
 
 async def test_the_watch_notices_that_the_router_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     links = Links(RouterConfig(), Registry(), b"")
     seen: list[bool] = []
-    entry = _Link("http://d", static=True)
-    entry.socket = entry.node = SimpleNamespace()  # type: ignore[assignment]
-    links._links[entry.url] = entry
+    entry = _Entry(Place("http://d", OWN), static=True)
+    entry.link = entry.node = SimpleNamespace()  # type: ignore[assignment]
+    links._entries[entry.url] = entry
     monkeypatch.setattr(links, "_check", lambda *_, forgive: seen.append(forgive))
     watch = asyncio.create_task(links._watch())
     await until(lambda: seen, "a look")
