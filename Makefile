@@ -45,7 +45,7 @@ test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at 
 test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
 	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
 
-test-clients: $(RUN)  ## the clients of docs/clients.md against the default model, in an environment of their own
+test-clients: $(RUN)  ## the clients of docs/clients.md against the default model, each in an environment of its own (ARGS="openai npm")
 	@tests/clients/run.sh $(BIN)/python .venv-clients $(ARGS)
 
 lint: $(RUN_DEV)  ## ruff, mypy, hadolint, and whether docs/configuration.md is up to date

@@ -26,7 +26,7 @@ from pd_serve import __version__
 log = logging.getLogger(__name__)
 
 FLUSH_S = 2.0  # at the end of a process, for what is not exported yet
-_KEPT = 8192  # spans, while the collector is away: about 10 MB
+_KEPT = 8192  # spans, while the collector is away or slow: about 10 MB
 _BATCH = 512
 
 _propagator = TraceContextTextMapPropagator()
@@ -36,6 +36,7 @@ class Tracing:
     """Owns the provider. ``tracer`` makes spans; ``context_of`` and ``traceparent`` are how they cross processes."""
 
     def __init__(self, processor: SpanProcessor, service: str, instance: str) -> None:
+        self._processor = processor
         own = {"service.name": service, "service.instance.id": instance, "service.version": __version__}
         resource = Resource.create().merge(Resource(own)).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -54,6 +55,8 @@ class Tracing:
         await asyncio.to_thread(last.join, FLUSH_S)
         if last.is_alive():
             log.warning("the last spans could not be exported within %g s", FLUSH_S)
+        if isinstance(self._processor, Export):
+            self._processor.account()
 
 
 def traceparent(span: Span) -> str:
@@ -67,14 +70,52 @@ def wall_ns(monotonic_s: float) -> int:
     return time.time_ns() - int((time.monotonic() - monotonic_s) * 1e9)
 
 
-def exporting(endpoint: str) -> BatchSpanProcessor:
+def exporting(endpoint: str) -> Export:
     """``endpoint``: empty: what the variables name."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     for name in ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # one line a batch; ours say it once
     log.info("traces go to %s", endpoint or "the collector that OTEL_* variables name")
-    return BatchSpanProcessor(Patient(OTLPSpanExporter(endpoint or None)))
+    return Export(OTLPSpanExporter(endpoint or None))
+
+
+class Export(BatchSpanProcessor):
+    """The one bound on spans that wait, wherever they do: those that end beyond it are dropped, counted and told of.
+
+    Spans end on one thread.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._patient = Patient(exporter)
+        super().__init__(self._patient, max_queue_size=_KEPT)
+        self._taken = 0
+        self._dropping = False
+        self.dropped = 0
+
+    @property
+    def waiting(self) -> int:
+        return self._taken - self._patient.exported
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        if self.waiting >= _KEPT:
+            self.dropped += 1
+            if not self._dropping:
+                self._dropping = True
+                log.warning("spans are dropped: %d wait for the collector already", _KEPT)
+            return
+        if self._dropping and self.waiting < _KEPT // 2:
+            self._dropping = False
+            log.warning("spans are exported again; %d were dropped since the start", self.dropped)
+        self._taken += 1
+        super().on_end(span)
+
+    def account(self) -> None:
+        """Of what never reached the collector, in the log."""
+        if lost := self.dropped + self.waiting:
+            log.warning("%d spans did not reach the collector, %d of them dropped before the end", lost, self.dropped)
 
 
 class Patient(SpanExporter):
@@ -82,8 +123,9 @@ class Patient(SpanExporter):
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._kept: deque[ReadableSpan] = deque(maxlen=_KEPT)
+        self._kept: deque[ReadableSpan] = deque()  # whoever hands spans over bounds them
         self._failing = False
+        self.exported = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._kept.extend(spans)
@@ -92,10 +134,11 @@ class Patient(SpanExporter):
             if self._exporter.export(batch) is not SpanExportResult.SUCCESS:
                 if not self._failing:
                     self._failing = True
-                    log.warning("traces cannot be exported: the last %d spans are kept until they can", _KEPT)
+                    log.warning("traces cannot be exported: up to %d spans are kept until they can", _KEPT)
                 return SpanExportResult.FAILURE
             for _ in batch:
                 self._kept.popleft()
+            self.exported += len(batch)
         if self._failing:
             self._failing = False
             log.info("traces are exported again")

@@ -26,15 +26,20 @@ class Seen(NamedTuple):
 
 
 class Collector:
-    """Serves until ``close``. ``port``: 0: a free one."""
+    """Serves until ``close``. ``port``: 0: a free one. ``hanging``: it answers from ``go_on`` to ``hang`` only."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, *, hanging: bool = False) -> None:
         self.spans: list[Seen] = []
+        self._answers = threading.Event()
+        self.hang, self.go_on = self._answers.clear, self._answers.set
+        if not hanging:
+            self.go_on()
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+                collector._answers.wait()
                 collector.spans += [seen for resource in request.resource_spans for seen in _spans(resource)]
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
@@ -49,6 +54,7 @@ class Collector:
         self._thread.start()
 
     def close(self) -> None:
+        self.go_on()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

@@ -74,6 +74,41 @@ def test_a_collector_that_is_away_costs_nothing_and_loses_nothing(
     assert warnings() == 1
 
 
+def test_a_collector_that_hangs_loses_what_is_counted_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pd_serve.otel._KEPT", 600)
+    monkeypatch.setattr("pd_serve.otel.FLUSH_S", 0.2)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "30")
+
+    def said() -> str:
+        return "\n".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+
+    collector = Collector(hanging=True)
+    try:
+        export = exporting(collector.endpoint)
+        traces = Tracing(export, "s", "i")
+        for number in range(1000):
+            traces.tracer.start_span(str(number)).end()
+        assert (export.dropped, export.waiting) == (400, 600)
+        assert said() == "spans are dropped: 600 wait for the collector already"
+        collector.go_on()
+        deadline_s = time.monotonic() + 10
+        while export.waiting:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        collector.hang()
+        traces.tracer.start_span("late").end()
+        assert said().endswith("spans are exported again; 400 were dropped since the start")
+        asyncio.run(traces.close())
+        assert said().endswith("401 spans did not reach the collector, 400 of them dropped before the end")
+    finally:
+        collector.close()
+    # those that had come first
+    assert {span.name for span in collector.spans} >= set(map(str, range(600)))
+
+
 def test_contexts_cross_processes_as_w3c_says() -> None:
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter

@@ -18,7 +18,9 @@ from msgspec import Meta
 
 from pd_serve.wire.memory import MemoryReport
 
-LINK_VERSION = 4
+# Raised where an older end would misread messages, or pass over what changes answers: allowed_token_ids, bad_words and
+# a prompt's salt came with version 5. Ends of different versions refuse each other and say so.
+LINK_VERSION = 5
 
 ROLES = ("prefill", "decode", "both")
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 
 import pytest
-from pydantic import BaseModel, Field
-
-
-class Name(StrEnum):
-    PARIS = "Paris"
-    ROME = "Rome"
-
-
-class City(BaseModel):
-    """A city and its size."""
-
-    name: Name
-    millions: int = Field(ge=1, le=9, description="inhabitants")
-
-
-QUESTION = "Which city is the capital of France?"
 
 
 @pytest.fixture(scope="session")
-def url() -> str:
-    return os.environ["PD_SERVE_URL"] + "/v1"
+def base() -> str:
+    return os.environ["PD_SERVE_URL"]
+
+
+@pytest.fixture(scope="session")
+def url(base: str) -> str:
+    return base + "/v1"
 
 
 @pytest.fixture(scope="session")
 def model() -> str:
     return os.environ["PD_SERVE_MODEL_NAME"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> str:
+    """A directory, for programs that count tokens themselves."""
+    return os.environ["PD_SERVE_TOKENIZER"]

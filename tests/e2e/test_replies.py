@@ -1,4 +1,4 @@
-"""The Responses and the Messages API with their own clients, against the real thing."""
+"""The Responses and the Messages API with their own clients, and LangChain over chats, against the real thing."""
 
 from __future__ import annotations
 
@@ -91,4 +91,25 @@ def test_both_apis_call_tools_and_keep_to_schemas(smol: Cluster) -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}]},
     ]
     assert claude.messages.create(messages=turn, tools=[look], max_tokens=5, **asked).usage.output_tokens == 5
+    smol.assert_idle()
+
+
+def test_langchain_keeps_to_schemas_and_calls_tools(smol: Cluster) -> None:
+    from langchain_openai import ChatOpenAI
+
+    class City(pydantic.BaseModel):
+        """A city."""
+
+        name: Literal["Paris", "Rome"]
+
+    asked: Any = {"base_url": smol.url + "/v1", "api_key": "none", "max_tokens": 40, "stream_usage": True}
+    chat = ChatOpenAI(model=smol.router.get("/v1/models")["data"][0]["id"], temperature=0, **asked)
+    for method in ("json_schema", "function_calling"):
+        assert isinstance(chat.with_structured_output(City, method=method).invoke(QUESTION), City)  # type: ignore[arg-type]
+    called: Any = chat.bind_tools([City], tool_choice="required").invoke(QUESTION)
+    assert called.tool_calls[0]["name"] == "City" and City.model_validate(called.tool_calls[0]["args"])
+    whole: Any = None
+    for chunk in chat.stream(QUESTION):
+        whole = chunk if whole is None else whole + chunk
+    assert "Paris" in whole.content and whole.usage_metadata["output_tokens"] > 0
     smol.assert_idle()

@@ -75,14 +75,14 @@ def test_a_frame_that_somebody_touched_does_not_open(touch: str) -> None:
 
 def test_versions_that_differ_are_told_on_both_sides() -> None:
     router, node = RouterHalf(b""), NodeHalf(b"")
-    with pytest.raises(LinkRefused, match="version 99 of the link, this node 4: update the older"):
+    with pytest.raises(LinkRefused, match="version 99 of the link, this node 5: update the older"):
         node.challenge(link.encoder.encode(link.Greeting(99, b"n" * 32)))
-    with pytest.raises(LinkRefused, match="version 99 of the link, this router 4: update the older"):
+    with pytest.raises(LinkRefused, match="version 99 of the link, this router 5: update the older"):
         router.prove(link.encoder.encode(link.Challenge(99, b"n" * 32, b"")))
-    before = 3  # of builds whose nodes say nothing of their caches
-    with pytest.raises(LinkRefused, match="version 3 of the link, this node 4"):
+    before = 4  # of builds whose nodes pass over a prompt's salt
+    with pytest.raises(LinkRefused, match="version 4 of the link, this node 5"):
         node.challenge(link.encoder.encode(link.Greeting(before, b"n" * 32)))
-    with pytest.raises(LinkRefused, match="version 3 of the link, this router 4"):
+    with pytest.raises(LinkRefused, match="version 4 of the link, this router 5"):
         router.prove(link.encoder.encode(link.Challenge(before, b"n" * 32, b"")))
     old = {"type": "hello", "link_version": 1, "node_id": "n", "role": "decode", "peer_address": "tcp://n"}
     with pytest.raises(LinkRefused, match="version 1 of the link"):
