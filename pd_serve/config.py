@@ -31,6 +31,7 @@ TOOL_PARSERS = (
     "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder", "kimi_k2",
     "openai",
 )  # fmt: skip
+BACKENDS = ("vllm",)  # of pd_serve.router.backends, besides pd-serve's own
 REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss")
 
 
@@ -684,13 +685,39 @@ class RouterConfig(RouterSettings):
 
     prefill: tuple[str, ...] = setting((), values.URLS, "Nodes", "Prefill nodes that do not register themselves.")
     decode: tuple[str, ...] = setting((), values.URLS, "Nodes", "Decode nodes that do not register themselves.")
+    prefill_url: tuple[str, ...] = setting(
+        (), values.URLS, "Other engines", "Prefill servers of another engine (see backend)."
+    )
+    decode_url: tuple[str, ...] = setting((), values.URLS, "Other engines", "Decode servers of another engine.")
+    url: tuple[str, ...] = setting(
+        (),
+        values.URLS,
+        "Other engines",
+        "Servers of another engine that do both, without a partner.",
+    )
+    backend: str = setting(
+        "vllm", choice(*BACKENDS), "Other engines", "What prefill_url, decode_url and url are servers of."
+    )
+    backend_api_key: str = setting(
+        "", values.TEXT, "Other engines", "Sent to such servers as a bearer token. Other users of the machine can read "
+        "flags: prefer the variable.",
+    )  # fmt: skip
+    tokenizer: tuple[str, ...] = setting(
+        (),
+        values.TEXTS,
+        "Other engines",
+        "Directory with tokenizer.json and config.json of the model that such servers serve; NAME=DIRECTORY where "
+        "there are several models.",
+        reason="Empty: the directory that the server names, where this machine has it, too.",
+    )
     discover: tuple[str, ...] = setting(
         (),
         values.NODE_LISTS,
         "Nodes",
         "Where nodes are listed: file:///PATH (one URL a line, read again when it changes), or "
         "k8s://NAMESPACE/SELECTOR (EndpointSlices with these labels, such as app=pd-serve-node, of the cluster that "
-        "the router runs in).",
+        "the router runs in). What follows a URL says that it is another engine's, and for what: vllm prefill, "
+        "vllm decode, vllm both; in Kubernetes the labels pd-serve/backend and pd-serve/role do.",
         reason="Empty: nodes register themselves. They may besides.",
     )
     min_prefill: int = setting(

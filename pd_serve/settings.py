@@ -19,6 +19,7 @@ from pd_serve.values import Kind
 GROUPS = (
     "Model",
     "Nodes",
+    "Other engines",
     "Network",
     "Security",
     "API",

@@ -76,6 +76,7 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         allowed_token_ids=allowed,
         bad_words=words,
+        seeded=request.seed is not None,
     )
 
 

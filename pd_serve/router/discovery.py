@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
-from pd_serve import values
 from pd_serve.errors import ConfigError
 from pd_serve.net import netloc
+from pd_serve.router.backends.base import Place
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _PAUSE_S = (1.0, 30.0)  # after a failure; doubled each time
 _BREATH_S = 0.2  # between two watches: a server may end each at once
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _GONE = 410
+_BACKEND, _ROLE = "pd-serve/backend", "pd-serve/role"  # labels of services of other engines' servers
 
 
 def check(where: str) -> None:
@@ -52,7 +53,8 @@ async def follow(where: str, found: Found) -> None:
 
 
 async def follow_file(path: Path, found: Found) -> None:
-    """One URL a line; what follows a # is a remark. The file may be written anew or replaced at any time."""
+    """One URL a line, and of another engine's server what it is; what follows a # is a remark. The file may be written
+    anew or replaced at any time."""
     before, complaint = _Mark(0, 0, 0), ""
     while True:
         try:
@@ -86,7 +88,7 @@ def _read(path: Path) -> list[str]:
         given = line.partition("#")[0].strip()
         if given:
             try:
-                urls.append(str(values.URL.parse(given)))
+                urls.append(str(Place.parse(given)))
             except ValueError as error:
                 log.warning("%s, line %d: a node's address %s", path, number, error)
     return urls
@@ -213,12 +215,15 @@ class EndpointSlices:
 
 
 def endpoints(item: dict[str, Any]) -> list[tuple[str, bool, bool]]:
-    """URL, whether it is ready, and whether it is about to end, of each endpoint of an EndpointSlice."""
+    """Node (as a file's line has it), whether it is ready, and whether it is about to end, of each endpoint of an
+    EndpointSlice."""
     ports = item.get("ports") or []
     named = [port for port in ports if port.get("name") in ("http", "https")] or (ports if len(ports) == 1 else [])
     if not named or not named[0].get("port"):
         return []
     port = named[0]
+    labels = (item.get("metadata") or {}).get("labels") or {}  # a service's are its slices', too
+    engine = " ".join(found for name in (_BACKEND, _ROLE) if (found := labels.get(name)))
     scheme = "https" if "https" in (port.get("name"), port.get("appProtocol")) else "http"
     found = []
     for endpoint in item.get("endpoints") or []:
@@ -226,5 +231,6 @@ def endpoints(item: dict[str, Any]) -> list[tuple[str, bool, bool]]:
         leaving = bool(conditions.get("terminating"))
         ready = conditions.get("ready") is not False and not leaving
         for address in (endpoint.get("addresses") or [])[:1]:  # clients are to use the first
-            found.append((f"{scheme}://{netloc(address, port['port'])}", ready, leaving))
+            url = f"{scheme}://{netloc(address, port['port'])}"
+            found.append((str(Place.parse(f"{url} {engine}")), ready, leaving))
     return found

@@ -26,6 +26,7 @@ from pd_serve.config import RouterConfig
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.router.backends.base import OWN, Backend, Link, Place, Unfit
 from pd_serve.router.backends.pdserve import PDServe
+from pd_serve.router.backends.vllm import VLLM
 from pd_serve.router.discovery import follow
 from pd_serve.router.groups import Registry
 from pd_serve.router.nodes import Node
@@ -71,7 +72,10 @@ class Links:
     def __init__(self, settings: RouterConfig, registry: Registry, secret: bytes) -> None:
         self._settings = settings
         self._registry = registry
-        self._backends: dict[str, Backend] = {OWN: PDServe(settings, registry, secret)}
+        self._backends: dict[str, Backend] = {
+            OWN: PDServe(settings, registry, secret),
+            VLLM.kind: VLLM(settings, registry),
+        }
         self._entries: dict[str, _Entry] = {}
         self._complaints: dict[str, str] = {}
         self._tick_s = time.monotonic()
@@ -81,12 +85,20 @@ class Links:
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
-        for url in (*self._settings.prefill, *self._settings.decode):
-            self.add(url, static=True)
+        for place in self._settled():
+            self.add(place.url, static=True, place=place)
         for where in self._settings.discover:
             follower = asyncio.create_task(follow(where, functools.partial(self.listed, where)), name=where)
             follower.add_done_callback(_follows_no_more)
             self._followers.append(follower)
+
+    def _settled(self) -> list[Place]:
+        """Those that settings name."""
+        settings = self._settings
+        found = [Place(url, OWN) for url in (*settings.prefill, *settings.decode)]
+        for role, urls in (("prefill", settings.prefill_url), ("decode", settings.decode_url), ("both", settings.url)):
+            found += [Place(url, settings.backend, role) for url in urls]
+        return found
 
     async def close(self) -> None:
         tasks = [task for entry in self._entries.values() if (task := entry.task) is not None]
@@ -96,8 +108,9 @@ class Links:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def add(self, url: str, *, static: bool = False, instance: str = "") -> str:
+    def add(self, url: str, *, static: bool = False, instance: str = "", place: Place | None = None) -> str:
         """Begins a link unless there is one; its state. ``instance``: of the node's process, where it registers itself.
+        ``place``: where it is another engine's.
 
         A node that was refused is tried again at once where it was started anew, or somebody gave the order by hand.
         Raises APIError where there are too many.
@@ -112,7 +125,7 @@ class Links:
                     code="too_many_nodes",
                     retry_after_s=60,
                 )
-            entry = self._entries[url] = _Entry(Place(url, OWN), static, instance=instance)
+            entry = self._entries[url] = _Entry(place or Place(url, OWN), static, instance=instance)
             entry.task = asyncio.create_task(self._keep(entry))
         elif entry.node is None and (not instance or instance != entry.instance):
             entry.again.set()
@@ -135,20 +148,22 @@ class Links:
         return {entry.url: entry.instance for entry in self._entries.values() if not entry.static}
 
     def listed(self, where: str, urls: dict[str, bool]) -> None:
-        """What a list of discovery says now: nodes that came are linked to, those that left are not tried again. With
-        True a node is about to leave, and gets nothing new."""
+        """What a list of discovery says now (see :meth:`Place.parse`): nodes that came are linked to, those that left
+        are not tried again. With True a node is about to leave, and gets nothing new."""
         before, now = self._lists.get(where, set()), set[str]()
-        for url, leaving in urls.items():
-            url = url.rstrip("/")
+        for line, leaving in urls.items():
+            place = Place.parse(line)
+            url = place.url
             try:
-                self._settings.check_door(urlsplit(url).hostname or "", "discovered")
+                if place.backend == OWN:  # whose prompts nobody else is to read
+                    self._settings.check_door(urlsplit(url).hostname or "", "discovered")
             except ConfigError as error:
                 self._complain(url, str(error))
                 continue
             now.add(url)
             entry = self._entries.get(url)
             if entry is None and not leaving:
-                self.add(url, static=True)
+                self.add(url, static=True, place=place)
             elif entry is not None:
                 entry.static = True
                 if entry.node is not None:
@@ -161,7 +176,7 @@ class Links:
     def forget(self, url: str) -> None:
         """A node is listed no more: its link goes on to its own end, and is not begun again."""
         entry = self._entries.get(url)
-        if entry is None or url in (*self._settings.prefill, *self._settings.decode):
+        if entry is None or any(place.url == url for place in self._settled()):
             return
         entry.static = False
         if entry.node is None and entry.task is not None:

@@ -431,7 +431,9 @@ class Stream:
         self._deliver(news, now_s)
 
     def _learn(self, attempt: Attempt, node: Node, num_cached: int) -> None:
-        """A node made its first token: it has computed the prompt, and said what it had of it before."""
+        """A node made its first token: the prompt is computed, and whoever did it has said what it had of it before."""
+        if attempt.prefill is not None and not attempt.local:
+            node = attempt.prefill  # also where it is the decode node that tells of the first token
         self._group.computed(node, self._chain, num_cached)
         if attempt.decode is not None and attempt.decode is not node:
             self._group.computed(attempt.decode, self._chain, None)  # it is about to have it

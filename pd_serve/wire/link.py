@@ -93,6 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     grammar: Grammar | None = None  # ends the output where it is complete
     allowed_token_ids: tuple[int, ...] = ()  # none but these can be sampled; empty: all
     bad_words: tuple[tuple[int, ...], ...] = ()  # tokens that the output must not have one after the other
+    seeded: bool = False  # the client gave the seed: for engines that sample more slowly with one
 
 
 class Source(msgspec.Struct, frozen=True):

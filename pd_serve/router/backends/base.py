@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple, Protocol
 
+from pd_serve import values
+from pd_serve.config import BACKENDS
 from pd_serve.errors import PDServeError
 from pd_serve.router.nodes import Node
 from pd_serve.wire import link as wire
+from pd_serve.wire.link import ROLES
 from pd_serve.wire.model import ModelBundle
 
 OWN = "pd-serve"
@@ -29,6 +32,20 @@ class Place(NamedTuple):
     url: str
     backend: str
     role: str = ""
+
+    @classmethod
+    def parse(cls, line: str) -> Place:
+        """``URL``, or ``URL BACKEND ROLE`` of another engine's server. Raises ValueError."""
+        url, *rest = line.split()
+        url = str(values.URL.parse(url))
+        if not rest:
+            return cls(url, OWN)
+        if len(rest) != 2 or rest[0] not in BACKENDS or rest[1] not in ROLES:
+            raise ValueError(f"must be a URL, or a URL, {' or '.join(BACKENDS)}, and {', '.join(ROLES)}, not {line!r}")
+        return cls(url, *rest)
+
+    def __str__(self) -> str:
+        return " ".join((self.url, *(() if self.backend == OWN else (self.backend, self.role))))
 
 
 class Link(Protocol):

@@ -1,0 +1,564 @@
+"""vLLM, unmodified, with NixlConnector, pd-serve's connector, or another one that speaks ``kv_transfer_params``.
+
+Prefill, then decode: the prefill server is asked for one token and answers with ``kv_transfer_params``, which go to the
+decode server as they are. With NixlConnector that one computes the last prompt token again and samples the first token
+itself; the prefill server's token is dropped, and never part of the decode server's prompt: at a multiple of its block
+size that would end its engine. Where the params have a key ``pd_serve``, the connector is pd-serve's: the first token
+goes to the client at once, and decoding goes on after it.
+
+Tokens go in and come out over ``/inference/v1/generate``, or over ``/v1/completions`` where a server lacks it; which,
+a request for one token at the begin of a link says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from pd_serve.router.backends import texts
+from pd_serve.router.backends.base import Place, Unfit
+from pd_serve.router.backends.events import Events, StreamAnswer
+from pd_serve.router.backends.handover import Handed
+from pd_serve.router.backends.http import Server, Whole
+from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of
+from pd_serve.wire import link as wire
+
+log = logging.getLogger(__name__)
+
+GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
+_PROBE_S = 60.0  # a first token may compile something
+# What the prefill server is asked to keep: the plain protocol of vLLM's own proxies.
+_KEEP: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+_OURS = 1  # version of what pd-serve's connector writes
+_RELEASE_S = 30.0  # vLLM's lease
+# A request that is left before its first token is waited for so long: the engine has it then, and gives back what the
+# prefill server keeps for it. vLLM forgets one that it has not handed to its engine yet.
+_GRACE_S = 0.5
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Top(msgspec.Struct):
+    token_id: int | None = None
+    token: str = ""
+    logprob: float = 0.0
+    rank: int | None = None
+    top_logprobs: list[_Top] = []
+
+
+class _Logprobs(msgspec.Struct):
+    """Of either path."""
+
+    content: list[_Top] | None = None
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _PromptLogprob(msgspec.Struct):
+    logprob: float
+    rank: int | None = None
+
+
+_Prompt = list[dict[str, _PromptLogprob] | None]
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: _Logprobs | None = None
+    prompt_logprobs: _Prompt | None = None
+
+
+class _Cached(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _Cached | None = None
+
+
+class Answered(msgspec.Struct):
+    """A whole answer, or an event of a streamed one."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw = msgspec.Raw()
+    kv_transfer_params: msgspec.Raw = msgspec.Raw()
+    prompt_logprobs: _Prompt | None = None
+
+    @property
+    def num_cached(self) -> int:
+        details = self.usage.prompt_tokens_details if self.usage is not None else None
+        return (details.cached_tokens or 0) if details is not None else 0
+
+
+class _Pdserve(msgspec.Struct):
+    v: int
+    num_tokens: int
+
+
+class _Params(msgspec.Struct):
+    """The little that is read of them."""
+
+    remote_prefill_cached_tokens: int | None = None
+    pd_serve: msgspec.Raw = msgspec.Raw()
+
+
+_answered = msgspec.json.Decoder(Answered).decode
+
+
+class VLLM(Served):
+    kind = "vllm"
+    title = "vLLM"
+
+    async def greet(self, server: Server, place: Place) -> tuple[Facts, Callable[[wire.Hello, texts.Text], VLLMLink]]:
+        timeout_s = self.settings.connect_timeout_s
+        status, _ = await server.get("/health", timeout_s)
+        if status != 200:
+            raise ConnectionError(f"its /health answers {status}")
+        status, body = await server.get("/v1/models", timeout_s)
+        if status != 200:
+            raise Unfit(f"/v1/models: {failure_of(status, body)[1]}{_KEY_ADVICE if status == 401 else ''}")
+        models = [model for model in msgspec.json.decode(body, type=_Models).data if not model.parent]
+        if not models:
+            raise Unfit("it serves no model")
+        status, body = await server.get("/version", timeout_s)
+        version = str(msgspec.json.decode(body).get("version", "")) if status == 200 else ""
+        facts = Facts(models[0].id, models[0].max_model_len or 0, models[0].root or "", version)
+        whole, streamed = await _doors(server, facts.name)
+
+        def make(hello: wire.Hello, text: texts.Text) -> VLLMLink:
+            return VLLMLink(self, server, hello, text, whole, streamed)
+
+        return facts, make
+
+
+_KEY_ADVICE = ": give its key with --backend-api-key"
+
+
+async def _doors(server: Server, model: str) -> tuple[str, str]:
+    """Paths for whole answers and for streamed ones. Raises OSError, Unfit."""
+    body = msgspec.json.encode(
+        {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "temperature": 0.0}, "stream": True}
+    )
+    status, kind, answer = await server.ask(GENERATE, body, _PROBE_S)
+    if status == 200:
+        if kind != "text/event-stream":
+            return GENERATE, COMPLETIONS
+        events = [_answered(event) for event in Events().feed(answer) if event != b"[DONE]"]
+        if any(choice.token_ids for event in events for choice in event.choices):
+            return GENERATE, GENERATE
+    body = msgspec.json.encode({"model": model, "prompt": [1], "max_tokens": 1, "return_token_ids": True})
+    status, _, answer = await server.ask(COMPLETIONS, body, _PROBE_S)
+    if status != 200:
+        raise Unfit(f"{COMPLETIONS}: {failure_of(status, answer)[1]}")
+    if not all(choice.token_ids for choice in _answered(answer).choices):
+        raise Unfit(f"neither {GENERATE} nor {COMPLETIONS} tells token ids: it needs vLLM 0.11 or later")
+    return COMPLETIONS, COMPLETIONS
+
+
+class VLLMLink(ServedLink):
+    def __init__(
+        self, backend: VLLM, server: Server, hello: wire.Hello, text: texts.Text, whole: str, streamed: str
+    ) -> None:
+        super().__init__(backend, server, hello, text)
+        self.whole = whole
+        self.streamed = streamed
+
+    def work(self, submit: wire.Submit) -> Work:
+        if submit.handoff:
+            return Prefill(self, submit)
+        return Decode(self, submit) if submit.source is not None else Alone(self, submit)
+
+    def load(self, samples: Mapping[str, float]) -> wire.Load:
+        waiting, running = (int(samples.get(f"vllm:num_requests_{what}", 0)) for what in ("waiting", "running"))
+        blocks = int(samples.get("vllm:cache_config_info:num_gpu_blocks", 0))
+        share = samples.get("vllm:kv_cache_usage_perc", samples.get("vllm:gpu_cache_usage_perc", 0.0))
+        used = min(blocks, round(share * blocks))
+        groups = [wire.GroupUsage(blocks, used, 0, blocks - used)] if blocks else []
+        return wire.Load(waiting=waiting, running=running, waiting_tokens=0, groups=groups, queued=waiting)
+
+    def body(
+        self,
+        path: str,
+        submit: wire.Submit,
+        *,
+        extra: tuple[int, ...] = (),
+        limit: int = 0,
+        stream: bool,
+        params: bytes,
+    ) -> bytes:
+        """A request. ``extra``: tokens after the submit's; ``limit``: of its output tokens, 0: what is left of it;
+        ``params``: ``kv_transfer_params`` in JSON, empty: none."""
+        tokens = [*_tokens(submit), *extra]
+        sampling = _sampling(submit, len(extra), limit)
+        document: dict[str, Any] = {"model": self.hello.model.name, "stream": stream}
+        if path == GENERATE:
+            document |= {"token_ids": tokens, "sampling_params": {**sampling, "detokenize": False}}
+        else:
+            document |= {"prompt": tokens, "return_token_ids": True, **sampling}
+            if submit.sampling.logprobs >= 0:
+                document["return_tokens_as_token_ids"] = True
+        if submit.salt:
+            document["cache_salt"] = submit.salt.hex()
+        if stream:
+            document["stream_options"] = {"include_usage": True}
+        if params:
+            document["kv_transfer_params"] = msgspec.Raw(params)
+        return msgspec.json.encode(document)
+
+    def headers(self, submit: wire.Submit) -> dict[str, str]:
+        """The same on both servers, which find each other's part of an attempt in their logs by it."""
+        found = {"X-Request-Id": "".join(c if c.isascii() and c.isprintable() else "_" for c in submit.id)}
+        return found | ({"traceparent": submit.trace} if submit.trace else {})
+
+
+class _VLLMWork(Work):
+    link: VLLMLink
+
+    def outputs_of(self, choice: _Choice, index: int, num_cached: int) -> wire.Output:
+        tokens = choice.token_ids or []
+        sampling = self.submit.sampling
+        logprobs = None
+        if sampling.logprobs >= 0:
+            logprobs = _logprobs(choice.logprobs, tokens, sampling.logprobs)
+        stop = choice.stop_reason if isinstance(choice.stop_reason, int) else None
+        return wire.Output(
+            self.submit.id, index, tokens, logprobs, choice.finish_reason, stop_token=stop, num_cached=num_cached
+        )
+
+
+class Prefill(_VLLMWork):
+    """Computes the prompt and keeps its KV; one token comes with it."""
+
+    computing = True
+
+    def start(self) -> None:
+        self._handover = self.link.backend.handovers.of(self.submit.id)
+        self._handover.join()
+        body = self.link.body(self.link.whole, self.submit, limit=1, stream=False, params=msgspec.json.encode(_KEEP))
+        self._whole = Whole()
+        self._whole.done.add_done_callback(self._answered)
+        self.exchange = self.link.server.post(self.link.whole, body, self._whole, self.link.headers(self.submit))
+
+    def stop(self) -> None:
+        super().stop()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self.computing:
+            self.computing = False
+            self._handover.leave()
+
+    def _answered(self, whole: asyncio.Future[tuple[int, str, bytes]]) -> None:
+        if not self.computing:
+            return
+        error = whole.exception()
+        if error is not None:
+            self.fail("internal", str(error))
+        else:
+            status, _, body = whole.result()
+            if status != 200:
+                self.fail(*failure_of(status, body))
+            else:
+                try:
+                    self._take(_answered(body))
+                except (msgspec.DecodeError, IndexError) as wrong:
+                    self.fail("internal", f"an answer that cannot be read: {wrong}")
+        self._leave()
+
+    def _take(self, answer: Answered) -> None:
+        choice = answer.choices[0]
+        base, prompt = self.submit.num_output, self.prompt_tokens
+        params = _given(answer.kv_transfer_params)
+        read = msgspec.json.decode(params, type=_Params) if params else _Params()
+        cached = read.remote_prefill_cached_tokens or answer.num_cached
+        if self.submit.sampling.prompt_logprobs >= 0:
+            found = _prompt_logprobs(answer.prompt_logprobs or choice.prompt_logprobs, self.submit)
+            self.say(wire.Output(self.submit.id, base, [], prompt_logprobs=found))
+        ours = _is_ours(read.pd_serve, prompt)
+        first = tuple(choice.token_ids or ()) if ours else ()
+        ended = choice.finish_reason == "stop" and (ours or not params)
+        if ended or first:
+            output = self.outputs_of(choice, base, cached)
+            output.finish = output.finish if ended else None
+            self.say(output)
+        if ended:
+            self.finished()
+            return
+        self._handover.hand(Handed(params, first, cached))
+        self.finished()
+
+
+def _given(raw: msgspec.Raw) -> bytes:
+    """JSON as it came; empty where there was none, or null."""
+    found = bytes(raw)
+    return b"" if found == b"null" else found
+
+
+def _is_ours(raw: msgspec.Raw, prompt_tokens: int) -> bool:
+    """The connector is pd-serve's, and it has kept all of the prompt."""
+    try:
+        found = msgspec.json.decode(given, type=_Pdserve) if (given := _given(raw)) else None
+    except msgspec.DecodeError:
+        return False
+    return found is not None and found.v == _OURS and found.num_tokens == prompt_tokens
+
+
+class _Streamed(_VLLMWork, StreamAnswer):
+    """An answer that comes token by token."""
+
+    index = 0
+    num_cached = 0
+    event: str | None = None  # said with the first tokens
+
+    @property
+    def known(self) -> bool:
+        """Its engine has said something."""
+        return self.index > self.began
+
+    def ask(self, extra: tuple[int, ...], params: bytes) -> None:
+        StreamAnswer.__init__(self)
+        self.began = self.index = self.submit.num_output + len(extra)
+        link = self.link
+        body = link.body(link.streamed, self.submit, extra=extra, stream=True, params=params)
+        self.exchange = link.server.post(link.streamed, body, self, link.headers(self.submit))
+
+    def take(self, event: bytes) -> str | None:
+        try:
+            answer = _answered(event)
+        except msgspec.DecodeError as error:
+            return f"an event that cannot be read: {error}"
+        if _given(answer.error):
+            return failure_of(200, event)[1].partition(": ")[2]
+        if not answer.choices:
+            return None
+        choice = answer.choices[0]
+        if choice.finish_reason not in (None, "stop", "length"):
+            return f"it ended the request: {choice.finish_reason}"
+        if not choice.token_ids and choice.finish_reason is None:
+            return None
+        output = self.outputs_of(choice, self.index, self.num_cached if self.index == self.began else 0)
+        self.index += len(output.tokens)
+        output.event, self.event = self.event, None
+        self.complete = choice.finish_reason is not None
+        self.say(output)
+        if self.complete:
+            self.finished()
+        return None
+
+
+class Alone(_Streamed):
+    """Everything on one server."""
+
+    computing = True
+
+    def start(self) -> None:
+        if self.submit.sampling.prompt_logprobs >= 0:
+            self._score()
+        else:
+            self.ask((), b"")
+
+    def _score(self) -> None:
+        """Log-probabilities of the prompt come with whole answers only."""
+        body = self.link.body(self.link.whole, self.submit, stream=False, params=b"")
+        whole = Whole()
+        whole.done.add_done_callback(self._scored)
+        self.exchange = self.link.server.post(self.link.whole, body, whole, self.link.headers(self.submit))
+
+    def _scored(self, whole: asyncio.Future[tuple[int, str, bytes]]) -> None:
+        error = whole.exception()
+        status, _, body = (0, "", b"") if error is not None else whole.result()
+        if error is not None or status != 200:
+            self.fail(*(("internal", str(error)) if error is not None else failure_of(status, body)))
+            return
+        try:
+            answer = _answered(body)
+            output = self.outputs_of(answer.choices[0], self.submit.num_output, answer.num_cached)
+            found = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
+            output.prompt_logprobs = _prompt_logprobs(found, self.submit)
+        except (msgspec.DecodeError, IndexError) as wrong:
+            self.fail("internal", f"an answer that cannot be read: {wrong}")
+            return
+        self.say(output)
+        self.finished()
+
+    def failed(self, kind: str, message: str, *, lost: bool) -> None:
+        self.fail(kind, message)
+
+    def take(self, event: bytes) -> str | None:
+        self.computing = False
+        return super().take(event)
+
+
+class Decode(_Streamed):
+    """Reads the prompt's KV from the prefill server, and goes on."""
+
+    def start(self) -> None:
+        self._handover = self.link.backend.handovers.of(self.submit.id)
+        self._handover.join(self._release)
+        self._joined = True
+        self._paired = False  # it was told where the KV is
+        self.say_soon(wire.Output(self.submit.id, self.submit.num_output, [], event="accepted"))
+        self._handover.wait(self._go)
+
+    def _go(self, handed: Handed) -> None:
+        self._handover.taken()
+        self._paired = bool(handed.params)
+        self.num_cached = handed.num_cached
+        self.event = "arrived" if self._paired else "local"
+        self.ask(handed.first, handed.params)
+
+    def take(self, event: bytes) -> str | None:
+        wrong = super().take(event)
+        if self.known or self.complete:
+            self._leave()
+        return wrong
+
+    def stop(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            if self._paired and not self.known and exchange.answer is not None and not self.link.closed.done():
+                asyncio.get_running_loop().call_later(_GRACE_S, exchange.give_up)
+            else:
+                exchange.give_up()
+        self._leave()
+
+    def failed(self, kind: str, message: str, *, lost: bool) -> None:
+        if kind == "refused" or self.exchange is None or not self.exchange.sent:
+            self._handover.taken(False)
+        if kind == "refused":
+            kind = "internal"  # of this server: it was taken to have accepted
+        elif kind == "internal" and self._paired and not self.known and not lost:
+            kind = "transfer"
+        self.fail(kind, message)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._joined:
+            self._joined = False
+            self._handover.leave()
+
+    def _release(self, handed: Handed) -> None:
+        """Nobody wants what the prefill server keeps: a decode server that asks for one token of it sets it free."""
+        self.link.backend.background(self._released(handed))
+
+    async def _released(self, handed: Handed) -> None:
+        own = self.link.hello
+        for link in list(self.link.backend.links.values()):
+            same = (link.hello.role, link.hello.model, link.hello.layout) == (own.role, own.model, own.layout)
+            if same and isinstance(link, VLLMLink) and not link.closed.done():
+                body = link.body(
+                    link.whole, self.submit, extra=handed.first, limit=1, stream=False, params=handed.params
+                )
+                try:
+                    if (await link.server.ask(link.whole, body, _RELEASE_S))[0] == 200:
+                        return
+                except OSError:
+                    continue  # to the next
+        log.info("%s: no decode server sets its KV free: the end of its lease will", self.submit.id)
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def _tokens(submit: wire.Submit) -> list[int]:
+    tokens = array("i", submit.tokens)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()
+
+
+def _sampling(submit: wire.Submit, extra: int, limit: int) -> dict[str, Any]:
+    """In vLLM's names; the same on both paths. What a model's files set is known to the router, so that all is said."""
+    asked = submit.sampling
+    made = submit.num_output + extra
+    count = limit or asked.max_tokens - made
+    found: dict[str, Any] = {
+        "max_tokens": count,
+        "temperature": asked.temperature,
+        "top_k": asked.top_k,
+        "top_p": asked.top_p,
+        "min_p": asked.min_p,
+        "repetition_penalty": asked.repetition_penalty,
+        "presence_penalty": asked.presence_penalty,
+        "frequency_penalty": asked.frequency_penalty,
+        "min_tokens": max(0, min(asked.min_tokens - made, count)),
+        "ignore_eos": asked.ignore_eos,
+    }
+    if asked.seeded and asked.temperature:
+        found["seed"] = (asked.seed + made) % 2**63
+    if asked.stop_token_ids:
+        found["stop_token_ids"] = asked.stop_token_ids
+    if asked.logit_bias:
+        found["logit_bias"] = {str(id): bias for id, bias in asked.logit_bias.items()}
+    if asked.allowed_token_ids:
+        found["allowed_token_ids"] = asked.allowed_token_ids
+    if asked.logprobs >= 0:
+        found["logprobs"] = asked.logprobs
+    if asked.prompt_logprobs >= 0:
+        found["prompt_logprobs"] = asked.prompt_logprobs
+    return found
+
+
+def _id(token: str) -> int:
+    """Of ``token_id:7``."""
+    return int(token.rpartition(":")[2])
+
+
+def _logprobs(given: _Logprobs | None, tokens: list[int], tops: int) -> list[wire.TokenLogprob]:
+    """Raises nothing: what is missing is very unlikely."""
+    found = []
+    for place, token in enumerate(tokens):
+        logprob, rank, top = -9999.0, 0, list[tuple[int, float]]()
+        if given is not None and given.content is not None and place < len(given.content):
+            entry = given.content[place]
+            logprob, rank = entry.logprob, entry.rank or 0
+            top = [(_id(t.token) if t.token_id is None else t.token_id, t.logprob) for t in entry.top_logprobs]
+        elif given is not None and place < len(given.token_logprobs):
+            value = given.token_logprobs[place]
+            logprob = -9999.0 if value is None else value
+            tells = (given.top_logprobs or [])[place : place + 1]
+            top = [(_id(t), p) for t, p in ((tells and tells[0]) or {}).items()]
+        top.sort(key=lambda entry: -entry[1])
+        ranks = {id: n for n, (id, _) in enumerate(top, 1)}
+        found.append(wire.TokenLogprob(token, logprob, rank or ranks.get(token, len(top) + 1), top[: max(0, tops)]))
+    return found
+
+
+def _prompt_logprobs(given: _Prompt | None, submit: wire.Submit) -> list[wire.TokenLogprob | None]:
+    tokens = _tokens(submit)
+    found: list[wire.TokenLogprob | None] = []
+    for place, token in enumerate(tokens):
+        entries = given[place] if given is not None and place < len(given) else None
+        own = (entries or {}).get(str(token))
+        if entries is None or own is None:
+            found.append(None)
+            continue
+        top = sorted(((int(id), entry.logprob) for id, entry in entries.items()), key=lambda entry: -entry[1])
+        found.append(wire.TokenLogprob(token, own.logprob, own.rank or 0, top[: submit.sampling.prompt_logprobs]))
+    return found
