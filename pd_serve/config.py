@@ -31,7 +31,7 @@ TOOL_PARSERS = (
     "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder", "kimi_k2",
     "openai",
 )  # fmt: skip
-BACKENDS = ("vllm",)  # of pd_serve.router.backends, besides pd-serve's own
+BACKENDS = ("vllm", "sglang")  # of pd_serve.router.backends, besides pd-serve's own
 REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss")
 
 
@@ -717,7 +717,7 @@ class RouterConfig(RouterSettings):
         "Where nodes are listed: file:///PATH (one URL a line, read again when it changes), or "
         "k8s://NAMESPACE/SELECTOR (EndpointSlices with these labels, such as app=pd-serve-node, of the cluster that "
         "the router runs in). What follows a URL says that it is another engine's, and for what: vllm prefill, "
-        "vllm decode, vllm both; in Kubernetes the labels pd-serve/backend and pd-serve/role do.",
+        "sglang decode, vllm both; in Kubernetes the labels pd-serve/backend and pd-serve/role do.",
         reason="Empty: nodes register themselves. They may besides.",
     )
     min_prefill: int = setting(

@@ -26,6 +26,7 @@ from pd_serve.config import RouterConfig
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.router.backends.base import OWN, Backend, Link, Place, Unfit
 from pd_serve.router.backends.pdserve import PDServe
+from pd_serve.router.backends.sglang import SGLang
 from pd_serve.router.backends.vllm import VLLM
 from pd_serve.router.discovery import follow
 from pd_serve.router.groups import Registry
@@ -75,6 +76,7 @@ class Links:
         self._backends: dict[str, Backend] = {
             OWN: PDServe(settings, registry, secret),
             VLLM.kind: VLLM(settings, registry),
+            SGLang.kind: SGLang(settings, registry),
         }
         self._entries: dict[str, _Entry] = {}
         self._complaints: dict[str, str] = {}

@@ -8,30 +8,21 @@ fit the blocks that it is to read dies, and what nobody reads stays kept.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
-import socket
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.api import tiny
 from tests.router.scripted_node import next_token
+from tests.router.scripted_server import ScriptedServer
 
 _numbers = itertools.count()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        yield
 
 
 class Fabric:
@@ -39,7 +30,7 @@ class Fabric:
         self.engines: dict[str, ScriptedVLLM] = {}
 
 
-class ScriptedVLLM:
+class ScriptedVLLM(ScriptedServer):
     """``generate``: "stream", "whole" (no streams) or "" (the path is not there). ``ours``: the connector is
     pd-serve's."""
 
@@ -54,6 +45,7 @@ class ScriptedVLLM:
         token_s: float = 0.002,
         block: int = 16,
     ) -> None:
+        super().__init__()
         self.fabric = fabric
         self.engine_id = str(uuid.uuid4())
         self.generate = generate
@@ -78,21 +70,14 @@ class ScriptedVLLM:
         self.running = 0
         self.aborted = 0
         self.dead = False
-        self.port = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def asked(self) -> list[dict[str, Any]]:
         """Bodies of all but the router's first question."""
         return [body for _, body, _ in self.bodies if not _is_probe(body)]
 
-    async def start(self, port: int = 0) -> ScriptedVLLM:
+    def routes(self) -> list[Route]:
         self.fabric.engines[self.engine_id] = self
-        listener = socket.create_server(("127.0.0.1", port))
-        self.port = listener.getsockname()[1]
         routes = [
             Route("/health", self._health),
             Route("/version", lambda _: JSONResponse({"version": self.version})),
@@ -102,28 +87,11 @@ class ScriptedVLLM:
         ]
         if self.generate:
             routes.append(Route("/inference/v1/generate", self._generate, methods=["POST"]))
-        config = uvicorn.Config(
-            Starlette(routes=routes), ws="none", lifespan="off", log_config=None, access_log=False,
-            timeout_keep_alive=5, timeout_graceful_shutdown=0,
-        )  # fmt: skip
-        self._server = _Server(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:
-            await asyncio.sleep(0.001)
-        return self
+        return routes
 
     def kill(self) -> None:
-        """As SIGKILL: nothing is said, connections end."""
         self.fabric.engines.pop(self.engine_id, None)
-        for server in self._server.servers:
-            server.close()
-        for connection in list(self._server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
-
-    async def stop(self) -> None:
-        self.kill()
-        self._server.should_exit = self._server.force_exit = True
-        await self._task
+        super().kill()
 
     # --- HTTP -------------------------------------------------------------------------------------------
 

@@ -12,24 +12,13 @@ import pytest
 
 from pd_serve.router.backends import vllm
 from pd_serve.router.backends.served import samples_of
-from tests.api import tiny
 from tests.router.conftest import Running, StartRouter, until
 from tests.router.scripted_node import expected
+from tests.router.scripted_server import text_of, write_model
 from tests.router.scripted_vllm import Fabric, ScriptedVLLM, kept
 
 Start = Callable[..., Awaitable[ScriptedVLLM]]
 PROMPT = list(range(50, 82))  # two blocks, exactly
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    """The text side of the model, as a directory."""
-    bundle = tiny.bundle()
-    (tmp_path / "tokenizer.json").write_bytes(bundle.tokenizer_json)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": tiny.CHAT_TEMPLATE}))
-    size = tiny.vocab_size(bundle.tokenizer_json)
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size, "eos_token_id": tiny.EOS}))
-    return str(tmp_path)
 
 
 @pytest.fixture
@@ -49,19 +38,15 @@ Behind = Callable[..., Awaitable[Running]]
 
 
 @pytest.fixture
-def behind(start_router: StartRouter, model: str) -> Behind:
+def behind(start_router: StartRouter, tmp_path: Path) -> Behind:
+    model = write_model(tmp_path)
+
     async def router(prefill: list[ScriptedVLLM], decode: list[ScriptedVLLM], **options: Any) -> Running:
         urls = {"prefill_url": tuple(p.url for p in prefill), "decode_url": tuple(d.url for d in decode)}
         counts = {"min_prefill": len(prefill), "min_decode": len(decode)}
         return await start_router(**{**urls, **counts, "tokenizer": (model,), **options})
 
     return router
-
-
-def text_of(ids: list[int]) -> str:
-    from pd_serve.api.tokenizer import TextTokenizer
-
-    return TextTokenizer(tiny.byte_level(), bos_token=None, add_bos_token=None).decode(ids, skip_special_tokens=True)
 
 
 WANTED = text_of(expected(PROMPT, 12))

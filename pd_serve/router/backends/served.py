@@ -11,8 +11,10 @@ import asyncio
 import functools
 import logging
 import ssl
+import sys
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import NamedTuple
@@ -21,7 +23,7 @@ import msgspec
 
 from pd_serve.config import RouterConfig
 from pd_serve.router.backends import texts
-from pd_serve.router.backends.base import Place
+from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.handover import Handovers
 from pd_serve.router.backends.http import Exchange, Server
 from pd_serve.router.groups import Registry
@@ -44,6 +46,19 @@ class Facts(NamedTuple):
     max_model_len: int
     root: str
     version: str
+
+
+class Model(msgspec.Struct):
+    """Of /v1/models."""
+
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[Model]
 
 
 class Served(ABC):
@@ -72,6 +87,21 @@ class Served(ABC):
     @abstractmethod
     async def greet(self, server: Server, place: Place) -> tuple[Facts, Callable[[wire.Hello, texts.Text], ServedLink]]:
         """What it serves, and what makes a link to it. Raises OSError, PDServeError, msgspec.DecodeError."""
+
+    async def models(self, server: Server) -> Model:
+        """The base model. Raises OSError where the server is not healthy, Unfit, msgspec.DecodeError."""
+        timeout_s = self.settings.connect_timeout_s
+        status, _ = await server.get("/health", timeout_s)
+        if status != 200:
+            raise ConnectionError(f"its /health answers {status}")
+        status, body = await server.get("/v1/models", timeout_s)
+        if status != 200:
+            advice = ": give its key with --backend-api-key" if status in (401, 403) else ""
+            raise Unfit(f"/v1/models: {failure_of(status, body)[1]}{advice}")
+        found = [model for model in msgspec.json.decode(body, type=_Models).data if not model.parent]
+        if not found:
+            raise Unfit("it serves no model")
+        return found[0]
 
     async def open(self, place: Place) -> ServedLink:
         settings = self.settings
@@ -143,7 +173,8 @@ class ServedLink(ABC):
         match message:
             case wire.Submit():
                 self._last_submit = message.number
-                work = self.works[message.id] = self.work(message)
+                why = self.cannot(message.sampling)
+                work = self.works[message.id] = Unable(self, message, why) if why else self.work(message)
                 work.start()
             case wire.Abort(ids=ids):
                 for id in ids:
@@ -170,6 +201,10 @@ class ServedLink(ABC):
         self.close(why)
 
     # --- of an engine -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def cannot(self, sampling: wire.SamplingParams) -> str:
+        """What is asked and cannot be had there; empty: nothing."""
 
     @abstractmethod
     def work(self, submit: wire.Submit) -> Work:
@@ -252,12 +287,36 @@ class Work(ABC):
         failure = wire.Failure(kind, message, retry_after_s)
         self.say(wire.Output(self.submit.id, self.submit.num_output, [], failure=failure))
         self.finished()
-        if kind != "refused":
+        if kind not in ("refused", "invalid"):
             self.link.doubt()
 
     def finished(self) -> None:
         if self.link.works.get(self.submit.id) is self:
             del self.link.works[self.submit.id]
+
+
+class Unable(Work):
+    """Nothing: the server could not do what is asked."""
+
+    def __init__(self, link: ServedLink, submit: wire.Submit, why: str, kind: str = "invalid") -> None:
+        super().__init__(link, submit)
+        self._why, self._kind = why, kind
+
+    def start(self) -> None:
+        asyncio.get_running_loop().call_soon(self.fail, self._kind, self._why)
+
+
+def tokens_of(submit: wire.Submit) -> list[int]:
+    tokens = array("i", submit.tokens)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()
+
+
+def headers_of(submit: wire.Submit) -> dict[str, str]:
+    """The same on both servers, which find each other's part of an attempt in their logs by it."""
+    found = {"X-Request-Id": "".join(c if c.isascii() and c.isprintable() else "_" for c in submit.id)}
+    return found | ({"traceparent": submit.trace} if submit.trace else {})
 
 
 def failure_of(status: int, body: bytes) -> tuple[str, str]:

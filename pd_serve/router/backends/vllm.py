@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
-from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +24,7 @@ from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.events import Events, StreamAnswer
 from pd_serve.router.backends.handover import Handed
 from pd_serve.router.backends.http import Server, Whole
-from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of
+from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of, headers_of, tokens_of
 from pd_serve.wire import link as wire
 
 log = logging.getLogger(__name__)
@@ -47,17 +45,6 @@ _RELEASE_S = 30.0  # vLLM's lease
 # A request that is left before its first token is waited for so long: the engine has it then, and gives back what the
 # prefill server keeps for it. vLLM forgets one that it has not handed to its engine yet.
 _GRACE_S = 0.5
-
-
-class _Model(msgspec.Struct):
-    id: str
-    root: str | None = None
-    parent: str | None = None
-    max_model_len: int | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
 
 
 class _Top(msgspec.Struct):
@@ -136,28 +123,16 @@ class VLLM(Served):
     title = "vLLM"
 
     async def greet(self, server: Server, place: Place) -> tuple[Facts, Callable[[wire.Hello, texts.Text], VLLMLink]]:
-        timeout_s = self.settings.connect_timeout_s
-        status, _ = await server.get("/health", timeout_s)
-        if status != 200:
-            raise ConnectionError(f"its /health answers {status}")
-        status, body = await server.get("/v1/models", timeout_s)
-        if status != 200:
-            raise Unfit(f"/v1/models: {failure_of(status, body)[1]}{_KEY_ADVICE if status == 401 else ''}")
-        models = [model for model in msgspec.json.decode(body, type=_Models).data if not model.parent]
-        if not models:
-            raise Unfit("it serves no model")
-        status, body = await server.get("/version", timeout_s)
+        model = await self.models(server)
+        status, body = await server.get("/version", self.settings.connect_timeout_s)
         version = str(msgspec.json.decode(body).get("version", "")) if status == 200 else ""
-        facts = Facts(models[0].id, models[0].max_model_len or 0, models[0].root or "", version)
+        facts = Facts(model.id, model.max_model_len or 0, model.root or "", version)
         whole, streamed = await _doors(server, facts.name)
 
         def make(hello: wire.Hello, text: texts.Text) -> VLLMLink:
             return VLLMLink(self, server, hello, text, whole, streamed)
 
         return facts, make
-
-
-_KEY_ADVICE = ": give its key with --backend-api-key"
 
 
 async def _doors(server: Server, model: str) -> tuple[str, str]:
@@ -189,6 +164,9 @@ class VLLMLink(ServedLink):
         self.whole = whole
         self.streamed = streamed
 
+    def cannot(self, sampling: wire.SamplingParams) -> str:
+        return "'bad_words' are not passed on to vLLM: leave them out" if sampling.bad_words else ""
+
     def work(self, submit: wire.Submit) -> Work:
         if submit.handoff:
             return Prefill(self, submit)
@@ -214,7 +192,7 @@ class VLLMLink(ServedLink):
     ) -> bytes:
         """A request. ``extra``: tokens after the submit's; ``limit``: of its output tokens, 0: what is left of it;
         ``params``: ``kv_transfer_params`` in JSON, empty: none."""
-        tokens = [*_tokens(submit), *extra]
+        tokens = [*tokens_of(submit), *extra]
         sampling = _sampling(submit, len(extra), limit)
         document: dict[str, Any] = {"model": self.hello.model.name, "stream": stream}
         if path == GENERATE:
@@ -230,11 +208,6 @@ class VLLMLink(ServedLink):
         if params:
             document["kv_transfer_params"] = msgspec.Raw(params)
         return msgspec.json.encode(document)
-
-    def headers(self, submit: wire.Submit) -> dict[str, str]:
-        """The same on both servers, which find each other's part of an attempt in their logs by it."""
-        found = {"X-Request-Id": "".join(c if c.isascii() and c.isprintable() else "_" for c in submit.id)}
-        return found | ({"traceparent": submit.trace} if submit.trace else {})
 
 
 class _VLLMWork(Work):
@@ -263,7 +236,7 @@ class Prefill(_VLLMWork):
         body = self.link.body(self.link.whole, self.submit, limit=1, stream=False, params=msgspec.json.encode(_KEEP))
         self._whole = Whole()
         self._whole.done.add_done_callback(self._answered)
-        self.exchange = self.link.server.post(self.link.whole, body, self._whole, self.link.headers(self.submit))
+        self.exchange = self.link.server.post(self.link.whole, body, self._whole, headers_of(self.submit))
 
     def stop(self) -> None:
         super().stop()
@@ -346,7 +319,7 @@ class _Streamed(_VLLMWork, StreamAnswer):
         self.began = self.index = self.submit.num_output + len(extra)
         link = self.link
         body = link.body(link.streamed, self.submit, extra=extra, stream=True, params=params)
-        self.exchange = link.server.post(link.streamed, body, self, link.headers(self.submit))
+        self.exchange = link.server.post(link.streamed, body, self, headers_of(self.submit))
 
     def take(self, event: bytes) -> str | None:
         try:
@@ -388,7 +361,7 @@ class Alone(_Streamed):
         body = self.link.body(self.link.whole, self.submit, stream=False, params=b"")
         whole = Whole()
         whole.done.add_done_callback(self._scored)
-        self.exchange = self.link.server.post(self.link.whole, body, whole, self.link.headers(self.submit))
+        self.exchange = self.link.server.post(self.link.whole, body, whole, headers_of(self.submit))
 
     def _scored(self, whole: asyncio.Future[tuple[int, str, bytes]]) -> None:
         error = whole.exception()
@@ -486,13 +459,6 @@ class Decode(_Streamed):
 # --- words ------------------------------------------------------------------------------------------------------
 
 
-def _tokens(submit: wire.Submit) -> list[int]:
-    tokens = array("i", submit.tokens)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens.tolist()
-
-
 def _sampling(submit: wire.Submit, extra: int, limit: int) -> dict[str, Any]:
     """In vLLM's names; the same on both paths. What a model's files set is known to the router, so that all is said."""
     asked = submit.sampling
@@ -551,7 +517,7 @@ def _logprobs(given: _Logprobs | None, tokens: list[int], tops: int) -> list[wir
 
 
 def _prompt_logprobs(given: _Prompt | None, submit: wire.Submit) -> list[wire.TokenLogprob | None]:
-    tokens = _tokens(submit)
+    tokens = tokens_of(submit)
     found: list[wire.TokenLogprob | None] = []
     for place, token in enumerate(tokens):
         entries = given[place] if given is not None and place < len(given) else None
