@@ -259,6 +259,27 @@ class EngineSettings(Guarded):
         "Share of a GPU's memory that an engine takes, all together, where kv_cache_memory is not given.",
         reason="The rest is for what other processes take later.",
     )
+    host_kv_memory: int = setting(
+        0,
+        values.SIZE,
+        "KV cache",
+        "Memory of the host for KV that the cache has no room for; prompts that begin alike get it back from there.",
+        reason="0: none. See docs/host-kv.md.",
+    )
+    host_kv_mode: str = setting(
+        "eager",
+        choice("eager", "lazy"),
+        "KV cache",
+        "When KV is copied there: eager, as soon as a block is full; lazy, when its block is about to be given up.",
+        reason="eager finds more and moves more; what is stored is never copied again.",
+    )
+    host_kv_path: str = setting(
+        "",
+        values.TEXT,
+        "KV cache",
+        "Directory of a file that is used in place of memory, of the size that host_kv_memory says.",
+        reason="Empty: memory. The file has no name, and goes with its engine.",
+    )
     prefix_caching: bool = setting(
         True, values.FLAG, "KV cache", "Keep the KV of finished requests for prompts that begin alike."
     )

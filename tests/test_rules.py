@@ -25,7 +25,7 @@ _MAX_LINES = 60
 _ROOMS = {
     "api": {"wire"},
     "bench": {"kv", "memory", "transfer", "transfer.nixl"},
-    "compute": {"memory", "wire"},
+    "compute": {"kv", "memory", "wire"},
     "compute.cpu": {"compute", "distributed", "kv", "memory", "models", "wire"},
     "compute.cuda": {"compute", "distributed", "kv", "memory", "models", "wire"},
     "decode": {"engine", "kv", "transfer", "wire"},

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pd_serve.compute.copies import Mover
 from pd_serve.compute.executor import Executor
 from pd_serve.config import EngineConfig
 from pd_serve.distributed.group import Group
+from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.region import PoolMemory
 from pd_serve.models.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ class Backend(Protocol):
 
         ``meet``: finds the other ranks, where there are some. Raises PDServeError.
         """
+
+    def make_mover(self, layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, /) -> Mover:
+        """Of a host tier of that size, in a file of ``directory`` where one is given. Raises ConfigError."""
 
 
 def backend_for(config: EngineConfig) -> Backend:

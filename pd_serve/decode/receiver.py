@@ -42,7 +42,7 @@ class InboxReceiver:
         return self._inbox.fileno()
 
     def submitted(self, seq: Sequence, source: Source) -> Output:
-        missing = seq.num_tokens - self._kv.match(seq.tokens, seq.num_tokens - 1, seq.salt).num_tokens
+        missing = seq.num_tokens - self._kv.found(seq.tokens, seq.num_tokens - 1, seq.salt)
         if missing <= self._local_prefill_tokens and seq.sampling.prompt_logprobs < 0:
             return Output(id=seq.id, index=seq.output_index, tokens=[], event="local")
         seq.state = State.PULLING
@@ -113,7 +113,7 @@ class InboxReceiver:
         scheduler = self._scheduler
         if scheduler.waiting and scheduler.waiting[0].arrival_s < seq.arrival_s:
             return False
-        reserve = len(scheduler.running) + self._placed
+        reserve = scheduler.num_placed + self._placed
         if reserve >= scheduler.limits.max_num_seqs:
             return False
         match = self._kv.match(seq.tokens, seq.num_tokens, seq.salt)

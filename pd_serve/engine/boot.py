@@ -33,6 +33,7 @@ from pd_serve.wire.engine import EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
 if TYPE_CHECKING:
+    from pd_serve.compute.copies import HostCopies
     from pd_serve.engine.core import Engine
     from pd_serve.engine.ranks import Ranks
     from pd_serve.engine.role import Role
@@ -204,6 +205,7 @@ def build(
     from pd_serve.engine.core import Engine
     from pd_serve.engine.lifecycle import Lifecycle
     from pd_serve.engine.ranks import RankedExecutor
+    from pd_serve.engine.tier import arrivals_of, open_tier
     from pd_serve.grammar.constraints import Constraints
     from pd_serve.models.sizes import sizes
 
@@ -213,7 +215,9 @@ def build(
     weights = "in FP8" if fit.model.quantization else f"in {config.dtype}"
     log.info("the checkpoint's weights are %s, activations %s, K and V %s", weights, config.dtype, fit.layout.dtype)
     executor = backend.make_executor(config, fit, None if ranks is None else ranks.meet)
-    parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS)
+    copies = open_tier(config, backend, fit.layout, executor.memory()[0])
+    parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS, copies)
+    arrivals = None if copies is None else arrivals_of(parts.kv, parts.scheduler, copies)
     if ranks is not None:
         parts = replace(parts, relays=ranks.relays())
         executor = RankedExecutor(executor, ranks)
@@ -234,34 +238,31 @@ def build(
         kv=parts.kv,
         scheduler=parts.scheduler,
         executor=executor,
-        lifecycle=Lifecycle(roles, role, parts.kv, executor, pulse),
+        lifecycle=Lifecycle(roles, role, parts.kv, executor, pulse, arrivals),
         channel=channel,
         pulse=pulse,
         eos_token_ids=fit.model.eos_token_ids,
         vocab_size=fit.model.vocab_size,
         status_interval_s=pulse.interval_s,
+        arrivals=arrivals,
         constraints=Constraints(Path(config.model) / "tokenizer.json", fit.model.vocab_size, fit.model.eos_token_ids),
     )
     return engine, roles.introduce(role, engine.load(), watch.phases)
 
 
-def _parts(config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_tokens: int) -> tuple[Parts, ModelInfo]:
-    """The engine's books over its pool, and what others are told of the model."""
+def _parts(
+    config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_tokens: int, copies: HostCopies | None
+) -> tuple[Parts, ModelInfo]:
+    """The engine's books over its pool and its host tier, and what others are told of the model."""
     from pd_serve.engine.scheduler import Limits, Scheduler
-    from pd_serve.kv.manager import KVManager
+    from pd_serve.engine.tier import kv_manager
     from pd_serve.memory.switches import check_expandable_segments
 
     check_expandable_segments(on_gpu=memory.device is not None, cumem=bool(config.enable_cumem_allocator))
     model, layout = fit.model, fit.layout
     counts = tuple(region.num_blocks for region in memory.regions[: len(layout.groups)])
     identity = identity_of(config, fit, rank=0)
-    kv = KVManager(
-        layout,
-        counts,
-        fit.max_model_len + 1,
-        prefix_caching=config.prefix_caching,
-        fingerprint=identity.model,
-    )
+    kv = kv_manager(config, layout, counts, fit.max_model_len + 1, identity.model, copies)
     limits = Limits(
         max_num_seqs=config.batch_limit,
         max_num_batched_tokens=config.token_budget,

@@ -20,6 +20,7 @@ import zmq
 from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import Sampled
 from pd_serve.engine import checks
+from pd_serve.engine.arrivals import Arrivals
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.grammars import Grammars
 from pd_serve.engine.lifecycle import Answer, Lifecycle
@@ -55,10 +56,11 @@ class Engine:
         vocab_size: int,
         status_interval_s: float,
         constraints: Constraints | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         """``status_interval_s``: between two reports of an engine that works; an idle one makes half as many.
 
-        ``constraints``: for sequences with a grammar; None: none can be had.
+        ``constraints``: for sequences with a grammar; None: none can be had. ``arrivals``: where there is a host tier.
         """
         self._kv = kv
         self._scheduler = scheduler
@@ -66,6 +68,7 @@ class Engine:
         builder = StepBuilder(kv.layout.block_size, len(kv.layout.groups), eos_token_ids)
         self._pipeline = Pipeline(executor, builder, scheduler, pulse)
         self._grammars = Grammars(constraints)
+        self._arrivals = arrivals
         self._lifecycle = lifecycle
         self._channel = channel
         self._pulse = pulse
@@ -103,7 +106,8 @@ class Engine:
                 wait_ms = self._pipeline.spare_ms()
             else:  # after an empty plan only a message or a transfer event can change anything
                 wait_ms = math.ceil(max(0.0, self._status_due_s - time.monotonic()) * 1000)
-            watch.only(self._role.fileno(), self._grammars.fileno())
+            tier = -1 if self._arrivals is None else self._arrivals.fileno()
+            watch.only(self._role.fileno(), self._grammars.fileno(), tier)
             self._pulse.rest()
             poller.poll(wait_ms)
             self._pulse.turn()
@@ -121,11 +125,21 @@ class Engine:
         worked = bool(self._pipeline.spare_ms()) or self._step()
         self._grammars.tell()
         self._flush()
-        if not self._seqs and not self._pipeline.launched:
+        if not self._busy:
             self._answer(self._lifecycle.turn_in(self.load, self._check_idle))
         return worked
 
+    @property
+    def _busy(self) -> bool:
+        """Whether sequences, or what ended ones leave, still use blocks."""
+        loading = self._arrivals is not None and self._arrivals.loading
+        return bool(self._seqs) or self._pipeline.launched or loading
+
     def _take_arrived(self) -> None:
+        if self._arrivals is not None:
+            for seq in self._arrivals.events():
+                self._role.computed(seq, None)
+            self._arrivals.store()
         for seq, output in self._role.events():
             self._emit(seq, output)
             if output.failure is not None:
@@ -154,6 +168,8 @@ class Engine:
     def _book_all(self, steps: Iterable[Collected]) -> None:
         """The results of steps reach their sequences, roles and routers."""
         for works, sampled in steps:
+            if self._arrivals is not None:
+                self._arrivals.computed(works)
             if sampled is None:
                 why = "the node failed to compute this request; see its log"
                 self._fail(works[0].seq, link.Failure("internal", why))
@@ -267,8 +283,17 @@ class Engine:
                 self._answer(self._lifecycle.wake(message, self.load))
             case wire.Listen():
                 self._answer(self._lifecycle.listen(message, self.load))
+            case wire.Forget():
+                self._forget_prefixes()
+                self._answer(self._lifecycle.answer(message.number))
             case link.Peers():
                 self._peers(message)
+
+    def _forget_prefixes(self) -> None:
+        """No later prompt finds anything that was computed before; what runs keeps what it has."""
+        if self._arrivals is not None:
+            self._arrivals.forget()
+        self._kv.forget([seq.blocks for seq in self._seqs.values() if seq.blocks is not None])
 
     def _submit(self, origin: int, submit: link.Submit) -> None:
         self._submits[origin] = submit.number
@@ -344,7 +369,7 @@ class Engine:
         """Ends a sequence for good on this engine; its blocks go back now, or when its pull has stopped."""
         self._forget(seq, reason, failed=failed)
         self._role.ended(seq, reason)
-        if seq.state in (State.WAITING, State.RUNNING):
+        if seq.state in (State.WAITING, State.LOADING, State.RUNNING):
             self._scheduler.remove(seq)
 
     def _fail(self, seq: Sequence, failure: link.Failure) -> None:
@@ -389,7 +414,7 @@ class Engine:
 
     def _report(self) -> None:
         now_s = time.monotonic()
-        idle = not self._seqs and not self._pipeline.launched and not self._role.leases and not self._role.pulling
+        idle = not self._busy and not self._role.leases and not self._role.pulling
         misfits = self._role.misfits()
         if now_s >= self._status_due_s or idle != self._reported_idle or misfits != self._reported_misfits:
             self._reported_misfits = misfits
@@ -417,7 +442,7 @@ class Engine:
         queued = self._queued
         return link.Load(
             waiting=queued,
-            running=len(self._scheduler.running),
+            running=self._scheduler.num_placed,
             waiting_tokens=self._scheduler.waiting_tokens,
             groups=self._kv.usage(),
             leases=self._role.leases,
@@ -426,6 +451,7 @@ class Engine:
             queued=queued,
             max_queue=self._scheduler.limits.max_queue,
             queue_wait_s=self._scheduler.wait_s(queued),
+            host_groups=self._kv.host_usage(),
         )
 
     def _counter_snapshot(self) -> dict[str, float]:
@@ -438,6 +464,7 @@ class Engine:
             "started": self._scheduler.num_started,
             "prefix_query_tokens": self._scheduler.prefix_queries,
             "prefix_hit_tokens": self._scheduler.prefix_hits,
+            **({} if self._arrivals is None else self._arrivals.counters()),
             **self._lifecycle.counters(),
         }
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 from pd_serve.compute.executor import TAGS, Executor
+from pd_serve.engine.arrivals import Arrivals
 from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.role import Role
 from pd_serve.errors import PDServeError
@@ -53,13 +54,22 @@ class Answer(NamedTuple):
 class Lifecycle:
     """``role``: the one opened at the start, then whichever there is. ``level``: of the sleep, 0 while awake."""
 
-    def __init__(self, roles: Roles, role: Role, kv: KVManager, executor: Executor[Any], pulse: Pulse) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        role: Role,
+        kv: KVManager,
+        executor: Executor[Any],
+        pulse: Pulse,
+        arrivals: Arrivals | None = None,
+    ) -> None:
         self.role = role
         self.level = 0
         self._roles = roles
         self._kv = kv
         self._executor = executor
         self._pulse = pulse
+        self._arrivals = arrivals
         self._past: Counter[str] = Counter()  # what earlier roles counted
         self._order: Sleep | None = None  # waits for work to end
         self._due_s = math.inf  # when it is given up; finite once its node is in a hurry
@@ -89,7 +99,7 @@ class Lifecycle:
             if time.monotonic() <= self._due_s:
                 return None
             self._order = None
-            return self._answer(
+            return self.answer(
                 order.number,
                 f"{role.pulling} transfers from other nodes have not ended within {TRANSFERS_END_S:g} s, and may still "
                 "write to the KV cache: try again when those nodes answer",
@@ -104,8 +114,8 @@ class Lifecycle:
             log.exception("the engine cannot fall asleep")
             back = self.wake(Wake(order.number, list(TAGS)), load)
             failure = "; ".join(filter(None, (_sentence(error), back.state.failure)))
-            return self._answer(order.number, failure, back.ready)
-        return self._answer(order.number)
+            return self.answer(order.number, failure, back.ready)
+        return self.answer(order.number)
 
     def wake(self, order: Wake, load: Callable[[], Load]) -> Answer:
         """Brings tags back, and the engine with the last of them."""
@@ -114,8 +124,8 @@ class Lifecycle:
                 ready = self._wake(order.tags, load())
         except Exception as error:
             log.exception("the engine cannot wake up")
-            return self._answer(order.number, _sentence(error))
-        return self._answer(order.number, ready=ready)
+            return self.answer(order.number, _sentence(error))
+        return self.answer(order.number, ready=ready)
 
     def listen(self, order: Listen, load: Callable[[], Load]) -> Answer:
         """Lets readers in, from now on and after every sleep."""
@@ -124,10 +134,11 @@ class Lifecycle:
             ready = None if self.level else self._roles.introduce(self.role, load(), {})
         except PDServeError as error:
             self._roles.lets_in = before
-            return self._answer(order.number, str(error))
-        return self._answer(order.number, ready=ready)
+            return self.answer(order.number, str(error))
+        return self.answer(order.number, ready=ready)
 
-    def _answer(self, number: int, failure: str = "", ready: EngineReady | None = None) -> Answer:
+    def answer(self, number: int, failure: str = "", ready: EngineReady | None = None) -> Answer:
+        """To the order with this number: how the engine is now."""
         return Answer(SleepState(number, self.level, self._executor.asleep, failure), ready)
 
     # --- what they do
@@ -149,6 +160,8 @@ class Lifecycle:
                 "a transfer did not let go of the KV cache, so its memory cannot be given back: try again later, "
                 "or restart the node"
             )
+        if self._arrivals is not None:
+            self._arrivals.sleep(level)
         self._kv.reset()
         self._executor.sleep(level)
 
@@ -195,6 +208,8 @@ class Lifecycle:
 
     def close(self) -> None:
         self.role.close()
+        if self._arrivals is not None:
+            self._arrivals.close()
         self._executor.close()
 
 

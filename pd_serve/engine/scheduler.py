@@ -15,6 +15,7 @@ import math
 import time
 from bisect import bisect_left, insort_left, insort_right
 from dataclasses import dataclass
+from typing import Protocol
 
 from pd_serve.engine.pace import Pace
 from pd_serve.engine.plan import Work
@@ -38,6 +39,13 @@ class Limits:
     max_model_len: int
 
 
+class Further(Protocol):
+    """What has more of a prompt than the device: :class:`pd_serve.engine.arrivals.Arrivals`."""
+
+    def fetch(self, seq: Sequence, /) -> bool:
+        """Takes over a sequence whose cached prefix is open, or leaves it to be computed from there on."""
+
+
 # What a refused client is told to wait at least and at most.
 RETRY_S = (1.0, 60.0)
 
@@ -56,6 +64,8 @@ class Scheduler:
         self.outside_s = math.inf
         self.pace = Pace(time.monotonic())
         self.running: list[Sequence] = []
+        self.further: Further | None = None
+        self.loading: list[Sequence] = []  # what it has taken over; also those that ended since, while they hold blocks
         self.num_preemptions = 0
         self.num_started = 0
         self.times = no_times(QUEUE)  # between admission and start, of all that started
@@ -107,8 +117,8 @@ class Scheduler:
             self.waiting.remove(seq)
         elif seq.state is State.RUNNING:
             self.running.remove(seq)
-        seq.state = State.FINISHED
-        if not seq.in_flight:
+        loading, seq.state = seq.state is State.LOADING, State.FINISHED
+        if not (seq.in_flight or loading):
             self.close_blocks(seq)
 
     def detach(self, seq: Sequence) -> None:
@@ -200,11 +210,11 @@ class Scheduler:
         return 0 if saturated else budget - count
 
     def _admit(self, works: list[Work], budget: int) -> None:
-        prompts = [s for s in self.running if _is_prompt(s, s.num_computed)]
+        prompts = [s for s in self.running if _is_prompt(s, s.num_computed)] + self.loading
         computing = {key for s in prompts if (key := self._next_block(s)) is not None}
         end = bisect_left(self.waiting, self.outside_s, key=by_age) if self.outside_s < math.inf else len(self.waiting)
         at = 0
-        while at < end and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+        while at < end and budget > 0 and self.num_placed < self.limits.max_num_seqs:
             seq = self.waiting[at]
             if not self._open(seq):
                 break
@@ -213,8 +223,6 @@ class Scheduler:
                 self.close_blocks(seq)
                 at += 1
                 continue
-            assert seq.blocks is not None
-            self.kv.extend(seq.blocks, seq.num_tokens)
             if seq.output_index == 0:
                 self.prefix_queries += seq.num_tokens
                 self.prefix_hits += seq.num_cached
@@ -223,6 +231,11 @@ class Scheduler:
             del self.waiting[at]
             end -= 1
             self.pace.placed(time.monotonic())
+            if self.further is not None and self.further.fetch(seq):
+                self.loading.append(seq)
+                continue
+            assert seq.blocks is not None
+            self.kv.extend(seq.blocks, seq.num_tokens)
             self.join(seq)
             budget = self._plan_prefill(works, seq, budget)
 
@@ -232,7 +245,7 @@ class Scheduler:
         limit = 0 if seq.sampling.prompt_logprobs >= 0 else seq.num_tokens - 1
         match = self.kv.match(seq.tokens, limit, seq.salt)
         blocks = self.kv.open(match)
-        if not self.kv.can_extend(blocks, seq.num_tokens, reserve=len(self.running)):
+        if not self.kv.can_extend(blocks, seq.num_tokens, reserve=self.num_placed):
             self.kv.close(blocks)
             return False
         seq.blocks = blocks
@@ -268,6 +281,11 @@ class Scheduler:
             self.close_blocks(seq)
 
     @property
+    def num_placed(self) -> int:
+        """Sequences with blocks that the scheduler gave them."""
+        return len(self.running) + len(self.loading)
+
+    @property
     def has_prompts(self) -> bool:
         """Whether the next plan may have more in it than decodes."""
         return bool(self.waiting) or any(_is_prompt(s, s.num_scheduled) for s in self.running)
@@ -275,7 +293,7 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Tokens still to be computed before the sequences here can decode."""
-        return sum(s.num_tokens - s.num_computed for s in self.waiting) + sum(
+        return sum(s.num_tokens - s.num_computed for s in (*self.waiting, *self.loading)) + sum(
             max(0, s.num_tokens - s.num_computed - 1) for s in self.running
         )
 

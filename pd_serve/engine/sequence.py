@@ -22,6 +22,7 @@ from pd_serve.wire.link import SamplingParams, Source, TokenLogprob
 class State(Enum):
     WAITING = "waiting"  # admitted; holds no blocks (or was preempted)
     PULLING = "pulling"  # decode node: its KV is expected from a prefill node
+    LOADING = "loading"  # admitted; its KV comes from the host tier
     RUNNING = "running"
     FINISHED = "finished"
 

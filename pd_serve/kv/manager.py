@@ -7,7 +7,7 @@ blocks; a group with a window gives back those that no later token can see.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,10 @@ class KVManager:
             count -= 1
         return PrefixMatch(count * size, tuple(path[:count]), salt)
 
+    def found(self, tokens: Tokens, limit: int, salt: bytes = b"") -> int:
+        """How many of at most ``limit`` tokens need not be computed."""
+        return self.match(tokens, limit, salt).num_tokens
+
     def _window_cached(self, path: list[PrefixNode], count: int) -> bool:
         """Whether every windowed group holds what a token after ``count`` blocks attends to."""
         for group, g in enumerate(self.layout.groups):
@@ -179,15 +183,18 @@ class KVManager:
                     if whole_from and i < whole_from[group]:
                         continue
                     if block and not node.blocks[group] and pool.owner(block) is None:
-                        node.blocks[group] = block
-                        pool.own(block, (node, group))
-                        if node.names and group == self._telling:
-                            self.named.stored(node.names)
+                        self._own(node, group, block)
             node.users += 1
             blocks.node, blocks.num_committed = node, full
         for group, g in enumerate(self.layout.groups):
             if g.window is not None:
                 self._forget_before(blocks, group, self.layout.first_live_block(group, num_computed))
+
+    def _own(self, node: PrefixNode, group: int, block: int) -> None:
+        node.blocks[group] = block
+        self._pools[group].own(block, (node, group))
+        if node.names and group == self._telling:
+            self.named.stored(node.names)
 
     def _name(self, node: PrefixNode, blocks: SequenceBlocks, tokens: Tokens, block: int) -> None:
         """Names the prefixes that end in the block, and goes on from the last one."""
@@ -219,8 +226,22 @@ class KVManager:
         blocks.node.users -= 1
         self._tree.prune(blocks.node)
 
+    def forget(self, held: Iterable[SequenceBlocks]) -> None:
+        """Gives up all cached content: no later prompt finds anything that was computed before.
+
+        ``held``: of all sequences there are; what they hold stays theirs, and is offered to nobody any more.
+        """
+        for pool in self._pools:
+            pool.forget()
+        for blocks in held:
+            blocks.num_committed = self._capacity + 1
+
     def usage(self) -> list[GroupUsage]:
         return [pool.usage() for pool in self._pools]
+
+    def host_usage(self) -> list[GroupUsage]:
+        """Of a host tier; empty: there is none."""
+        return []
 
     def check(self, *, idle: bool = False) -> None:
         """Raises ValueError where the books do not balance; ``idle``: also where a block is still held."""
@@ -241,7 +262,7 @@ class KVManager:
             for group, block in enumerate(node.blocks):
                 if block and self._pools[group].owner(block) != (node, group):
                     raise ValueError(f"prefix node and pool disagree on block {block} of group {group}")
-            if not node.children and not node.users and not any(node.blocks):
+            if node.empty:
                 raise ValueError("an empty prefix node was kept")
         if named != self.named.held:
             raise ValueError("prefixes that are cached and those that routers are told of differ")

@@ -11,6 +11,7 @@ block 0 (the null block) is in exactly one state:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Generic, TypeVar
 
 from pd_serve.errors import PoolExhausted
@@ -49,7 +50,7 @@ class BlockPool(Generic[Owner]):
             else:
                 block = next(iter(self._cached))
                 del self._cached[block]
-                self._disown(block)
+                self.disown(block)
             self._holders[block] = 1
             blocks.append(block)
         return blocks
@@ -80,7 +81,25 @@ class BlockPool(Generic[Owner]):
     def owner(self, block: int) -> Owner | None:
         return self._owner[block]
 
-    def _disown(self, block: int) -> None:
+    def touch(self, block: int) -> None:
+        """A cached block counts as used most recently."""
+        if block in self._cached:
+            del self._cached[block]
+            self._cached[block] = None
+
+    def evicted_next(self, count: int) -> list[int]:
+        """The cached blocks that the next ``count`` taken would be, first to last."""
+        return list(islice(self._cached, max(0, count - len(self._free))))
+
+    def forget(self) -> None:
+        """Gives all content up; blocks that are held stay so."""
+        self._free += self._cached
+        self._cached.clear()
+        for block in range(1, self.num_blocks):
+            self.disown(block)
+
+    def disown(self, block: int) -> None:
+        """Its content is nobody's any more."""
         owner, self._owner[block] = self._owner[block], None
         if owner is not None:
             self._on_evict(owner)

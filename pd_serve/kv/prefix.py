@@ -17,17 +17,24 @@ import numpy.typing as npt
 class PrefixNode:
     """``blocks[group]``: the pool block that holds this content, 0 = none. ``users``: sequences standing here.
 
-    ``names``: what routers call the prefixes that end in this block (:mod:`pd_serve.wire.chunks`)."""
+    ``host``: the same for the host tier (:mod:`pd_serve.kv.tiers`), whose copy may not be complete yet; None: none
+    at all. ``names``: what routers call the prefixes that end in this block (:mod:`pd_serve.wire.chunks`)."""
 
-    __slots__ = ("blocks", "children", "key", "names", "parent", "users")
+    __slots__ = ("blocks", "children", "host", "key", "names", "parent", "users")
 
     def __init__(self, parent: PrefixNode | None, key: bytes, num_groups: int) -> None:
         self.parent = parent
         self.key = key
         self.children: dict[bytes, PrefixNode] = {}
         self.blocks = [0] * num_groups
+        self.host: list[int] | None = None
         self.users = 0
         self.names: tuple[int, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing needs it."""
+        return not (self.children or self.users or self.host or any(self.blocks))
 
 
 class PrefixTree:
@@ -40,14 +47,17 @@ class PrefixTree:
         """The root of prompts with this salt, made if it is not there."""
         return self.child(self.root, _salt_key(salt)) if salt else self.root
 
+    def find(self, salt: bytes) -> PrefixNode | None:
+        """The root of prompts with this salt, where there is one."""
+        return self.root.children.get(_salt_key(salt)) if salt else self.root
+
     def walk(self, keys: list[bytes], salt: bytes = b"") -> list[PrefixNode]:
         """The nodes along ``keys``, as far as they exist."""
-        node, path = self.root, list[PrefixNode]()
-        if salt:
-            own = node.children.get(_salt_key(salt))
-            if own is None:
-                return path
-            node = own
+        own = self.find(salt)
+        return [] if own is None else self.walk_from(own, keys)
+
+    def walk_from(self, node: PrefixNode, keys: list[bytes]) -> list[PrefixNode]:
+        path = list[PrefixNode]()
         for key in keys:
             child = node.children.get(key)
             if child is None:
@@ -66,7 +76,7 @@ class PrefixTree:
 
     def prune(self, node: PrefixNode) -> None:
         """Removes ``node`` and its ancestors as far as nothing needs them."""
-        while node.parent is not None and not node.children and not node.users and not any(node.blocks):
+        while node.parent is not None and node.empty:
             del node.parent.children[node.key]
             self.num_nodes -= 1
             node = node.parent

@@ -72,6 +72,7 @@ def build(node: NodeState) -> Starlette:
             Route("/sleep", order(_fall_asleep), methods=["POST"]),
             Route("/wake_up", order(_wake_up), methods=["POST"]),
             Route("/role", order(_take_role), methods=["POST"]),
+            Route("/reset_prefix_cache", order(_reset_prefix_cache), methods=["POST"]),
             Route("/is_sleeping", order(_is_sleeping, is_question=True)),
             WebSocketRoute("/link", pages.link),
         ]
@@ -173,6 +174,21 @@ async def _wake_up(node: NodeState, request: Request) -> Document:
     if not isinstance(tags, list) or not tags or not all(tag in TAGS for tag in tags):
         raise Refused(400, f"tags is a list of {' and '.join(TAGS)}, not {tags!r}: leave it out to wake everything")
     return await sleep.wake(tags)
+
+
+class Reset(msgspec.Struct):
+    """The answer to ``POST /reset_prefix_cache``: no later prompt finds what was cached before."""
+
+    reset: bool = True
+
+
+async def _reset_prefix_cache(node: NodeState, request: Request) -> Reset:
+    if (await request.body()).strip() or request.query_params:
+        raise Refused(400, "this order has no fields: leave query and body out")
+    answer = await node.engine.forget()
+    if answer.failure:
+        raise Refused(503, answer.failure)
+    return Reset()
 
 
 async def _is_sleeping(node: NodeState, _: Request) -> Document:

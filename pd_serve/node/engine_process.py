@@ -157,6 +157,12 @@ class EngineProcess:
         self.tell(wire.Listen(number))
         return await answer
 
+    async def forget(self) -> wire.SleepState:
+        """Asks the engine to let no later prompt find KV that is cached now."""
+        number, answer = self._order()
+        self.tell(wire.Forget(number))
+        return await answer
+
     def _order(self) -> tuple[int, asyncio.Future[wire.SleepState]]:
         number = next(self._order_numbers)
         answer = self._orders[number] = asyncio.get_running_loop().create_future()

@@ -54,13 +54,15 @@ class _Collector:
         load = self._status.load
         for name, text in _LOAD.items():
             yield GaugeMetricFamily(PREFIX + name, text, value=getattr(load, name.replace("_seconds", "_s")))
-        blocks = GaugeMetricFamily(
-            PREFIX + "kv_blocks", "KV blocks by layer group and state", labels=["group", "state"]
-        )
-        for number, group in enumerate(load.groups):
-            for state in ("used", "cached", "free"):
-                blocks.add_metric([str(number), state], getattr(group, state))
-        yield blocks
+        for name, text, groups in (
+            ("kv_blocks", "KV blocks by layer group and state", load.groups),
+            ("host_kv_blocks", "Blocks of the host tier; used: copies are on their way", load.host_groups),
+        ):
+            blocks = GaugeMetricFamily(PREFIX + name, text, labels=["group", "state"])
+            for number, group in enumerate(groups):
+                for state in ("used", "cached", "free"):
+                    blocks.add_metric([str(number), state], getattr(group, state))
+            yield blocks
         if (memory := self._status.memory) is not None:
             yield from memory_metrics(PREFIX, [], [([], memory)])
         yield from counted_metrics(PREFIX, [], [([], self._status.counters)])

@@ -81,8 +81,14 @@ class Listen(msgspec.Struct, tag="listen"):
     number: int
 
 
+class Forget(msgspec.Struct, tag="forget"):
+    """Node to engine: no later prompt may find KV that is cached now, in any tier. Answered by ``SleepState``."""
+
+    number: int
+
+
 class SleepState(msgspec.Struct, tag="sleep_state"):
-    """Engine to node: what ``Sleep``, ``Wake`` or ``Listen`` led to."""
+    """Engine to node: what ``Sleep``, ``Wake``, ``Listen`` or ``Forget`` led to."""
 
     number: int
     level: int  # 0: awake
@@ -127,7 +133,7 @@ class Beat(msgspec.Struct, tag="beat"):
     running: Running | None = None  # what the main thread is busy with; None: it waits, or moves memory
 
 
-ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake | Listen
+ToEngine = Drop | Drain | Shutdown | Peers | Sleep | Wake | Listen | Forget
 FromEngine = EngineReady | EngineFailed | Report | Drained | SleepState | Timeline
 
 encoder = msgspec.msgpack.Encoder()

@@ -216,6 +216,7 @@ class Load(msgspec.Struct, frozen=True):
     queued: Count = 0  # admitted without blocks, wherever they wait; refused beyond ``max_queue``
     max_queue: Count = 0
     queue_wait_s: Seconds = 0.0  # how long a request that comes now is expected to wait for memory
+    host_groups: list[GroupUsage] = []  # of the host tier: used = copies on their way; empty: there is none
 
 
 class Running(msgspec.Struct, frozen=True):

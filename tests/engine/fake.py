@@ -19,6 +19,7 @@ from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.kv.layout import KVLayout
 from pd_serve.kv.manager import KVManager, SequenceBlocks
+from pd_serve.kv.tiers import Copy
 from pd_serve.memory.region import PoolMemory
 from pd_serve.wire.link import Failure, Output, TokenLogprob
 from pd_serve.wire.memory import MemoryReport
@@ -268,6 +269,71 @@ class FakeExecutor:
 
     def report(self) -> MemoryReport:
         return MemoryReport("fake", {}, asleep=self.asleep)
+
+    def close(self) -> None:
+        """It owns nothing."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    ticket: int
+    whole: bool
+    seconds: float = 1.0
+
+
+class FakeCopies:
+    """To and from a host tier. They end when they are told to, and only then read and write."""
+
+    def __init__(self, executor: FakeExecutor, block_size: int) -> None:
+        self.pace = 3  # how many end at each look
+        self.fail = False  # the next does
+        self.loaded = 0
+        self.asked: list[tuple[bool, int, list[Copy], list[Prefix | None]]] = []  # a load, what it is to bring
+        self._executor = executor
+        self._size = block_size
+        self._host: dict[Place, Prefix | None] = {}
+
+    def _slots(self, group: int, number: int) -> list[Place]:
+        return [(group, slot) for slot in range(number * self._size, (number + 1) * self._size)]
+
+    def fileno(self) -> int:
+        return -1
+
+    def load(self, ticket: int, copies: list[Copy]) -> None:
+        self.asked.append((True, ticket, copies, self._stored(copies)))
+
+    def store(self, ticket: int, copies: list[Copy]) -> None:
+        self.asked.append((False, ticket, copies, []))
+
+    def _stored(self, copies: list[Copy]) -> list[Prefix | None]:
+        return [self._host[place] for copy in copies for place in self._slots(copy.group, copy.slot)]
+
+    @found_out()
+    def ended(self) -> list[Ended]:
+        ended = []
+        for turn in range(min(self.pace, len(self.asked))):
+            # each direction by itself is in order
+            at = next((i for i, each in enumerate(self.asked) if each[0] is (turn % 2 == 0)), 0)
+            load, ticket, copies, before = self.asked.pop(at)
+            assert not load or before == self._stored(copies), "what is being loaded was given up"
+            whole, self.fail = not self.fail, False
+            for group, block, slot in copies if whole else ():
+                for device, host in zip(self._slots(group, block), self._slots(group, slot), strict=True):
+                    if load:
+                        assert device not in self._executor.touched, "a copy writes to a block that a step uses"
+                        self._executor.kv[device] = self._host[host]  # type: ignore[assignment]
+                    else:
+                        self._host[host] = self._executor.kv.get(device)
+            self.loaded += load and whole
+            ended.append(Ended(ticket, whole))
+        return ended
+
+    def drain(self) -> None:
+        self.pace = len(self.asked)
+
+    def discard(self) -> None:
+        assert not self.asked
+        self._host.clear()
 
     def close(self) -> None:
         """It owns nothing."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 
 from pd_serve.compute.executor import TAGS
+from pd_serve.engine.arrivals import Arrivals
 from pd_serve.engine.core import Engine
 from pd_serve.engine.lifecycle import Lifecycle
 from pd_serve.engine.pulse import Pulse
@@ -24,9 +25,20 @@ from pd_serve.engine.scheduler import Limits, Scheduler
 from pd_serve.grammar.constraints import Constraints
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.manager import KVManager
+from pd_serve.kv.tiered import TieredKVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
-from tests.engine.fake import EOS, FAILS_IN_COLLECT, FAILS_IN_LAUNCH, VOCAB, FakeExecutor, FakeRole, logprob, next_token
+from tests.engine.fake import (
+    EOS,
+    FAILS_IN_COLLECT,
+    FAILS_IN_LAUNCH,
+    VOCAB,
+    FakeCopies,
+    FakeExecutor,
+    FakeRole,
+    logprob,
+    next_token,
+)
 from tests.engine.harness import MODEL
 
 EXAMPLES = int(os.environ.get("LOOP_EXAMPLES", "150"))
@@ -130,6 +142,8 @@ EVENTS = st.one_of(
     st.tuples(st.just("drop"), st.integers(1, 2)),
     st.tuples(st.just("late"), st.booleans()),
     st.tuples(st.just("turns"), st.integers(2, 6)),
+    st.tuples(st.just("copies"), st.tuples(st.integers(0, 3), st.sampled_from([False, False, True]))),
+    st.tuples(st.just("forget"), st.none()),
 )
 
 
@@ -174,15 +188,30 @@ class Wire:
 
 class World:
     def __init__(
-        self, depth: int, blocks: int, budget: int, windowed: bool, constraints: Constraints | None = None
+        self,
+        depth: int,
+        blocks: int,
+        budget: int,
+        windowed: bool,
+        constraints: Constraints | None = None,
+        tier: str = "",
+        slots: int = 15,
     ) -> None:
         groups = (FULL, WINDOW) if windowed else (FULL,)
-        self.kv = KVManager(KVLayout(4, "float32", groups), (blocks,) * len(groups), MAX_LEN + 1)
-        self.executor = FakeExecutor(self.kv.layout, depth)
+        layout, counts = KVLayout(4, "float32", groups), (blocks,) * len(groups)
+        self.kv = KVManager(layout, counts, MAX_LEN + 1)
+        if tier:
+            places = (slots,) * len(groups)
+            self.kv = TieredKVManager(layout, counts, MAX_LEN + 1, num_slots=places, eager=tier == "eager")
+        self.executor = FakeExecutor(layout, depth)
+        self.copies = FakeCopies(self.executor, layout.block_size)
         self.scheduler = Scheduler(self.kv, Limits(4, budget, 1000, 1000, 1e9, MAX_LEN))
+        arrivals = None
+        if isinstance(self.kv, TieredKVManager):
+            arrivals = Arrivals(self.kv, self.scheduler, self.copies)
         self.wire = Wire()
         pulse = Pulse(zmq.Context.instance(), "inproc://nobody", 1.0, 1.0)  # not started
-        self.lifecycle = Lifecycle(self, self.open(), self.kv, self.executor, pulse)
+        self.lifecycle = Lifecycle(self, self.open(), self.kv, self.executor, pulse, arrivals)
         self.engine = Engine(
             kv=self.kv,
             scheduler=self.scheduler,
@@ -194,6 +223,7 @@ class World:
             status_interval_s=1.0,
             vocab_size=VOCAB,
             constraints=constraints,
+            arrivals=arrivals,
         )
         self.orders = 0
 
@@ -221,7 +251,7 @@ class World:
             case "drop":
                 self._silence(value)
                 self.tell(wire.Drop(value))
-            case "sleep" | "wake" if len(self.wire.answers) < self.orders:
+            case "sleep" | "wake" | "forget" if len(self.wire.answers) < self.orders:
                 pass  # a node gives one order after another
             case "sleep":
                 self.orders += 1
@@ -232,6 +262,11 @@ class World:
             case "wake":
                 self.orders += 1
                 self.tell(wire.Wake(self.orders, list(TAGS)))
+            case "forget":
+                self.orders += 1
+                self.tell(wire.Forget(self.orders))
+            case "copies":
+                self.copies.pace, self.copies.fail = value
             case "fail":
                 self.executor.fails = value
             case "late":
@@ -255,7 +290,9 @@ class World:
         self.executor.fails = ""
         for _ in range(1000):
             self.role.due += ["place", "arrive", "release"]
+            self.copies.pace = 3
             busy = self.turn() or self.engine.load().pulling or self.engine.load().leases or self.wire.inbox
+            busy = busy or bool(self.copies.asked)
             if not busy and not self.lifecycle.leaving:
                 return
             if not busy and self.lifecycle.level:
@@ -284,7 +321,8 @@ def check_stream(world: World, stream: Stream) -> None:
         return
     if ends and ends[0].failure:
         kind = ends[0].failure.kind
-        event(f"failed: {kind}")
+        if currently_in_test_context():
+            event(f"failed: {kind}")
         if kind == "internal":
             world.executor.failed_alone -= not request.poisoned
             assert world.executor.failed_alone >= 0, "it failed for another's sake"
@@ -306,12 +344,13 @@ def check_stream(world: World, stream: Stream) -> None:
     blocks=st.integers(12, 17),
     budget=st.integers(3, 40),
     windowed=st.booleans(),
+    tier=st.sampled_from(["", "eager", "lazy"]),
     events=st.lists(st.tuples(EVENTS, st.integers(0, 2)), min_size=4, max_size=50),
 )
 def test_whatever_happens_between_launch_and_collect(
-    depth: int, blocks: int, budget: int, windowed: bool, events: list[tuple[tuple[str, Any], int]]
+    depth: int, blocks: int, budget: int, windowed: bool, tier: str, events: list[tuple[tuple[str, Any], int]]
 ) -> None:
-    world = World(depth, blocks, budget, windowed)
+    world = World(depth, blocks, budget, windowed, tier=tier)
     for (what, value), turns in events:
         world.happens(what, value)
         for _ in range(value if what == "turns" else turns):
@@ -321,6 +360,7 @@ def test_whatever_happens_between_launch_and_collect(
         check_stream(world, stream)
     world.kv.check(idle=True)
     event(f"preempted: {world.scheduler.num_preemptions > 0}, depth {depth}")
+    event(f"tier: {tier}, brought back: {world.copies.loaded > 0}")
     event(f"steps failed: {world.wire.status.counters['step_failures'] > 0}")
     assert world.wire.status.counters["leaks"] == 0
     assert len(world.wire.answers) == world.orders

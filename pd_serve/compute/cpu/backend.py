@@ -9,11 +9,15 @@ import torch
 from pd_serve.compute.backend import Meet
 from pd_serve.compute.cpu import ops
 from pd_serve.compute.cpu.executor import LocalExecutor
+from pd_serve.compute.cpu.host_copies import HostMover
 from pd_serve.compute.cpu.ranks import CpuRanks
 from pd_serve.compute.cpu.runner import Runner
 from pd_serve.compute.cpu.sampler import Sampler
 from pd_serve.config import EngineConfig
+from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.host_tier import TierMemory
 from pd_serve.memory.pool import HostPool
+from pd_serve.memory.region import PoolMemory
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.sizes import Sizes
 
@@ -39,3 +43,7 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> LocalE
         )
 
     return LocalExecutor(pool, runner, Sampler(fit.model.vocab_size), read_weights)
+
+
+def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str) -> HostMover:
+    return HostMover(pool, TierMemory(layout, size_bytes, directory))

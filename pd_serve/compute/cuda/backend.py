@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 
 from pd_serve.compute.backend import Meet
+from pd_serve.compute.copies import Mover
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings
 from pd_serve.config import EngineConfig
+from pd_serve.errors import ConfigError
+from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.region import PoolMemory
 from pd_serve.memory.upload import Upload
 from pd_serve.models.decoder import Decoder, load_decoder
 from pd_serve.models.interface import Ops, Ranks
@@ -49,3 +53,7 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> CudaEx
         dtype=config.dtype,
     )
     return CudaExecutor(fit.model, fit.layout, read_weights, settings, meet)
+
+
+def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str) -> Mover:
+    raise ConfigError("--host-kv-memory: engines on GPUs have no host tier yet; leave it out")

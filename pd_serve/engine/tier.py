@@ -1,0 +1,69 @@
+"""An engine's host tier, put together at its start: memory, copies, books. See :mod:`pd_serve.kv.tiers`.
+
+Used by :mod:`pd_serve.engine.boot`. Without ``--host-kv-memory`` the books are the plain ones, and that is all.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from pd_serve.compute.backend import Backend
+from pd_serve.compute.copies import HostCopies
+from pd_serve.config import EngineConfig
+from pd_serve.engine.arrivals import Arrivals
+from pd_serve.engine.scheduler import Scheduler
+from pd_serve.errors import ConfigError
+from pd_serve.kv.layout import KVLayout
+from pd_serve.kv.manager import KVManager
+from pd_serve.kv.tiered import TieredKVManager
+from pd_serve.memory.region import PoolMemory
+from pd_serve.values import readable_size
+
+log = logging.getLogger(__name__)
+
+
+def open_tier(config: EngineConfig, backend: Backend, layout: KVLayout, pool: PoolMemory) -> HostCopies | None:
+    """What copies to and from the host tier; None where none is asked for. Raises ConfigError."""
+    if not config.host_kv_memory:
+        if config.host_kv_path:
+            raise ConfigError("--host-kv-path is given without a size: add --host-kv-memory, how much it may take")
+        return None
+    if config.tp > 1 or not config.prefix_caching:
+        what = "--no-prefix-caching" if config.tp == 1 else "--tp"
+        raise ConfigError(f"--host-kv-memory does not go with {what}: leave one of both out")
+    copies = HostCopies(backend.make_mover(layout, pool, config.host_kv_memory, config.host_kv_path))
+    log.info(
+        "%s of the host for KV (%s): %d blocks beside the %d of the cache",
+        readable_size(config.host_kv_memory),
+        config.host_kv_mode,
+        copies.num_slots[0] - 1,
+        pool.regions[0].num_blocks - 1,
+    )
+    return copies
+
+
+def kv_manager(
+    config: EngineConfig,
+    layout: KVLayout,
+    num_blocks: tuple[int, ...],
+    capacity_tokens: int,
+    fingerprint: str,
+    copies: HostCopies | None,
+) -> KVManager:
+    if copies is None:
+        caching = config.prefix_caching
+        return KVManager(layout, num_blocks, capacity_tokens, prefix_caching=caching, fingerprint=fingerprint)
+    return TieredKVManager(
+        layout,
+        num_blocks,
+        capacity_tokens,
+        num_slots=copies.num_slots,
+        eager=config.host_kv_mode == "eager",
+        fingerprint=fingerprint,
+    )
+
+
+def arrivals_of(kv: KVManager, scheduler: Scheduler, copies: HostCopies) -> Arrivals:
+    """``kv``: of :func:`kv_manager` with these copies."""
+    assert isinstance(kv, TieredKVManager)
+    return Arrivals(kv, scheduler, copies)
