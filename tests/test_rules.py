@@ -56,7 +56,8 @@ _FURTHER = {
     "engine.ends": {"decode", "prefill", "transfer"},  # a rank's transfer end
     "engine.ranks": {"distributed", "transfer.relay"},  # starts the other ranks, and gives its role their ends
     "engine.worker": {"transfer.relay"},  # another rank
-    "node.main": {"memory.choice", "memory.switches", "models.source", "transfer.session.tls"},  # how engines start
+    # how engines start
+    "node.main": {"memory.choice", "memory.switches", "memory.visible", "models.source", "transfer.session.tls"},
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes
     "up": {"memory.choice", "memory.visible", "models.sizes", "models.source", "wire.model"},  # the same for a machine
     "wire.peer": {"kv.layout", "memory.region"},  # plain data: what peers tell each other

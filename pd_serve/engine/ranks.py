@@ -25,16 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
+import zmq
 
 from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import Sampled, Step, encode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
+from pd_serve.engine.channel import Channel
 from pd_serve.engine.line import Kind, Line, LineClosed
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.processes import Child, describe_exit
 from pd_serve.transfer.relay import Relays
+from pd_serve.wire.engine import EngineFailed
 from pd_serve.wire.memory import MemoryReport
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ class Ranks:
 
     def __init__(self, config: EngineConfig) -> None:
         self._count = config.tp
+        self._address = config.address
         self._folder = tempfile.TemporaryDirectory(prefix="pd-serve-ranks-")
         self._processes: list[Child] = []
         self._lines: list[Line] = []
@@ -107,7 +111,19 @@ class Ranks:
         if not self._closed.wait(0.0 if self._started else LAST_WORD_S):
             status = self._processes[ranks[fd]].returncode()
             how = "" if status is None else f" ({describe_exit(status)})"
-            _end(f"rank {ranks[fd] + 1} has ended{how}; its log says why")
+            why = f"rank {ranks[fd] + 1} has ended{how}; its log says why"
+            if not self._started:
+                why = self._tell_node(ranks[fd], why)
+            _end(why)
+
+    def _tell_node(self, number: int, why: str) -> str:
+        """What a rank said that could not start, else ``why``: nobody heard it, as this one waits elsewhere for it."""
+        with contextlib.suppress(TimeoutError, LineClosed):
+            _, payload = self._lines[number].receive(0.1)
+            why = f"rank {number + 1}: {line.decode_answer(payload).error}"
+        with zmq.Context() as context, Channel(context, self._address) as channel:
+            channel.send_node(EngineFailed(why))
+        return why
 
     def relays(self) -> Relays:
         """Their transfer ends."""

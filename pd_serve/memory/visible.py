@@ -16,6 +16,12 @@ def count_gpus() -> int:
     return CudaDriver().device_count()
 
 
+def need_gpus(each: int, seen: int) -> None:
+    """For a node of ``each`` ranks. Raises ConfigError."""
+    if each > seen:
+        raise ConfigError(f"--tp {each}: a node wants {each} GPUs, and there {'is' if seen == 1 else 'are'} {seen}")
+
+
 def deal_gpus(
     nodes: int,
     each: int,
@@ -30,8 +36,7 @@ def deal_gpus(
     start on one at the same time would count each other's memory. Raises ConfigError.
     """
     seen = count()
-    if each > seen:
-        raise ConfigError(f"--tp {each}: a node wants {each} GPUs, and there {'is' if seen == 1 else 'are'} {seen}")
+    need_gpus(each, seen)
     if nodes * each > seen and not may_share:
         raise ConfigError(
             f"{nodes} nodes {f'of {each} GPUs ' * (each > 1)}and {seen} GPU{'s' * (seen > 1)}: start as many nodes "

@@ -15,6 +15,7 @@ from pd_serve.config import EngineConfig, NodeConfig
 from pd_serve.errors import ConfigError
 from pd_serve.memory.choice import choose
 from pd_serve.memory.switches import resolve as resolve_memory
+from pd_serve.memory.visible import count_gpus, need_gpus
 from pd_serve.models.source import ModelFiles, resolve
 from pd_serve.net import listen, netloc, reachable_host
 from pd_serve.node.engine_process import EngineProcess
@@ -27,6 +28,8 @@ def run(config: NodeConfig, *, engine_command: list[str] | None = None) -> int:
     logs.configure(config.log_level, config.role, form=config.log_format)
     chosen = choose(config.device)
     config = replace(config, device=chosen.device)
+    if config.device == "cuda":
+        need_gpus(config.tp, count_gpus())
     preflight.check(config)
     tracing.check(config.otlp_traces_endpoint)
     config.check_door(config.host)

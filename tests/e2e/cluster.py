@@ -69,13 +69,13 @@ class Server:
             else:
                 args += [f"--{name.replace('_', '-')}", str(value)]
         self.process: Started | subprocess.Popen[bytes]
-        if environ is None:
+        if environ is None and flags.get("device") != "cuda":
             self.process = start("pd_serve.cli", args, log)
-        else:  # which may be for the interpreter
+        else:  # variables may be for the interpreter; a driver of GPUs works in no fork
             with log.open("ab") as out:
                 args = [sys.executable, "-m", "pd_serve.cli", *args]
                 self.process = subprocess.Popen(
-                    args, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **environ}
+                    args, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env={**os.environ, **(environ or {})}
                 )
 
     @property

@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, object]] = {
     "greedy": {},
     "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234},
     "penalties": {"frequency_penalty": 0.6, "presence_penalty": 0.3, "logit_bias": {"40": 3.0}, "min_tokens": 5},
+    "structured": {"structured_outputs": {"regex": "([a-z]{3,8} ){3,6}[0-9]{4}"}, "temperature": 0.8, "seed": 7},
+    "allowed": {"allowed_token_ids": [*range(40, 90)], "bad_words": ["A"]},
 }
 TOKENS = 40
 SIZE = tiny_model.Size(512, 4, 8, 2, 64, 1024, 4096)  # heads for which FlashInfer's kernels need no compiler
@@ -42,7 +44,7 @@ Logprobs = dict[str, Any]
 def texts(running: Cluster) -> Texts:
     def run(job: tuple[str, int]) -> str:
         kind, i = job
-        body = {"ignore_eos": kind != "penalties", **KINDS[kind]}
+        body = {"ignore_eos": kind not in ("penalties", "structured"), **KINDS[kind]}
         return str(running.complete(PROMPTS[i], TOKENS, **body)["choices"][0]["text"])
 
     jobs = [(kind, i) for kind in KINDS for i in range(len(PROMPTS))]
