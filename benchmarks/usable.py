@@ -69,7 +69,7 @@ def source(pipe: Connection, options: argparse.Namespace, checksums: bool) -> No
     outbox = Outbox(me, worker, host="127.0.0.1", lease_s=30.0)
     worker.start()
     worker.wait_ready()
-    pipe.send((me.epoch, outbox.listen().result()))
+    pipe.send((me.epoch, outbox.listen(60.0)))
     rng = np.random.default_rng(1)
     while (keys := pipe.recv()) is not None:
         count = options.mib * 1024 // options.block_kib
@@ -97,8 +97,8 @@ def measure(options: argparse.Namespace, checksums: bool) -> None:
     inbox = Inbox(me, worker, pull_timeout_s=30.0)
     worker.start()
     worker.wait_ready()
-    epoch, address = pipe.recv()
-    peer = Source("P", epoch, (address,))
+    epoch, addresses = pipe.recv()
+    peer = Source("P", epoch, addresses)
     count = options.mib * 1024 // options.block_kib
     rng = np.random.default_rng(2)
     for requests in (1, 8):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from pd_serve import logs
+from pd_serve import interpreter, logs
 from pd_serve.config import EngineConfig
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.pulse import Pulse
@@ -152,6 +152,8 @@ def set_up(config: EngineConfig, name: str) -> None:
     logs.configure(config.log_level, name, form=config.log_format)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the node decides when the engine ends
         signal.signal(ignored, signal.SIG_IGN)
+    if config.device == "cuda":
+        interpreter.switch_often()
     if config.cpus:
         os.sched_setaffinity(0, config.cpus)
     os.environ["OMP_NUM_THREADS"] = str(config.threads)

@@ -31,6 +31,7 @@ from pd_serve.engine.role import Role
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import Sequence, State, TracedSequence
 from pd_serve.grammar.constraints import Constraints
+from pd_serve.interpreter import main_thread
 from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
@@ -109,7 +110,9 @@ class Engine:
             tier = -1 if self._arrivals is None else self._arrivals.fileno()
             watch.only(self._role.fileno(), self._grammars.fileno(), tier)
             self._pulse.rest()
+            main_thread.at_work = False
             poller.poll(wait_ms)
+            main_thread.at_work = True
             self._pulse.turn()
             worked = self.turn()
 

@@ -22,6 +22,7 @@ from pd_serve.engine.pulse import Pulse
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.engine.sequence import State
 from pd_serve.engine.slack import Kind, Slack
+from pd_serve.interpreter import main_thread
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ class Pipeline:
         waited = not self._executor.done(launched)
         try:
             with self._busy(works, self._executor.depth > 0):
+                main_thread.at_work = not waited
                 sampled = self._executor.collect(launched)
+                main_thread.at_work = True
         except Exception:
             self._slack = Slack()
             self._drop()

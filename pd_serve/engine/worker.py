@@ -25,6 +25,7 @@ from pd_serve.engine.boot import identity_of, set_up, share_of
 from pd_serve.engine.line import Answer, Kind, Line, LineClosed
 from pd_serve.engine.ranks import RankConfig, meet
 from pd_serve.errors import PDServeError
+from pd_serve.interpreter import main_thread
 from pd_serve.transfer.relay import RelayServer
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class Worker:
     def run(self) -> None:
         """Until rank 0 says so. Raises LineClosed where it is gone, and whatever a step raises."""
         while True:
+            main_thread.at_work = False
             kind, payload = self._line.receive()
+            main_thread.at_work = True
             match kind:
                 case Kind.STEP:
                     self._launched.append(self._executor.launch(decode(payload)))

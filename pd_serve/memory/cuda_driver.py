@@ -22,6 +22,7 @@ from pd_serve.memory.driver import DriverError, HandleType, MemoryKind
 NO_BINDINGS = "NO_CUDA_BINDINGS"
 NO_LIBRARY = "NO_LIBCUDA"
 FABRIC_BYTES = 64
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
 
 _REASONS = {
     NO_BINDINGS: "the package cuda-bindings is not installed: pip install 'pd-serve[cuda]'",
@@ -183,20 +184,20 @@ class CudaDriver:
             free, total = self._call("cuMemGetInfo")
             return int(free), int(total)
 
-    def copy_to_host(self, target: int, source: int, size: int) -> None:
-        with self._owner_current(source):
+    def copy_to_host(self, target: int, source: int, size: int, device: int) -> None:
+        with self._current(device):  # what a pointer's attribute names is not always the device that may read there
             self._call("cuMemcpyDtoH", target, source, size)
 
-    def copy_to_device(self, target: int, source: int, size: int) -> None:
-        with self._owner_current(target):
+    def copy_to_device(self, target: int, source: int, size: int, device: int) -> None:
+        with self._current(device):
             self._call("cuMemcpyHtoD", target, source, size)
 
     # host memory
 
     def pin(self, address: int, size: int) -> None:
-        """Page-locks host memory, so that copies run at the speed of the bus."""
+        """Page-locks host memory, for all devices, so that copies run at the speed of the bus."""
         with self._any_current():
-            self._call("cuMemHostRegister", address, size, 0)
+            self._call("cuMemHostRegister", address, size, _PORTABLE)
 
     def unpin(self, address: int) -> None:
         with self._any_current():
@@ -211,13 +212,6 @@ class CudaDriver:
         properties.requestedHandleTypes = self._handle_types[kind.handle_type]
         properties.allocFlags.gpuDirectRDMACapable = int(kind.rdma)
         return properties
-
-    @contextlib.contextmanager
-    def _owner_current(self, address: int) -> Iterator[None]:
-        """The context of the device that has the memory at an address: others may not have access to it."""
-        attribute = self._cu.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        with self._current(int(self._call("cuPointerGetAttribute", attribute, address))):
-            yield
 
     def _device(self, ordinal: int) -> Any:
         return self._call("cuDeviceGet", ordinal)

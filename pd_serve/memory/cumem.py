@@ -299,7 +299,8 @@ class CumemAllocator:
                 try:
                     self._put_up(allocation)
                     if allocation.backup is not None:
-                        self._driver.copy_to_device(allocation.address, allocation.backup.address, allocation.requested)
+                        backup = allocation.backup.address
+                        self._driver.copy_to_device(allocation.address, backup, allocation.requested, self.device)
                 except BaseException:
                     with contextlib.suppress(DriverError):
                         self._take_down(allocation)
@@ -318,7 +319,8 @@ class CumemAllocator:
         try:
             for allocation in allocations:
                 allocation.backup = self._host.take(allocation.requested)
-                self._driver.copy_to_host(allocation.backup.address, allocation.address, allocation.requested)
+                backup = allocation.backup.address
+                self._driver.copy_to_host(backup, allocation.address, allocation.requested, self.device)
         except BaseException:
             for allocation in allocations:
                 self._drop_backup(allocation)

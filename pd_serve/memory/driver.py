@@ -87,7 +87,7 @@ class VirtualMemoryDriver(Protocol):
     def memory_info(self, device: int) -> tuple[int, int]:
         """``(free, total)`` bytes of the device."""
 
-    def copy_to_host(self, target: int, source: int, size: int) -> None:
-        """Device memory into host memory (pinned where the caller made it so); returns when done."""
+    def copy_to_host(self, target: int, source: int, size: int, device: int) -> None:
+        """Memory of ``device`` into host memory (pinned where the caller made it so); returns when done."""
 
-    def copy_to_device(self, target: int, source: int, size: int) -> None: ...
+    def copy_to_device(self, target: int, source: int, size: int, device: int) -> None: ...

@@ -1,7 +1,8 @@
 """What a transfer thread waits with: file descriptors, or a time exact to some microseconds.
 
 Used by the transfer thread, and by benchmarks that stand for one. Beside a GPU short waits are not slept: waking up
-takes as long as NVLink needs for 20 MiB, and its host has cores to spare.
+takes as long as NVLink needs for 20 MiB, and its host has cores to spare. They are slept while the main thread needs
+the interpreter (:mod:`pd_serve.interpreter`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import os
 import select
 import time
 
+from pd_serve.interpreter import main_thread
+
 TFD_NONBLOCK = 0o4000
 TFD_CLOEXEC = 0o2000000
 SPIN_S = 100e-6  # waits up to here are spun where ``spin`` is set
+NAP_S = 100e-6  # slept at least instead, while the main thread is at work
 
 
 def look_s(device: int | None) -> float:
@@ -47,10 +51,12 @@ class Poller:
         if delay_s <= 0:
             return self._found(self._epoll.poll(0))
         if self.spin and delay_s <= SPIN_S:
-            until_s = time.perf_counter() + delay_s
-            while not (ready := self._epoll.poll(0)) and time.perf_counter() < until_s:
-                pass
-            return self._found(ready)
+            if not main_thread.at_work:
+                until_s = time.perf_counter() + delay_s
+                while not (ready := self._epoll.poll(0)) and time.perf_counter() < until_s:
+                    pass
+                return self._found(ready)
+            delay_s = NAP_S
         self._timer.arm(delay_s)
         ready = self._epoll.poll()
         self._timer.clear()

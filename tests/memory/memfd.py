@@ -243,12 +243,12 @@ class MemfdDriver:
         self._enter("memory_info")
         return self.capacity - self.used, self.capacity
 
-    def copy_to_host(self, target: int, source: int, size: int) -> None:
+    def copy_to_host(self, target: int, source: int, size: int, device: int) -> None:
         self._enter("copy_to_host")
         assert self.is_mapped(source) and self.is_mapped(source + size - 1), "copy from what is not mapped"
         ctypes.memmove(target, source, size)
 
-    def copy_to_device(self, target: int, source: int, size: int) -> None:
+    def copy_to_device(self, target: int, source: int, size: int, device: int) -> None:
         self._enter("copy_to_device")
         assert self.is_mapped(target) and self.is_mapped(target + size - 1), "copy to what is not mapped"
         ctypes.memmove(target, source, size)

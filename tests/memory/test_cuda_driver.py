@@ -47,7 +47,6 @@ class Bindings:
             "cuMemAddressReserve": (4 << 20,),
             "cuMemExportToShareableHandle": (5,),
             "cuMemGetInfo": (3, 4),
-            "cuPointerGetAttribute": (1,),
             "cuDriverGetVersion": (13020,),
             "cuDeviceGetAttribute": (1,),
             "cuDeviceGetName": (b"NVIDIA H200\0\0\0",),
@@ -110,8 +109,8 @@ def test_the_devices_context_is_current_and_the_old_one_comes_back(bindings: Bin
     assert bindings.context_of("cuMemSetAccess") == 101
     driver.synchronize(0)
     assert bindings.context_of("cuCtxSynchronize") == 100
-    driver.copy_to_host(1, 2, 3)
-    assert bindings.context_of("cuMemcpyDtoH") == 101  # that of the memory's owner
+    driver.copy_to_host(1, 2, 3, 1)
+    assert bindings.context_of("cuMemcpyDtoH") == 101
     assert driver.memory_info(1) == (3, 4)
     driver.pin(1, 2)
     assert bindings.context_of("cuMemHostRegister") == 100

@@ -24,6 +24,7 @@ from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS
 from pd_serve.memory.sleep import DeviceMemory
 from pd_serve.memory.switches import cumem_unavailable_because
 from pd_serve.memory.torch_pool import CudaMemory, TorchPools
+from pd_serve.memory.usage import WEIGHTS
 
 MIB = 1 << 20
 
@@ -373,3 +374,21 @@ def test_pools_of_an_allocator_alone(allocator: CumemAllocator) -> None:
     tensors.clear()
     pools.close()
     assert allocator.segments() == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current", [0, 1])
+def test_sleep_of_another_device_than_the_first(current: int) -> None:
+    with torch.cuda.device(current):
+        memory = DeviceMemory(1, pin=should_pin_memory(True, 1))
+        with memory.use_memory_pool(WEIGHTS):
+            small = torch.arange(1000, device="cuda:1")
+            large = torch.arange(3 * MIB, device="cuda:1")
+        for _ in range(2):
+            memory.sleep(1)
+            memory.wake()
+            assert small.equal(torch.arange(1000, device="cuda:1"))
+            assert large.equal(torch.arange(3 * MIB, device="cuda:1"))
+        del small, large
+        gc.collect()
+        memory.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pd_serve.interpreter import main_thread
 from pd_serve.transfer.poller import SPIN_S, Poller, Timer, look_s
 
 
@@ -76,3 +77,13 @@ def test_arming_again_replaces_the_time() -> None:
     timer.arm(60)
     assert select.select([timer], [], [], 0.05)[0] == []
     timer.close()
+
+
+def test_nobody_spins_beside_a_main_thread_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pd_serve.transfer.poller.NAP_S", 0.03)
+    monkeypatch.setattr(main_thread, "at_work", True)
+    poller = Poller(spin=True)
+    before_s = time.monotonic()
+    assert poller.wait(look_s(0)) == []
+    assert time.monotonic() - before_s >= 0.03
+    poller.close()
