@@ -32,7 +32,9 @@ TOOL_PARSERS = (
     "openai",
 )  # fmt: skip
 BACKENDS = ("vllm", "sglang")  # of pd_serve.router.backends, besides pd-serve's own
-REASONING_PARSERS = ("auto", "none", "deepseek_r1", "qwen3", "mistral", "openai_gptoss")
+REASONING_PARSERS = (
+    "auto", "none", "deepseek_r1", "qwen3", "mistral", "seed_oss", "gemma4", "granite", "openai_gptoss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

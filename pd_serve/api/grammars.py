@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
-import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from pd_serve.api.errors import bad_request
 from pd_serve.wire.link import Grammar
@@ -35,11 +34,14 @@ class JsonSchema(_Part):
 
 
 class ResponseFormat(_Part):
-    """``schema``: of a ``json_object``, as some clients have it."""
+    """``schema``: of a ``json_object``, as some clients have it. The last three: of a ``structural_tag``."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
     schema_: Schema | None = Field(None, alias="schema")
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
 
 
 class StructuredOutputs(_Part):
@@ -51,13 +53,7 @@ class StructuredOutputs(_Part):
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
     disable_additional_properties: bool | None = None  # those that the schema does not speak of are forbidden anyway
-    structural_tag: Any = None
-
-    @field_validator("structural_tag", mode="after")
-    @classmethod
-    def _no_tags(cls, value: Any) -> None:
-        if value is not None:
-            raise pydantic_core.PydanticCustomError("tag", "is not supported: write the whole output as a 'grammar'")
+    structural_tag: dict[str, Any] | str | None = None
 
 
 class Fields(Protocol):
@@ -102,6 +98,12 @@ def json_schema(schema: Any, after: Sequence[int] = (), options: dict[str, Any] 
     return Grammar("json_schema", text, tuple(after))
 
 
+def or_calls(grammar: Grammar, openings: Sequence[str]) -> Grammar:
+    """What ``grammar`` permits, or a call, which begins with one of ``openings``; behind reasoning spaces may come."""
+    said = {"kind": grammar.kind, "text": grammar.text, "openings": openings, "spaces": bool(grammar.after)}
+    return Grammar("or_calls", msgspec.json.encode(said).decode(), grammar.after)
+
+
 def choice(texts: Sequence[str]) -> Grammar:
     return Grammar("choice", msgspec.json.encode(texts).decode())
 
@@ -129,6 +131,9 @@ def _of_format(wanted: ResponseFormat | None) -> Iterator[Wanted]:
         yield Wanted("response_format", json_schema(wanted.schema_))
     elif wanted.type == "json_object":
         yield Wanted("response_format", Grammar("json_object"))
+    elif wanted.type == "structural_tag":
+        said = wanted.model_dump(include={"structures", "triggers", "format"}, exclude_none=True)
+        yield Wanted("response_format", Grammar("structural_tag", msgspec.json.encode(said).decode()))
     elif wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise bad_request(
             'response_format: a \'json_schema\' needs {"name": ..., "schema": {...}}', "response_format.json_schema"
@@ -154,3 +159,6 @@ def _of_structured(wanted: StructuredOutputs) -> Iterator[Wanted]:
         yield Wanted(f"{name}.choice", choice(wanted.choice))
     if wanted.grammar is not None:
         yield Wanted(f"{name}.grammar", Grammar("ebnf", wanted.grammar))
+    if (tag := wanted.structural_tag) is not None:
+        text = tag if isinstance(tag, str) else msgspec.json.encode(tag).decode()
+        yield Wanted(f"{name}.structural_tag", Grammar("structural_tag", text))

@@ -142,7 +142,8 @@ class TextModel:
     def wanted_grammar(
         self, request: CompletionRequest | ChatCompletionRequest, prompt: Prompt, names: ParserNames
     ) -> Wanted | None:
-        """What the request makes of its output, behind reasoning. A call that must be made leaves no room for more.
+        """What the request makes of its output, behind reasoning. A call that must be made leaves no room for more;
+        one that may be made is another thing that the output may be.
 
         Raises APIError(400) where fields contradict each other.
         """
@@ -152,7 +153,12 @@ class TextModel:
         after = self.reasoning_end(request, prompt, names)
         if (calls := forced.forced_grammar(request, after)) is not None:
             return Wanted("tool_choice", calls)
-        return wanted and wanted._replace(grammar=msgspec.structs.replace(wanted.grammar, after=after))
+        if wanted is None:
+            return None
+        grammar = msgspec.structs.replace(wanted.grammar, after=after)
+        called = [tool.function.name for tool in request.tools_shown or ()]
+        openings = registry.openings(self._parsers(names).tools, called) if called else ()
+        return wanted._replace(grammar=grammars.or_calls(grammar, openings) if openings else grammar)
 
     def reasoning_end(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
         """The token that ends the reasoning which is to be expected; none: none is, or its end is no token."""

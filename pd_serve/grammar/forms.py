@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pd_serve.errors import PDServeError
+from pd_serve.grammar.tags import Special, or_calls, structural
 from pd_serve.wire.link import Grammar
 
 LOWERED = "lowered"  # the kind of what :func:`lower` has made
@@ -36,8 +37,15 @@ def missing() -> str:
     return "" if find_spec("llguidance") else "structured output needs llguidance: pip install 'pd-serve[structured]'"
 
 
-def lower(grammar: Grammar) -> str:
-    """What llguidance's matcher takes. Raises GrammarError; what is not found out here is when it is compiled."""
+def _no_special(text: str) -> int | None:
+    return None
+
+
+def lower(grammar: Grammar, special: Special = _no_special) -> str:
+    """What llguidance's matcher takes. Raises GrammarError; what is not found out here is when it is compiled.
+
+    ``special``: the id of a text that is one special token, else None.
+    """
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -52,6 +60,10 @@ def lower(grammar: Grammar) -> str:
                 return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
             case "json_schema":
                 return LLMatcher.grammar_from_json_schema(closed(text), defaults=_JSON)
+            case "structural_tag":
+                return LLMatcher.grammar_from_lark(structural(text, _inline, special))
+            case "or_calls":
+                return _or_calls(json.loads(text), special)
             case "regex":
                 return LLMatcher.grammar_from_regex(text)
             case "choice":
@@ -63,6 +75,18 @@ def lower(grammar: Grammar) -> str:
     except Exception as error:  # ValueError, RecursionError, and the converter of EBNF has one of its own
         raise GrammarError(one_line(str(error))) from None
     raise GrammarError(f"there is no kind {grammar.kind[:40]!r} of grammar")
+
+
+def _inline(schema: Any) -> str:
+    """As a grammar in Lark's notation has it behind ``%json``."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    return closed(json.dumps({**schema, "x-guidance": {**_JSON, **schema.get("x-guidance", {})}}))
+
+
+def _or_calls(said: dict[str, Any], special: Special) -> str:
+    inner = lower(Grammar(said["kind"], said["text"]), special)
+    return or_calls(inner, said["openings"], special, spaces=said["spaces"])
 
 
 def closed(text: str) -> str:

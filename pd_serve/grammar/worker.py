@@ -82,6 +82,11 @@ class Model:
             self._tokenizer = LLTokenizer(text, eos_token=load.eos)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
+    def special(self, text: str) -> int | None:
+        """The token that a text is, where it is a special one."""
+        ids = self._tokenizer.tokenize_str(text, parse_special=True)
+        return ids[0] if len(ids) == 1 and self._tokenizer.is_special_token(ids[0]) else None
+
     def compiled(self, grammar: Grammar) -> Sequence | None:
         """One at its beginning, where that takes no time."""
         found = self._compiled.get(grammar)
@@ -92,7 +97,7 @@ class Model:
 
     def compile(self, grammar: Grammar) -> Sequence:
         """Raises GrammarError."""
-        matcher = LLMatcher(self._tokenizer, lower(grammar), log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(self._tokenizer, lower(grammar, self.special), log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(one_line(matcher.get_error()))
         self._compiled[grammar] = matcher
@@ -103,7 +108,7 @@ class Model:
     def check(self, grammar: Grammar) -> Checked:
         """Compiles it, and finds the first permitted tokens."""
         try:
-            lowered = lower(grammar)
+            lowered = lower(grammar, self.special)
             first = self.compile(Grammar(LOWERED, lowered)).permitted(0, [])
         except GrammarError as error:
             return Checked("", str(error))

@@ -40,6 +40,16 @@ def wanted(**fields: Any) -> Wanted | None:
         ({"guided_json": True}, "guided_json", Grammar("json_schema", "true")),
         ({"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex", Grammar("regex", "a+")),
         ({"guided_choice": ["é", "b"]}, "guided_choice", Grammar("choice", '["é","b"]')),
+        (
+            {"response_format": {"type": "structural_tag", "structures": [{"begin": "<f>"}], "triggers": ["<f"]}},
+            "response_format",
+            Grammar("structural_tag", '{"structures":[{"begin":"<f>"}],"triggers":["<f"]}'),
+        ),
+        (
+            {"structured_outputs": {"structural_tag": {"format": {"type": "any_text"}}}},
+            "structured_outputs.structural_tag",
+            Grammar("structural_tag", '{"format":{"type":"any_text"}}'),
+        ),
         ({"guided_grammar": 'root ::= "a"'}, "guided_grammar", Grammar("ebnf", 'root ::= "a"')),
     ],
 )

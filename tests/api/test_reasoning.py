@@ -106,6 +106,18 @@ def test_marks_of_several_tokens() -> None:
     assert said(text, chat(**TOOLS), CALLS)["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
 
 
+def test_an_answer_in_a_form_or_a_call_if_the_model_likes() -> None:
+    tools = {**TOOLS, "tool_choice": "auto"}
+    for fields, kind in ((tools, "or_calls"), ({**tools, "tool_choice": "none"}, "json_schema"), ({}, "json_schema")):
+        text, request = model(OPENING), chat(**fields, guided_json={})
+        wanted = text.wanted_grammar(request, text.chat_prompt(request), NAMES)
+        assert wanted is not None and wanted.grammar.kind == kind and wanted.grammar.after
+    request = chat(**tools, guided_json={})
+    called = said(text, request, 'so</think>\n<tool_call>{"name": "f", "arguments": {}}</tool_call>')
+    assert called["tool_calls"][0]["function"]["name"] == "f" and called["reasoning"] == "so"
+    assert said(text, request, 'so</think>\n{"a": 1}')["content"] == '{"a": 1}'
+
+
 def test_channels_have_no_place_for_a_grammar() -> None:
     text, channels = model(NEVER_SAID), ParserNames(reasoning="openai_gptoss")
     request = chat(**TOOLS)

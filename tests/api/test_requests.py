@@ -129,7 +129,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"suffix": "x"}, "suffix", "does not fill in text"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
-    ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag", "not supported"),
     ({"repeat_penalty": 1.1}, "repeat_penalty", "use 'repetition_penalty'"),
     ({"grammar": "root ::= [a-z]"}, "grammar", "use 'structured_outputs'"),
     ({"use_beam_search": True}, "use_beam_search", "not supported"),

@@ -1,18 +1,27 @@
-"""Reasoning between two marks, before the answer: DeepSeek-R1, Qwen3, Magistral."""
+"""Reasoning between two marks, before the answer: DeepSeek-R1, Qwen3, Magistral, Granite 3.2, Seed-OSS, Gemma 4."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from pd_serve.api.parsers.pieces import Parser, Piece, overlap
+from pd_serve.api.parsers.pieces import Parser, Piece, first_of, overlap
+
+
+class Marks(NamedTuple):
+    """Ways to write each, none the beginning of another. ``always``: the model thinks though nothing opens it."""
+
+    open: tuple[str, ...]
+    close: tuple[str, ...]
+    always: bool = False
 
 
 class Thinking(Parser):
     """``begun``: the prompt has opened it, or the model always thinks; else it does where its output opens it."""
 
-    def __init__(self, open_mark: str, close_mark: str, *, begun: bool) -> None:
+    def __init__(self, marks: Marks, *, begun: bool) -> None:
         super().__init__()
-        self._open, self._close = open_mark, close_mark
+        self._open, self._close = marks.open, marks.close
         self._reading = "inside" if begun else "start"
         self._fresh = True  # nothing of the reasoning was told
         self._opened = False
@@ -25,9 +34,10 @@ class Thinking(Parser):
     def _parse(self) -> Iterator[Piece]:
         if self._reading == "start":
             text = self._held.lstrip()
-            if text.startswith(self._open):
-                self._held, self._reading, self._opened = text[len(self._open) :], "inside", True
-            elif self._ended or (text and not self._open.startswith(text)):
+            mark = next((mark for mark in self._open if text.startswith(mark)), None)
+            if mark is not None:
+                self._held, self._reading, self._opened = text[len(mark) :], "inside", True
+            elif self._ended or (text and not any(mark.startswith(text) for mark in self._open)):
                 self._reading = "after"
         if self._reading == "inside":
             yield from self._inside()
@@ -43,16 +53,18 @@ class Thinking(Parser):
         if self._fresh:
             self._skip_spaces()
             if not self._opened:  # some models open once more what the prompt has opened
-                if self._take(self._open) is None:
+                taken = [self._take(mark) for mark in self._open]
+                if True not in taken and None in taken:
                     return
                 self._opened = True
                 self._skip_spaces()
             if not self._held:
                 return
             self._fresh = False
-        reasoning, mark, rest = self._held.partition(self._close)
+        _, mark = first_of(self._held, self._close)
+        reasoning, _, rest = self._held.partition(mark) if mark else (self._held, "", "")
         if not mark:
-            kept = 0 if self._ended else overlap(reasoning, (self._close,))
+            kept = 0 if self._ended else overlap(reasoning, self._close)
             reasoning, rest = reasoning[: len(reasoning) - kept], reasoning[len(reasoning) - kept :]
         self._held = rest
         reasoning = self._pause + reasoning

@@ -14,12 +14,13 @@ from pd_serve.api.parsers.harmony import Harmony
 from pd_serve.api.parsers.json_calls import Forced, Granite, Hermes, Llama3Json, Mistral, Named
 from pd_serve.api.parsers.pieces import Parser, Piece, joined
 from pd_serve.api.parsers.pythonic import Pythonic
-from pd_serve.api.parsers.reasoning import Thinking
+from pd_serve.api.parsers.reasoning import Marks, Thinking
 from pd_serve.api.parsers.sections import DeepSeek, KimiK2
 from pd_serve.api.parsers.tags import Glm, QwenCoder
 
 SCHEMAS = {"f": {"type": "object", "properties": {"s": {"type": "string"}, "b": {"type": "boolean"}}}}
-MARKS = ("<think>", "</think>")
+MARKS = Marks(("<think>",), ("</think>",))
+GRANITE = Marks(("Here is my thought:", "Here's my thought:"), ("Here is my response:", "Here's my response:"))
 PARSERS: dict[str, Callable[[], Parser]] = {
     "hermes": Hermes,
     "granite": Granite,
@@ -33,8 +34,9 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "glm45": lambda: Glm(SCHEMAS),
     "qwen3_coder": lambda: QwenCoder(SCHEMAS),
     "openai": Harmony,
-    "thinking": lambda: Thinking(*MARKS, begun=False),
-    "begun": lambda: Thinking(*MARKS, begun=True),
+    "thinking": lambda: Thinking(MARKS, begun=False),
+    "begun": lambda: Thinking(MARKS, begun=True),
+    "words": lambda: Thinking(GRANITE, begun=False),
 }
 # What formats are made of, in any order.
 _FORMS = {
@@ -50,8 +52,9 @@ _FORMS = {
     "glm45": [*Glm.markers, "f", "k", "1"],
     "qwen3_coder": [*QwenCoder.markers, "<function=f>", "</function>", "<parameter=k>", "</parameter>", "1", "\n"],
     "openai": [*Harmony.markers, "analysis", "final", "commentary to=functions.f", "assistant", '{"a": 1}'],
-    "thinking": list(MARKS),
-    "begun": list(MARKS),
+    "thinking": [*MARKS.open, *MARKS.close],
+    "begun": [*MARKS.open, *MARKS.close],
+    "words": [*GRANITE.open, *GRANITE.close, "Here"],
 }
 _ANY = [
     "word",
@@ -194,6 +197,12 @@ FENCED = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\
         ("thinking", "Hi <think>so", [say("Hi <think>so")]),
         ("begun", "\nso <\n\nso</think>Hi", [Piece("reasoning", "so <\n\nso"), say("Hi")]),
         ("begun", "<think>so</think>", [Piece("reasoning", "so")]),
+        (
+            "words",
+            "Here's my thought: Here is one. Here is my response: Here is mine.",
+            [Piece("reasoning", "Here is one."), say("Here is mine.")],
+        ),
+        ("words", "Here is none.", [say("Here is none.")]),
         ("begun", "cut off ", [Piece("reasoning", "cut off ")]),
     ],
 )
