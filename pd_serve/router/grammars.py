@@ -10,6 +10,7 @@ import math
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.grammars import Wanted
 from pd_serve.api.text_model import TextModel
+from pd_serve.config import BACKENDS
 from pd_serve.grammar.checker import Busy, Checker, Tokenizer
 from pd_serve.grammar.forms import GrammarError, missing
 from pd_serve.router.groups import Group
@@ -23,9 +24,14 @@ class Grammars:
         self._checker = Checker()
 
     async def lowered(self, wanted: Wanted, group: Group, text: TextModel) -> Grammar:
-        """As nodes take it. Raises APIError: 400 with what is wrong with it, 501 where something is not installed."""
+        """As nodes take it; for other engines' servers as it is.
+
+        Raises APIError: 400 with what is wrong with it, 501 where something is not installed."""
+        nodes = [*group.prefill.values(), *group.decode.values()]
+        if nodes and all(node.hello.transport in BACKENDS for node in nodes):
+            return wanted.grammar  # their engines have compilers of their own, and say what is wrong
         why = missing()
-        for node in [*group.prefill.values(), *group.decode.values()]:
+        for node in nodes:
             why = why or ("" if node.hello.grammars else f"{node.title} knows no grammars: {_INSTALL}")
         if why:
             raise APIError(501, f"'{wanted.param}': {why}", param=wanted.param, code="not_installed")

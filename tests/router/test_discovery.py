@@ -13,6 +13,7 @@ from pd_serve import values
 from pd_serve.config import RouterConfig
 from pd_serve.errors import ConfigError
 from pd_serve.router import discovery, main
+from pd_serve.router.backends.base import Place
 from pd_serve.router.discovery import Api, EndpointSlices, endpoints
 from tests.router.conftest import Running, StartNode, StartRouter, until
 from tests.router.kubernetes import ApiServer, endpoint_slice
@@ -116,6 +117,16 @@ def test_which_port_of_an_endpoint(ports: list[dict[str, Any]] | None, expected:
     assert endpoints({"ports": [{"port": 1}], "endpoints": [{"addresses": ["fd00::1"], "conditions": {}}]}) == [
         ("http://[fd00::1]:1", True, False)
     ]
+
+
+def test_what_the_labels_of_a_service_say_of_its_endpoints() -> None:
+    item: dict[str, Any] = {"ports": [{"port": 1}], "endpoints": [{"addresses": ["10.0.0.1"]}]}
+    labels = {"pd-serve/backend": "vllm", "pd-serve/role": "prefill", "app": "llm"}
+    ((line, _, _),) = endpoints({**item, "metadata": {"labels": labels}})
+    assert Place.parse(line) == Place("http://10.0.0.1:1", "vllm", "prefill")
+    for wrong in ({"pd-serve/backend": "vllm"}, {"pd-serve/backend": "tgi", "pd-serve/role": "decode"}):
+        with pytest.raises(ValueError, match="vllm or sglang"):
+            endpoints({**item, "metadata": {"labels": wrong}})
 
 
 def test_strangers_are_not_linked_to_without_a_secret(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,6 +119,19 @@ async def test_ends_stops_and_logprobs(start: Start, behind: Behind) -> None:
         await until(lambda p=p, d=d: not p.kept and not d.running, "all is given back")
 
 
+async def test_grammars_are_theirs_to_follow_and_what_they_cannot_do_is_said(start: Start, behind: Behind) -> None:
+    p, d = await start(ours=True), await start(generate="")
+    running = await behind([p], [d])
+    await running.complete(PROMPT, 4, structured_outputs={"choice": ["a", "b"]})
+    assert p.asked[0]["sampling_params"]["structured_outputs"] == {"choice": ["a", "b"]}
+    assert d.asked[0]["structured_outputs"] == {"choice": ["a", "b"]}
+    assert d.asked[0]["prompt"] == PROMPT, "also with our connector: a grammar begins with the output"
+    refused = await running.post(prompt=PROMPT, bad_words=["fox"])
+    assert refused.status_code == 400 and "bad_words" in refused.text
+    p.refuse = 400
+    assert (await running.post(prompt=PROMPT, max_tokens=4)).status_code == 400, "as the server says"
+
+
 async def test_our_connector_begins_at_the_second_token(start: Start, behind: Behind) -> None:
     p, d = await start(ours=True), await start(ours=True)
     running = await behind([p], [d])

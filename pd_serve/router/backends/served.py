@@ -173,8 +173,7 @@ class ServedLink(ABC):
         match message:
             case wire.Submit():
                 self._last_submit = message.number
-                why = self.cannot(message.sampling)
-                work = self.works[message.id] = Unable(self, message, why) if why else self.work(message)
+                work = self.works[message.id] = self._work(message)
                 work.start()
             case wire.Abort(ids=ids):
                 for id in ids:
@@ -201,6 +200,14 @@ class ServedLink(ABC):
         self.close(why)
 
     # --- of an engine -----------------------------------------------------------------------------------
+
+    def _work(self, submit: wire.Submit) -> Work:
+        why = self.cannot(submit.sampling)
+        if why:
+            return Unable(self, submit, why)
+        if submit.num_output and submit.sampling.grammar is not None:
+            return Unable(self, submit, "a structured output cannot go on on another server", kind="internal")
+        return self.work(submit)
 
     @abstractmethod
     def cannot(self, sampling: wire.SamplingParams) -> str:
@@ -304,6 +311,13 @@ class Unable(Work):
 
     def start(self) -> None:
         asyncio.get_running_loop().call_soon(self.fail, self._kind, self._why)
+
+
+def why_not(grammar: wire.Grammar | None) -> str:
+    """What keeps another engine from following it; empty: nothing."""
+    if grammar is not None and grammar.after:
+        return "a structured output after reasoning is not passed on: turn reasoning off (enable_thinking: false)"
+    return ""
 
 
 def tokens_of(submit: wire.Submit) -> list[int]:

@@ -11,6 +11,7 @@ Written after SGLang's documentation and its own load balancer; tokens go in and
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from pd_serve.router.backends import texts
 from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.events import StreamAnswer
 from pd_serve.router.backends.http import Server
-from pd_serve.router.backends.served import Facts, Served, ServedLink, Unable, Work, headers_of, tokens_of
+from pd_serve.router.backends.served import Facts, Served, ServedLink, Unable, Work, headers_of, tokens_of, why_not
 from pd_serve.wire import link as wire
 
 _GENERATE = "/generate"
@@ -103,7 +104,7 @@ class SGLangLink(ServedLink):
         for name in ("bad_words", "allowed_token_ids"):
             if getattr(sampling, name):
                 return f"'{name}' are not passed on to SGLang: leave them out"
-        return ""
+        return why_not(sampling.grammar)
 
     def work(self, submit: wire.Submit) -> Work:
         if submit.handoff:
@@ -265,7 +266,18 @@ def _sampling(submit: wire.Submit) -> dict[str, Any]:
         found["stop_token_ids"] = asked.stop_token_ids
     if asked.logit_bias:
         found["logit_bias"] = {str(id): bias for id, bias in asked.logit_bias.items()}
-    return found
+    return found | ({} if asked.grammar is None else _structured(asked.grammar))
+
+
+def _structured(grammar: wire.Grammar) -> dict[str, Any]:
+    match grammar.kind:
+        case "json_schema" | "json_object":
+            return {"json_schema": grammar.text or '{"type": "object"}'}
+        case "choice":
+            return {"regex": "|".join(f"({re.escape(one)})" for one in msgspec.json.decode(grammar.text))}
+        case "regex":
+            return {"regex": grammar.text}
+    return {"ebnf": grammar.text}
 
 
 def _unknown(token: int) -> wire.TokenLogprob:

@@ -24,7 +24,7 @@ from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.events import Events, StreamAnswer
 from pd_serve.router.backends.handover import Handed
 from pd_serve.router.backends.http import Server, Whole
-from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of, headers_of, tokens_of
+from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of, headers_of, tokens_of, why_not
 from pd_serve.wire import link as wire
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,9 @@ class VLLMLink(ServedLink):
         self.streamed = streamed
 
     def cannot(self, sampling: wire.SamplingParams) -> str:
-        return "'bad_words' are not passed on to vLLM: leave them out" if sampling.bad_words else ""
+        if sampling.bad_words:
+            return "'bad_words' are not passed on to vLLM: leave them out"
+        return why_not(sampling.grammar)
 
     def work(self, submit: wire.Submit) -> Work:
         if submit.handoff:
@@ -273,7 +275,8 @@ class Prefill(_VLLMWork):
         if self.submit.sampling.prompt_logprobs >= 0:
             found = _prompt_logprobs(answer.prompt_logprobs or choice.prompt_logprobs, self.submit)
             self.say(wire.Output(self.submit.id, base, [], prompt_logprobs=found))
-        ours = _is_ours(read.pd_serve, prompt)
+        # an engine that begins after the first token would begin its grammar there, too
+        ours = _is_ours(read.pd_serve, prompt) and self.submit.sampling.grammar is None
         first = tuple(choice.token_ids or ()) if ours else ()
         ended = choice.finish_reason == "stop" and (ours or not params)
         if ended or first:
@@ -488,7 +491,22 @@ def _sampling(submit: wire.Submit, extra: int, limit: int) -> dict[str, Any]:
         found["logprobs"] = asked.logprobs
     if asked.prompt_logprobs >= 0:
         found["prompt_logprobs"] = asked.prompt_logprobs
+    if asked.grammar is not None:
+        found["structured_outputs"] = _structured(asked.grammar)
     return found
+
+
+def _structured(grammar: wire.Grammar) -> dict[str, Any]:
+    match grammar.kind:
+        case "json_schema":
+            return {"json": grammar.text}
+        case "json_object":
+            return {"json_object": True}
+        case "choice":
+            return {"choice": msgspec.json.decode(grammar.text)}
+        case "regex":
+            return {"regex": grammar.text}
+    return {"grammar": grammar.text}
 
 
 def _id(token: str) -> int:
