@@ -251,7 +251,13 @@ class Engine:
             case link.GetPrefixes():
                 self._tell_prefixes()  # what others hear before, this one has with the whole
                 self._followers.add(origin)
-                whole = link.Prefixes(self._prefix_frames, pack(self._kv.named.held), whole=True)
+                far = self._kv.far
+                whole = link.Prefixes(
+                    self._prefix_frames,
+                    pack(self._kv.named.held),
+                    whole=True,
+                    host_stored=b"" if far is None else pack(far.held),
+                )
                 self._channel.send_router(origin, whole)
 
     def _peers(self, peers: link.Peers) -> None:
@@ -391,9 +397,13 @@ class Engine:
 
     def _tell_prefixes(self) -> None:
         stored, evicted = self._kv.named.take()
-        if stored or evicted:
+        far = self._kv.far
+        come, gone = ([], []) if far is None else far.take()
+        if stored or evicted or come or gone:
             self._prefix_frames += 1
-            frame = link.Prefixes(self._prefix_frames, pack(stored), pack(evicted))
+            frame = link.Prefixes(
+                self._prefix_frames, pack(stored), pack(evicted), host_stored=pack(come), host_evicted=pack(gone)
+            )
             for origin in self._followers:
                 self._channel.send_router(origin, frame)
 

@@ -67,6 +67,7 @@ class KVManager:
         self._num_blocks = num_blocks
         self._fingerprint = fingerprint
         self.named = Named()
+        self.far: Named | None = None  # of a host tier, where there is one
         # The group whose blocks say whether a prefix is there: one that remembers all of it, where there is one.
         self._telling = next((at for at, group in enumerate(layout.groups) if group.window is None), 0)
         self.reset()

@@ -7,11 +7,13 @@ tier has the plain manager, and pays nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pd_serve.kv.layout import KVLayout
 from pd_serve.kv.manager import KVManager, SequenceBlocks, Tokens
+from pd_serve.kv.named import Named
 from pd_serve.kv.pool import BlockPool
 from pd_serve.kv.prefix import PrefixNode, block_keys
 from pd_serve.kv.tiers import Copy, HostTier, Place
@@ -39,11 +41,16 @@ class TieredKVManager(KVManager):
         prefix_caching: bool = True,
         fingerprint: str = "",
     ) -> None:
-        self.tier = HostTier(num_slots, eager, self._emptied)
+        self.tier = HostTier(num_slots, eager, self._emptied, self._put_by)
         super().__init__(layout, num_blocks, capacity_tokens, prefix_caching=prefix_caching, fingerprint=fingerprint)
+        self._stored = self.far = Named()
 
     def _emptied(self, node: PrefixNode) -> None:
         self._tree.prune(node)
+
+    def _put_by(self, node: PrefixNode, group: int, there: bool) -> None:
+        if node.names and group == self._telling:
+            (self._stored.stored if there else self._stored.evicted)(node.names)
 
     @property
     def pools(self) -> list[BlockPool[Place]]:
@@ -95,7 +102,11 @@ class TieredKVManager(KVManager):
 
     def check(self, *, idle: bool = False) -> None:
         super().check(idle=idle)
-        self.tier.check(self._nodes(), idle=idle)
+        nodes = self._nodes()
+        self.tier.check(nodes, idle=idle)
+        stored = Counter(name for node in nodes if self.tier.slot(node, self._telling) for name in node.names)
+        if stored != self._stored.held:
+            raise ValueError("prefixes that the host tier has and those that routers are told of differ")
 
     # --- reaches
 

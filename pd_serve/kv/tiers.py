@@ -50,16 +50,24 @@ class Counts:
 
 
 class HostTier:
-    """``num_slots[group]`` counts slot 0, which is never used. ``prune(node)`` is told when a node may be empty now.
+    """``num_slots[group]`` counts slot 0, which is never used. ``prune(node)`` is told when a node may be empty now,
+    ``told(node, group, there)`` when a block is served from now on, or no more.
 
     ``eager``: every block is copied when it is full. Else it is copied only when it is about to be given up, which is
     done in any case, for what was missed or what the tier has given up since.
     """
 
-    def __init__(self, num_slots: Sequence[int], eager: bool, prune: Callable[[PrefixNode], None]) -> None:
+    def __init__(
+        self,
+        num_slots: Sequence[int],
+        eager: bool,
+        prune: Callable[[PrefixNode], None],
+        told: Callable[[PrefixNode, int, bool], None],
+    ) -> None:
         self.eager = eager
         self.counts = Counts()
         self._prune = prune
+        self._told = told
         self._slots: list[BlockPool[Place]] = [BlockPool(n, self._evicted) for n in num_slots]
         self._storing: dict[tuple[int, int], Place | None] = {}  # by group and slot; None: it will be dropped
         self._fresh: deque[Place] = deque(maxlen=MAX_FRESH)
@@ -136,6 +144,7 @@ class HostTier:
             slots = self._slots[group]
             if place is not None and whole:
                 slots.own(slot, place)
+                self._told(*place, True)
                 self.counts.stored += 1
             elif place is not None:
                 self._clear(*place)
@@ -188,6 +197,7 @@ class HostTier:
 
     def _evicted(self, place: Place) -> None:
         self.counts.evicted += 1
+        self._told(*place, False)
         self._clear(*place)
         self._prune(place[0])
 

@@ -127,6 +127,7 @@ class Group:
     def cached(self, node: Node, frame: link.Prefixes) -> None:
         """What the node says of its cache. Raises ValueError where that makes no sense."""
         stored, evicted = unpack(frame.stored), unpack(frame.evicted)
+        put_by, dropped = unpack(frame.host_stored), unpack(frame.host_evicted)
         if not frame.whole:
             if node.prefix_frame is None or frame.number <= node.prefix_frame:
                 return  # the whole is still to come, or had this
@@ -139,8 +140,12 @@ class Group:
             if node.id in nodes:
                 if frame.whole:
                     seen.prefixes.forget(node.id)
+                if put_by:  # before what left the device: that is still to be had
+                    seen.prefixes.put_by(node.id, put_by)
                 seen.prefixes.evicted(node.id, evicted)
                 seen.prefixes.stored(node.id, stored)
+                if dropped:
+                    seen.prefixes.dropped(node.id, dropped)
 
     def known_prefixes(self, node: Node) -> int:
         """How many of its cached prefixes are known, by their names."""

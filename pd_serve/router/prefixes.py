@@ -1,6 +1,7 @@
 """Which nodes are likely to have which prefixes cached: hints, by the names of :mod:`pd_serve.wire.chunks`.
 
-Plain data, bounded. A node that is named wrongly computes what it was thought to have; one that is forgotten is found
+Plain data, bounded. Names may be in a node's KV cache, in its host tier, or in both: what has to be brought back counts
+for a little less. A node that is named wrongly computes what it was thought to have; one that is forgotten is found
 by its load. Prefixes are evicted tail first, so that whoever has a chunk is taken to have those before it.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from pd_serve.wire.chunks import CHUNK_TOKENS
 
+HOST_WORTH = 0.9  # of a token that is cached: bringing it back takes some of the time that computing it would
 MAX_NAMES = 2_000_000  # of all nodes together, about 200 bytes each: 1,000 nodes of a million tokens
 _OWNERS = 4  # of one name that are found by it; more would not be looked at
 
@@ -19,6 +21,8 @@ class Prefixes:
         self._most = most
         self._held: dict[str, dict[int, None]] = {}  # by node id: names, the least recently used first
         self._owners: dict[int, list[str]] = {}  # by name: the last to have said so
+        # By node id, where there is a host tier: names in it, and whether they are in the KV cache as well.
+        self._host: dict[str, dict[int, bool]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._held.values()))
@@ -27,7 +31,9 @@ class Prefixes:
         """``names``: a chain or a part of one, in order."""
         if not names:
             return
-        held = self._held.setdefault(id, {})
+        held, host = self._held.setdefault(id, {}), self._host.get(id, {})
+        for name in host.keys() & names if host else ():
+            host[name] = True
         for name in reversed(names):  # the head is needed by most: it is forgotten last
             if name in held:
                 del held[name]
@@ -40,11 +46,27 @@ class Prefixes:
             self._drop(id, held, name)
 
     def evicted(self, id: str, names: Iterable[int]) -> None:
-        held = self._held.get(id)
+        held, host = self._held.get(id), self._host.get(id, {})
         if held is not None:
             for name in names:
-                if name in held:
+                if name in host:
+                    host[name] = False
+                elif name in held:
                     self._drop(id, held, name)
+
+    def put_by(self, id: str, names: Sequence[int]) -> None:
+        """They are in the node's host tier from now on."""
+        held, host = self._held.get(id, {}), self._host.setdefault(id, {})
+        here = {name for name in names if name in held}
+        self.stored(id, names)
+        host.update({name: name in here for name in names})
+
+    def dropped(self, id: str, names: Iterable[int]) -> None:
+        """They are in its host tier no more."""
+        held, host = self._held.get(id, {}), self._host.get(id, {})
+        for name in names:
+            if host.pop(name, True) is False and name in held:
+                self._drop(id, held, name)
 
     def found(self, id: str, names: Sequence[int], cached_tokens: int) -> None:
         """What the node had of a prompt when it computed it: what it was thought to have beyond is not there."""
@@ -55,6 +77,7 @@ class Prefixes:
         for name in list(held):
             self._drop(id, held, name)
         self._held.pop(id, None)
+        self._host.pop(id, None)
 
     def count(self, id: str) -> int:
         return len(self._held.get(id, ()))
@@ -64,6 +87,7 @@ class Prefixes:
 
     def _drop(self, id: str, held: dict[int, None], name: int) -> None:
         del held[name]
+        self._host.get(id, {}).pop(name, None)
         owners = self._owners[name]
         if id in owners:
             owners.remove(id)
@@ -76,9 +100,13 @@ class Prefixes:
         return self._owners[names[depth - 1]] if depth else ()
 
     def tokens(self, id: str, names: Sequence[int]) -> int:
-        """How much of the chain the node has."""
+        """How much of the chain the node has; what is in its host tier alone counts for less."""
         held = self._held.get(id)
-        return _depth(held, names) * CHUNK_TOKENS if held else 0
+        depth = _depth(held, names) if held else 0
+        if depth and (host := self._host.get(id)):
+            far = sum(host.get(name) is False for name in names[:depth])
+            return int((depth - (1 - HOST_WORTH) * far) * CHUNK_TOKENS)
+        return depth * CHUNK_TOKENS
 
 
 def _depth(known: dict[int, None] | dict[int, list[str]], names: Sequence[int]) -> int:

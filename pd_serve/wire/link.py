@@ -298,7 +298,10 @@ class Prefixes(msgspec.Struct, tag="prefixes"):
     number: Count  # counts frames from 1; with ``whole`` the last one that is included
     stored: bytes
     evicted: bytes = b""
-    whole: bool = False  # ``stored`` is all there is
+    whole: bool = False  # what is stored is all there is
+    # The same of the node's host tier. A name may be in both; one that is in neither is not cached.
+    host_stored: bytes = b""
+    host_evicted: bytes = b""
 
 
 FromNode = Hello | Role | Status | Outputs | Model | Prefixes

@@ -10,11 +10,16 @@ import os
 import random
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pd_serve.engine.rates import Rates
+from pd_serve.kv.layout import KVLayout, kv_group
+from pd_serve.kv.tiered import TieredKVManager
+from pd_serve.router.prefixes import HOST_WORTH, Prefixes
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
+from pd_serve.wire.chunks import chain
 from tests.engine.test_loop import STARTS, Request, World, check_stream
 
 SESSIONS = int(os.environ.get("TIER_SESSIONS", "6"))
@@ -108,6 +113,42 @@ def test_what_comes_back_counts_as_cached(tier: str, depth: int) -> None:
     assert finished(world, prompt).num_cached == 16
     assert world.wire.status.counters["host_kv_hit_tokens"] == 16
     assert world.wire.status.load.host_groups[0].cached > 4
+
+
+def test_routers_hear_of_names_in_both_places() -> None:
+    layout = KVLayout(256, "float32", (kv_group((0,), 1, 8),))
+    kv = TieredKVManager(layout, (7,), 4096, num_slots=(9,), eager=True)
+    tokens = np.arange(1100, dtype=np.int32)
+
+    def compute(tokens: npt.NDArray[np.int32]) -> None:
+        blocks = kv.open(kv.match(tokens, len(tokens) - 1))
+        kv.extend(blocks, len(tokens))
+        kv.commit(blocks, tokens, len(tokens))
+        kv.close(blocks)
+
+    assert kv.far is not None
+    router = Prefixes()
+
+    def tell() -> int:
+        """What is thought of the prompt after what changed."""
+        assert kv.far is not None
+        (stored, evicted), (put_by, dropped) = kv.named.take(), kv.far.take()
+        router.put_by("n", put_by)
+        router.evicted("n", evicted)
+        router.stored("n", stored)
+        router.dropped("n", dropped)
+        return router.tokens("n", names)
+
+    names = chain("", tokens.tobytes())
+    compute(tokens)
+    assert tell() == 1024
+    kv.tier.stored(kv.tier.stores(kv.pools, 0))
+    assert tell() == 1024
+    compute(tokens + 5000)  # takes all of the device
+    assert tell() == int(1024 * HOST_WORTH)
+    kv.tier.forget()
+    assert tell() == 0
+    kv.check(idle=True)
 
 
 def test_two_with_one_prompt_load_it_once() -> None:
