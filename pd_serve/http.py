@@ -38,6 +38,7 @@ _MOST_FILES = 65_536
 _FEWEST_CONNECTIONS = 16
 _ABORT = "pd_serve.abort"
 _CHUNK = "pd_serve.chunk"
+_BODY = "pd_serve.body"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,11 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_headers_complete()
         # Weak: connection and request must not hold each other, or every request would be the garbage collector's.
         chunk = weakref.WeakMethod(self._chunk)
-        self.scope["extensions"] = {_ABORT: {"call": self.transport.abort}, _CHUNK: {"call": chunk}}
+        self.scope["extensions"] = {
+            _ABORT: {"call": self.transport.abort},
+            _CHUNK: {"call": chunk},
+            _BODY: {"call": weakref.WeakMethod(self._whole_body)},
+        }
 
     def on_body(self, body: bytes) -> None:
         self._carried = True
@@ -219,6 +224,15 @@ class BoundedHttp(HttpToolsProtocol):
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
+
+    def _whole_body(self, scope: Scope) -> bytes | None:
+        """See :func:`body_of`."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        self.flow.resume_reading()
+        return body
 
     # --- bounds ---------------------------------------------------------------------------------------
 
@@ -337,6 +351,16 @@ def chunks(scope: Scope) -> Callable[[bytes], bool] | None:
     found = (scope.get("extensions") or {}).get(_CHUNK)
     write = None if found is None else found["call"]()
     return None if write is None else functools.partial(write, scope)
+
+
+def body_of(scope: Scope) -> bytes | None:
+    """The body of a request where all of it is here, as it mostly is: had without a time-out and a turn of the loop.
+
+    None where some is still to come, or where it has to be asked for the usual way. Once."""
+    found = (scope.get("extensions") or {}).get(_BODY)
+    take = None if found is None else found["call"]()
+    body: bytes | None = None if take is None else take(scope)
+    return body
 
 
 def bounded(settings: Common) -> type[asyncio.Protocol]:

@@ -7,7 +7,7 @@
 #
 #   deploy/docker/try.sh             builds, serves, says times and sizes, removes everything
 #   deploy/docker/try.sh --router    the router's image alone: built, started, asked for /health
-#   KEEP=DIR deploy/docker/try.sh    the same in DIR, which stays, with the logs and the base of the next call
+#   KEEP=DIR deploy/docker/try.sh    the same in DIR, which stays, with the logs, and base and stages for the next call
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -40,6 +40,7 @@ timed() {
 
 # How pip finds packages, in builds and in nodes that get their model with it.
 args=() variables=() volumes=()
+[[ -z ${KEEP:-} ]] || args+=(--layers)
 for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CERT; do
     value=${!name:-}
     [[ -n $value ]] || continue

@@ -73,16 +73,16 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             raise pydantic_core.PydanticCustomError("model_type", "must be a JSON object")
         leniency = info.context if isinstance(info.context, Leniency) else _STRICT
-        kept = {}
+        known, kept = cls.model_fields, {}
         for name, value in body.items():
-            if name in cls.unsupported:
+            if name in known and name not in cls.unsupported:
+                kept[name] = value
+            elif name in cls.unsupported:
                 if value is not None and value not in cls.unsupported[name]:
                     advice = (_ADVICE | cls.advice).get(name, "remove it from the request")
                     raise pydantic_core.PydanticCustomError(
                         "unsupported", _UNSUPPORTED, {"field": name, "advice": advice}
                     )
-            elif name in cls.model_fields:
-                kept[name] = value
             elif name in cls.ignored:
                 leniency.without_effect(name)
             elif leniency.strict:

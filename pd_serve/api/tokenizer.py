@@ -39,7 +39,8 @@ class TextTokenizer:
         self._prepend: list[int] = [bos] if add_bos_token and bos is not None and probe[:1] != [bos] else []
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch, because only that can be had without offsets, a tenth of the time.
+        ids: list[int] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return self._prepend + ids if add_special_tokens and self._prepend else ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:

@@ -42,6 +42,7 @@ class Attempt:
         self.accepted = False  # the decode node has room
         self.arrived = False  # the KV is on the decode node
         self.local = False  # the decode node computes the prompt itself
+        self.steady = False  # nothing is left of it but the decode node's next tokens
         self.span: AttemptSpan | None = None  # where its request is traced
         self._owner = owner
         self._held: list[link.Output] = []  # of the prefill node, before the decode node accepted
@@ -77,6 +78,25 @@ class Attempt:
     def prefill_is_done(self, count: int) -> bool:
         """``count`` output tokens are known: nothing that the prefill node still says or meets with matters."""
         return self.arrived and count > self.base
+
+    def settle(self, count: int) -> None:
+        """``count`` output tokens are known: whether anything else than tokens of the decode node can matter."""
+        self.steady = self.prefill is None and self.accepted and count > self.base and not self._early
+
+    def follows(self, node: Node, output: link.Output, count: int) -> bool:
+        """Whether it is what nearly all outputs are: the one token after ``count`` known ones, and nothing else. There
+        is nothing to join then, and nothing to check but its place."""
+        return (
+            self.steady
+            and node is self.decode
+            and output.index == count
+            and len(output.tokens) == 1
+            and output.finish is None
+            and output.failure is None
+            and output.event is None
+            and output.logprobs is None
+            and output.prompt_logprobs is None
+        )
 
     def absurd(self, output: link.Output, max_tokens: int, vocab_size: int) -> str | None:
         """What no sound node says: it would break the join, or the client's text."""
@@ -126,5 +146,7 @@ class Attempt:
 
     def next_early(self, count: int) -> link.Output | None:
         """An output of the decode node that came too early, and no longer is: ``count`` output tokens are known."""
+        if not self._early:
+            return None
         place = next((p for p, early in enumerate(self._early) if early.index <= count), None)
         return self._early.pop(place) if place is not None else None

@@ -465,6 +465,8 @@ class Registry:
         None while it has no node: there is nothing that a request could be read by.
         """
         groups = [group for (other, _), group in self.groups.items() if other == name and group.linked]
+        if len(groups) == 1:
+            return groups[0]
         return max(reversed(groups), key=_usefulness, default=None)
 
 

@@ -103,7 +103,8 @@ class Node:
         if submit.source is not None:
             self.meet(submit.source.node_id)
         self.changed(self)
-        return self.tell(msgspec.structs.replace(submit, number=number))
+        submit.number = number
+        return self.tell(submit)
 
     def release(self, attempt: Attempt, *, abort: bool) -> None:
         """The attempt has no part here any more; with ``abort`` the node has to be told so."""

@@ -23,6 +23,7 @@ from pd_serve.api.responses_api.request import ResponsesRequest
 from pd_serve.api.text_model import Prompt, TextModel, unknown_model
 from pd_serve.api.translated import AnsweredRequest, MakeFormat
 from pd_serve.config import RouterConfig
+from pd_serve.http import body_of
 from pd_serve.router.choice import parser_names
 from pd_serve.router.grammars import Grammars
 from pd_serve.router.groups import Group, Registry
@@ -247,6 +248,11 @@ async def body(request: Request, settings: RouterConfig) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length[:20]) > limit:
         raise too_large
+    whole = body_of(request.scope)
+    if whole is not None:
+        if len(whole) > limit:
+            raise too_large
+        return whole
     parts, size = [], 0
     try:
         async with asyncio.timeout(settings.request_timeout_s):

@@ -357,6 +357,12 @@ class Stream:
     def on_output(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
         if attempt is not self._attempt or (node is not attempt.prefill and node is not attempt.decode):
             return
+        made = len(self.outputs)
+        if attempt.follows(node, output, made) and made < self._sampling.max_tokens and not self._group.breakers:
+            self.last_progress_s = now_s
+            self.outputs += output.tokens
+            self._deliver(output, now_s)
+            return
         if output.failure is not None:
             self._on_failure(attempt, node, output.failure)
             return
@@ -371,8 +377,10 @@ class Stream:
             self._on_event(attempt, node, output, now_s)
         if attempt is self._attempt and (output.tokens or output.finish is not None):
             self._join(attempt, node, output, now_s)
-        if attempt is self._attempt and attempt.prefill_is_done(len(self.outputs)):
-            self._detach_prefill(attempt, abort=False)
+        if attempt is self._attempt:
+            if attempt.prefill_is_done(len(self.outputs)):
+                self._detach_prefill(attempt, abort=False)
+            attempt.settle(len(self.outputs))
 
     def _on_event(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
         """A decode node's word that is no refusal: it has accepted, whatever else it says."""

@@ -333,9 +333,13 @@ class Writer:
             self._metrics.count("errors", self._error.code or str(status))
         if self.span is not None:
             self.span.finish(self.text.info.name, usage, self._error, left=self._left)
+        if access.isEnabledFor(logging.INFO):
+            self._log(status, scope["path"], usage, now_s)
+
+    def _log(self, status: int, path: str, usage: Usage, now_s: float) -> None:
         ttft_ms = None if self._first_s is None else round(1000 * (self._first_s - self._arrived_s), 1)
         said = (
-            scope["path"],
+            path,
             status,
             self.text.info.name,
             usage.prompt_tokens,

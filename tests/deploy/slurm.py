@@ -1,5 +1,7 @@
 """A Slurm cluster of three nodes on 127.0.0.1, for as long as a test lasts: munge, controller and node daemons of
-Debian's packages, with their files in a folder of the test."""
+Debian's packages, with their files in a folder of the test.
+
+A requeued job begins again when its credential has expired: after 5 s here, 120 by default."""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={directory}/munge.sock
+AuthInfo=socket={directory}/munge.sock,cred_expire=5
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort={port}

@@ -26,6 +26,7 @@ from packaging.utils import canonicalize_name
 
 from pd_serve.config import RouterConfig
 from pd_serve.router import main
+from tests.collector import Collector
 from tests.router.conftest import until
 from tests.router.scripted_node import Fabric, ScriptedNode
 
@@ -86,6 +87,8 @@ async def test_the_router_serves_on_its_image_packages_alone(image: Path, tmp_pa
     port = _free_port()
     variables = {"PD_SERVE_PORT": str(port), "PD_SERVE_SECRET_FILE": str(tmp_path / "secret")}
     command = [sys.executable, "-S", "-m", "pd_serve.cli", "router", "--config", str(tmp_path / "config.yaml")]
+    collector = Collector()
+    command += ["--otlp-traces-endpoint", collector.endpoint]
     process = subprocess.Popen(command, env=_environ(image, **variables), stderr=subprocess.PIPE, cwd=tmp_path)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as http:
@@ -110,7 +113,9 @@ async def test_the_router_serves_on_its_image_packages_alone(image: Path, tmp_pa
         process.send_signal(signal.SIGTERM)
         said = (await asyncio.to_thread(process.communicate, timeout=20))[1].decode()
         assert process.returncode == 0 and "Traceback" not in said, said
+        assert any(span.name == "POST /v1/chat/completions" for span in collector.spans)
     finally:
+        collector.close()
         process.kill()
         process.wait()
         for node in nodes:
@@ -154,7 +159,8 @@ def test_the_list_of_packages_is_complete_and_pinned() -> None:
     assert needed - LEFT_OUT <= set(ROUTER)
     assert set(ROUTER) <= pinned
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["structured"]]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["structured"], *extras["otel"]]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     assert set(ROUTER) <= declared | needed, "it has what nobody asks for"
     assert sorted(ROUTER) == ROUTER

@@ -88,17 +88,26 @@ class Job:
 
     def left(self) -> list[str]:
         """Command lines of processes that this job left behind."""
+        return [" ".join(process.info["cmdline"]) for process in self.processes()]
+
+    def processes(self) -> list[psutil.Process]:
+        """Of pd-serve, of this job."""
         return [
-            " ".join(process.info["cmdline"])
+            process
             for process in psutil.process_iter(["cmdline"])
             if str(self.run_directory / "secret") in (process.info["cmdline"] or ())
         ]
 
 
-def test_a_job_answers_and_a_stream_outlives_the_order_to_end(cluster: slurm.Slurm, tmp_path: Path) -> None:
+def test_a_requeued_job_answers_and_a_stream_outlives_the_order_to_end(cluster: slurm.Slurm, tmp_path: Path) -> None:
     with Job(cluster, "pd-serve.sbatch", tmp_path, "--nodes=3") as job:
-        job.wait_ready()
         secret = job.run_directory / "secret"
+        wait_for(lambda: len(job.left()) == 3, 20, "three processes")
+        first, before = secret.read_text(), {process.pid for process in job.processes()}
+        cluster.run("scontrol", "requeue", job.id)  # as after the failure of a host: all of it ends at once
+        job.wait_ready()
+        assert "Restarts=1" in cluster.run("scontrol", "show", "job", job.id)
+        assert secret.read_text() != first and not before & {process.pid for process in job.processes()}
         assert secret.stat().st_mode & 0o777 == 0o600
         assert (job.run_directory / "url").read_text().strip() == job.url
         answer = HTTP.post(f"{job.url}/v1/completions", json={"model": job.model, "prompt": "Hello", "max_tokens": 5})
@@ -120,11 +129,7 @@ def test_a_job_answers_and_a_stream_outlives_the_order_to_end(cluster: slurm.Slu
 def test_a_node_that_dies_is_started_again_and_both_groups_drain(cluster: slurm.Slurm, tmp_path: Path) -> None:
     with Job(cluster, "pd-serve-het.sbatch", tmp_path) as job:
         job.wait_ready()
-        (decode,) = (
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if {"decode", str(job.run_directory / "secret")} <= set(process.info["cmdline"] or ())
-        )
+        (decode,) = (process for process in job.processes() if "decode" in process.info["cmdline"])
         decode.kill()
         wait_for(lambda: "decode-0 ended with status" in job.log, 20, "the death")
         wait_for(
