@@ -33,6 +33,7 @@ _ROOMS = {
     "doctor": {"bench", "memory", "transfer", "transfer.nixl"},
     "engine": {"compute", "grammar", "kv", "memory", "models", "wire"},
     "grammar": {"wire"},
+    "integrations": {"decode", "kv", "memory", "models", "prefill", "transfer", "wire"},
     "ground": set(),
     "kv": {"wire"},
     "memory": {"kv", "wire"},
@@ -56,6 +57,7 @@ _FURTHER = {
     "engine.ends": {"decode", "prefill", "transfer"},  # a rank's transfer end
     "engine.ranks": {"distributed", "transfer.relay"},  # starts the other ranks, and gives its role their ends
     "engine.worker": {"transfer.relay"},  # another rank
+    "integrations.vllm.connector": {"engine.ends"},  # a rank's transfer end
     # how engines start
     "node.main": {"memory.choice", "memory.switches", "memory.visible", "models.source", "transfer.session.tls"},
     "transfer.choice": {"transfer.nixl", "transfer.ucx"},  # chooses lanes

@@ -19,7 +19,7 @@ import time
 
 import msgspec
 
-from pd_serve.decode.incoming import I32, Check, Incoming, Part, Stage
+from pd_serve.decode.incoming import I32, Check, Incoming, Part, Place, Stage
 from pd_serve.errors import FailureKind, HandshakeError, TransferError
 from pd_serve.transfer.base import Pull, PullState
 from pd_serve.transfer.mailbox import Mailbox
@@ -148,9 +148,12 @@ class Inbox:
         """Connects ahead of use."""
         self._worker.call(self._peers.connect, source)
 
-    def expect(self, key: str, source: Source) -> None:
-        """Claims ``key`` at its prefill node's ranks; ``Offered`` follows when blocks are ready there."""
-        self._worker.call(self._expect, key, source)
+    def expect(self, key: str, source: Source, place: Place | None = None) -> None:
+        """Claims ``key`` at its prefill node's ranks; ``Offered`` follows when blocks are ready there.
+
+        ``place``: where to pull to, where blocks are set aside already. Then nobody need ``accept``.
+        """
+        self._worker.call(self._expect, key, source, place)
 
     def accept(self, key: str, tables: list[I32], first_block: list[int]) -> None:
         """After ``Offered``: pull into these blocks.
@@ -225,11 +228,11 @@ class Inbox:
 
     # --- transfer thread: calls of the main thread
 
-    def _expect(self, key: str, source: Source) -> None:
+    def _expect(self, key: str, source: Source, place: Place | None = None) -> None:
         if key in self._keys:
             log.error("key %s is expected twice", key)
             return
-        job = self._keys[key] = Incoming(key, source, self._peers.ranks(source))
+        job = self._keys[key] = Incoming(key, source, self._peers.ranks(source), place)
         for part in job.parts:
             peer = self._peers.named(source, part.address)
             if peer is None:
@@ -352,6 +355,8 @@ class Inbox:
             part.whole.offered = True
             self._events.put(Offered(part.key, part.num_tokens))
             self._lanes.mover.rouse()  # while the main thread chooses blocks
+            if part.whole.place is not None:
+                self._accept(part.key, *part.whole.place)
         if part.stage is Stage.PULLING:
             self._advance(part)
 

@@ -24,6 +24,7 @@ from pd_serve.wire.link import Source
 from pd_serve.wire.peer import Blocks, Ready
 
 I32 = npt.NDArray[np.int32]
+Place = tuple[list[I32], list[int]]  # tables and first blocks (:meth:`Part.accept`)
 
 MAX_PIECES = 1 << 24  # of a request's group: bounds what a peer's message can make this node allocate
 
@@ -105,11 +106,12 @@ class Check:
 
 
 class Incoming:
-    """``ranks``: of the source, those that are read from."""
+    """``ranks``: of the source, those that are read from. ``place``: where to, if that was known from the start."""
 
-    def __init__(self, key: str, source: Source, ranks: Iterable[int] = (0,)) -> None:
+    def __init__(self, key: str, source: Source, ranks: Iterable[int] = (0,), place: Place | None = None) -> None:
         self.key = key
         self.source = source
+        self.place = place
         self.offered = False
         self.parts = [Part(self, rank, source.addresses[rank]) for rank in ranks]
 

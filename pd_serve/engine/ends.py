@@ -1,11 +1,15 @@
-"""The transfer end of one rank: its thread, its lanes, and on them an outbox and an inbox."""
+"""The transfer end of one rank: its thread, its lanes, and on them an outbox and an inbox.
+
+For ranks of our own engine, and for what computes in another's process (:mod:`pd_serve.integrations`): no engine is
+needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pd_serve.config import EngineConfig
+from pd_serve.config import NodeConfig
 from pd_serve.decode import ranks as inboxes
 from pd_serve.decode.inbox import Inbox
 from pd_serve.memory.region import PoolMemory
@@ -32,7 +36,7 @@ class RankEnds:
         return {outboxes.NAME: outboxes.RemoteOutbox(self.outbox), inboxes.NAME: inboxes.RemoteInbox(self.inbox)}
 
 
-def open_ends(config: EngineConfig, identity: Identity, memory: PoolMemory) -> RankEnds:
+def open_ends(config: NodeConfig, identity: Identity, memory: PoolMemory) -> RankEnds:
     """Starts the transfer thread. Raises PDServeError."""
     tls = Tls.load(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca)
     lanes = lanes_for(

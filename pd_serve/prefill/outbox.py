@@ -11,6 +11,8 @@ claimed end with it.
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 # Beside a GPU the thread stays awake for so long after an announcement, to confirm the lease when the blocks were read:
 # waking up can take as long as reading them.
 ANSWER_S = 2e-3
+
+COMPUTED_LOOK_S = 0.2e-3  # how soon to ask again whether a device has computed what is to be announced
 
 
 class LeaseEnded(msgspec.Struct, frozen=True):
@@ -61,6 +65,7 @@ class Outbox:
         self._clock = worker.clock
         self._book = LeaseBook(lease_s, unclaimed_s=unclaimed_s)
         self._awake_until_s = float("-inf")
+        self._uncomputed: deque[tuple[wire.Ready, Callable[[], bool]]] = deque()
         self._events: Mailbox[LeaseEnded] = Mailbox()
         self._counters: dict[str, float] = dict.fromkeys(
             (
@@ -100,13 +105,24 @@ class Outbox:
         """The request is admitted here; its lease starts."""
         self._worker.call(self._open, key)
 
-    def publish(self, key: str, num_tokens: int, blocks: list[wire.Blocks], first: int | None) -> None:
+    def publish(
+        self,
+        key: str,
+        num_tokens: int,
+        blocks: list[wire.Blocks],
+        first: int | None,
+        computed: Callable[[], bool] | None = None,
+    ) -> None:
         """These blocks of an open key are computed, ``num_tokens`` in all from 0.
 
-        ``first``, with the last chunk: the token sampled from the prompt.
+        ``first``, with the last chunk: the token sampled from the prompt. ``computed``: for who runs ahead of its
+        device, asked on the transfer thread until it is so; it never blocks. Those that have one keep their order.
         """
         ready = wire.Ready(key, num_tokens, blocks, None if first is None else wire.First(first))
-        self._worker.call(self._publish, ready)
+        if computed is None:
+            self._worker.call(self._publish, ready)
+        else:
+            self._worker.call(self._uncomputed.append, (ready, computed))
 
     def cancel(self, key: str, reason: str) -> None:
         """The request ended here. No ``LeaseEnded`` follows, but one may be on its way already."""
@@ -148,6 +164,10 @@ class Outbox:
             soon_s = min(soon_s, self._announce(holder, session))
         if now_s < self._awake_until_s:
             soon_s = min(soon_s, look_s(self._lanes.memory.device))
+        while self._uncomputed and self._uncomputed[0][1]():
+            self._publish(self._uncomputed.popleft()[0])
+        if self._uncomputed:
+            soon_s = min(soon_s, COMPUTED_LOOK_S)
         return min(due_s - now_s, soon_s)
 
     def stop(self) -> bool:

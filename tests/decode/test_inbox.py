@@ -15,6 +15,7 @@ from pd_serve.decode.incoming import Part
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer import worker
 from pd_serve.wire.link import Source
+from pd_serve.wire.peer import Blocks
 from tests.transfer.harness import SMALL, Clock, DecodeEnd, PrefillEnd, until
 from tests.transfer.scripted import copy_lanes
 
@@ -79,6 +80,25 @@ def test_a_prompt_in_three_chunks(p: PrefillEnd, d: DecodeEnd) -> None:
     assert counters["pull_bytes"] == arrived.size_bytes
     assert counters["pull_descriptors"] < 12  # neighbours were merged
     assert d.ends("k") == [Arrived]
+
+
+def test_what_is_not_computed_yet_is_announced_when_it_is_and_goes_to_blocks_named_before(
+    p: PrefillEnd, d: DecodeEnd
+) -> None:
+    """As between engines whose steps run ahead of their device, and that set blocks aside before they ask."""
+    done: list[bool] = []
+    d.inbox.expect("k", p.source, ([np.array(t, dtype=np.int32) for t in OURS], [0, 0]))
+    p.outbox.open("k")
+    for upto, token in ((3, None), (6, 5)):
+        blocks = [Blocks(g, 0, np.array(t[:upto], dtype="<i4").tobytes()) for g, t in enumerate(THEIRS)]
+        p.outbox.publish("k", 4 * upto, blocks, token, lambda upto=upto: len(done) >= upto)  # type: ignore[misc]
+    until(lambda: p.outbox.counters()["handshakes"] == 1)
+    assert d.find("k", Offered) is None
+    done += [True] * 3
+    assert d.wait("k", Offered).num_tokens == 12
+    done += [True] * 3
+    assert d.wait("k", Arrived).first_token == 5
+    check_bytes(p, d, THEIRS, OURS, [0, 0])
 
 
 def test_a_slow_lane_is_counted_and_said_once(
