@@ -290,13 +290,14 @@ class Links:
             # What the node sent while this process slept is still unread.
             link.heard_s = link.spoke_s = now_s
         silent_s = now_s - link.heard_s
-        if silent_s > self._settings.link_timeout_s:
+        link_timeout_s = link.patience * self._settings.link_timeout_s
+        if silent_s > link_timeout_s:
             link.abort(f"silent for {silent_s:.1f} s")
-        elif now_s - link.spoke_s > self._settings.engine_timeout_s:
+        elif now_s - link.spoke_s > link.patience * self._settings.engine_timeout_s:
             link.abort(f"its engine was silent for {now_s - link.spoke_s:.1f} s")
         elif node.running is not None and node.running.seconds > node.running.limit_s:
             link.abort(f"its engine hangs: step {node.running.step} has run for {node.running.seconds:.1f} s")
-        elif silent_s > _PING_AFTER * self._settings.link_timeout_s:
+        elif silent_s > _PING_AFTER * link_timeout_s:
             link.ping()
 
 

@@ -160,7 +160,12 @@ class Node:
             return counters.get(name, 0.0) - self.counters.get(name, 0.0)
 
         steps, seconds, tokens = since("steps"), since("step_seconds"), since("computed_tokens")
-        if self.counters and steps > 0 and seconds > 0 and tokens >= _PROMPT_STEP_TOKENS * steps:
+        if self.counters and steps > 0 and tokens >= _PROMPT_STEP_TOKENS * steps:
+            self.computed(tokens, seconds)
+
+    def computed(self, tokens: float, seconds: float) -> None:
+        """So many tokens of prompts in so much time, without waiting."""
+        if tokens >= _PROMPT_STEP_TOKENS and seconds > 0:
             rate = tokens / seconds
             self.tokens_a_second += (rate - self.tokens_a_second) * (_NEW if self.tokens_a_second else 1.0)
 

@@ -23,6 +23,7 @@ from tests.router.conftest import StartNode, StartRouter, until
 class NotedLink:
     heard_s: float
     spoke_s: float
+    patience: float = 1.0
     said: list[str] = field(default_factory=list)
 
     def abort(self, why: str) -> None:

@@ -16,6 +16,7 @@ from tests.router.conftest import Running, StartRouter, until
 from tests.router.scripted_node import expected
 from tests.router.scripted_server import text_of, write_model
 from tests.router.scripted_vllm import Fabric, ScriptedVLLM, kept
+from tests.router.test_traces import TRACE, Traces, ask
 
 Start = Callable[..., Awaitable[ScriptedVLLM]]
 PROMPT = list(range(50, 82))  # two blocks, exactly
@@ -229,14 +230,20 @@ async def test_readiness_load_and_what_operators_see(start: Start, behind: Behin
     wary = await behind([], [], ready=False, **options)
     reason = await until(lambda: [u.reason for u in wary.router.links.unlinked() if u.state == "refused"], "refused")
     assert "--backend-api-key" in reason[0]
-    running = await behind([], [], backend_api_key="of the servers", **options)
+    traces = Traces()
+    running = await behind([], [], backend_api_key="of the servers", tracing=traces.tracing, **options)
     await until(lambda: any(node.load.waiting == 3 for node in running.router.registry.nodes()), "its load")
     nodes = {node["url"]: node for node in (await running.http.get("/v1/status")).json()["nodes"]}
     node = nodes[d.url]
     assert (node["role"], node["state"], node["transport"], node["model"]) == ("decode", "ready", "vllm", "tiny")
     assert node["load"]["groups"] == [{"total": 400, "used": 100, "cached": 0, "free": 300}]
     assert (await running.http.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
-    assert (await running.complete(PROMPT, 12))["choices"][0]["text"] == WANTED
+    answer = await ask(running, prompt=PROMPT, max_tokens=12)
+    assert answer.json()["choices"][0]["text"] == WANTED
+    _, (_, attempt) = await traces.tree()
+    told = f"00-{TRACE}-{attempt.context.span_id:016x}-01"
+    assert [server.bodies[-1][2]["traceparent"] for server in (p, d)] == [told, told]
+    assert [event.name for event in attempt.events] == ["accepted", "KV arrived"]
     d.dead = True
     await until(lambda: len(running.router.registry.nodes()) == 1, "its /health says so")
     d.dead = False

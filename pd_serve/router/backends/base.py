@@ -55,6 +55,7 @@ class Link(Protocol):
     closed: asyncio.Future[str]
     heard_s: float  # when anything was heard of it
     spoke_s: float  # when its engine was
+    patience: float  # how many times longer than a node of pd-serve it may be silent
 
     async def bundle(self) -> ModelBundle:
         """The model's text side. Raises OSError, PDServeError."""

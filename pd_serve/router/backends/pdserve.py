@@ -64,6 +64,7 @@ class NodeLink:
     """See :class:`pd_serve.router.backends.base.Link`."""
 
     hello: wire.Hello
+    patience = 1.0
 
     def __init__(self, url: str, registry: Registry, secret: bytes, model_timeout_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -140,6 +140,10 @@ class Served(ABC):
 class ServedLink(ABC):
     """See :class:`pd_serve.router.backends.base.Link`."""
 
+    # Such a server answers from the loop that writes all its streams, and may be late without being dead. A process
+    # that dies is noticed at once: it takes its connections with it.
+    patience = 4.0
+
     def __init__(self, backend: Served, server: Server, hello: wire.Hello, text: texts.Text) -> None:
         self.backend = backend
         self.server = server
@@ -221,6 +225,10 @@ class ServedLink(ABC):
     def load(self, samples: Mapping[str, float]) -> wire.Load:
         """Of the server's metrics, by name and labels."""
 
+    @property
+    def _limit_s(self) -> float:
+        return self.patience * self.backend.settings.link_timeout_s
+
     # --- its health -------------------------------------------------------------------------------------
 
     def doubt(self) -> None:
@@ -232,7 +240,7 @@ class ServedLink(ABC):
             self._look.clear()
             number = self._last_submit
             try:
-                status, _ = await self.server.get("/health", self.backend.settings.link_timeout_s)
+                status, _ = await self.server.get("/health", self._limit_s)
                 if status != 200:
                     self.close(f"its /health answers {status}")
                     return
@@ -252,7 +260,7 @@ class ServedLink(ABC):
                 pass
 
     async def _take_load(self, number: int) -> None:
-        status, text = await self.server.get("/metrics", self.backend.settings.link_timeout_s)
+        status, text = await self.server.get("/metrics", self._limit_s)
         samples = samples_of(text.decode(errors="replace")) if status == 200 else {}
         load = self.load(samples)
         tokens = sum(work.prompt_tokens for work in self.works.values() if work.computing)
@@ -315,6 +323,8 @@ class Unable(Work):
 
 def why_not(grammar: wire.Grammar | None) -> str:
     """What keeps another engine from following it; empty: nothing."""
+    if grammar is not None and grammar.kind == "or_calls":
+        return "a format beside tools that may be called is not passed on: leave one of them out, or force a call"
     if grammar is not None and grammar.after:
         return "a structured output after reasoning is not passed on: turn reasoning off (enable_thinking: false)"
     return ""

@@ -275,8 +275,8 @@ def _structured(grammar: wire.Grammar) -> dict[str, Any]:
             return {"json_schema": grammar.text or '{"type": "object"}'}
         case "choice":
             return {"regex": "|".join(f"({re.escape(one)})" for one in msgspec.json.decode(grammar.text))}
-        case "regex":
-            return {"regex": grammar.text}
+        case "regex" | "structural_tag":
+            return {grammar.kind: grammar.text}
     return {"ebnf": grammar.text}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -236,9 +237,11 @@ class Prefill(_VLLMWork):
         self._handover = self.link.backend.handovers.of(self.submit.id)
         self._handover.join()
         body = self.link.body(self.link.whole, self.submit, limit=1, stream=False, params=msgspec.json.encode(_KEEP))
-        self._whole = Whole()
-        self._whole.done.add_done_callback(self._answered)
-        self.exchange = self.link.server.post(self.link.whole, body, self._whole, headers_of(self.submit))
+        whole = Whole()
+        whole.done.add_done_callback(self._answered)
+        self._begun_s = time.monotonic()
+        self._only = sum(work.computing for work in self.link.works.values()) == 1
+        self.exchange = self.link.server.post(self.link.whole, body, whole, headers_of(self.submit))
 
     def stop(self) -> None:
         super().stop()
@@ -269,9 +272,12 @@ class Prefill(_VLLMWork):
     def _take(self, answer: Answered) -> None:
         choice = answer.choices[0]
         base, prompt = self.submit.num_output, self.prompt_tokens
+        node, took_s = self.link.node, time.monotonic() - self._begun_s
         params = _given(answer.kv_transfer_params)
         read = msgspec.json.decode(params, type=_Params) if params else _Params()
         cached = read.remote_prefill_cached_tokens or answer.num_cached
+        if self._only and node is not None:
+            node.computed(prompt - cached, took_s)
         if self.submit.sampling.prompt_logprobs >= 0:
             found = _prompt_logprobs(answer.prompt_logprobs or choice.prompt_logprobs, self.submit)
             self.say(wire.Output(self.submit.id, base, [], prompt_logprobs=found))
@@ -504,8 +510,8 @@ def _structured(grammar: wire.Grammar) -> dict[str, Any]:
             return {"json_object": True}
         case "choice":
             return {"choice": msgspec.json.decode(grammar.text)}
-        case "regex":
-            return {"regex": grammar.text}
+        case "regex" | "structural_tag":
+            return {grammar.kind: grammar.text}
     return {"grammar": grammar.text}
 
 
