@@ -31,8 +31,11 @@ class Backend(Protocol):
         ``meet``: finds the other ranks, where there are some. Raises PDServeError.
         """
 
-    def make_mover(self, layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, /) -> Mover:
-        """Of a host tier of that size, in a file of ``directory`` where one is given. Raises ConfigError."""
+    def make_mover(self, layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, /, *, pin: bool) -> Mover:
+        """Of a host tier of that size, in a file of ``directory`` where one is given. ``pin``: the setting.
+
+        Raises ConfigError.
+        """
 
 
 def backend_for(config: EngineConfig) -> Backend:

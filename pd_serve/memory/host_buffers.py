@@ -45,7 +45,7 @@ class HostBuffer:
         self._pinner: Pinner | None = None
         if pinner is not None:
             try:
-                _populate(self.address, size)
+                populate(self.address, size)
                 pinner.pin(self.address, size)
                 self._pinner = pinner
             except DriverError as error:
@@ -104,7 +104,7 @@ class HostBuffers:
             buffer.close()
 
 
-def _populate(address: int, size: int) -> None:
+def populate(address: int, size: int) -> None:
     """Makes the kernel back all pages, on several cores at once: pinning alone would do it on one."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pd_serve.compute.copies import Ended, HostCopies
 from pd_serve.compute.cpu.host_copies import HostMover
+from pd_serve.compute.cuda.host_copies import pieces
 from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import KVLayout, kv_group
 from pd_serve.kv.tiers import Copy
@@ -110,6 +112,18 @@ def test_a_copy_that_fails_says_so(slow: tuple[Slow, HostCopies]) -> None:
     copies.load(1, [Copy(0, 1, 3)])
     copies.load(2, [Copy(0, 1, 2)])
     assert [(e.ticket, e.whole) for e in wait(copies, 2)] == [(1, False), (2, True)]
+
+
+def test_no_copy_crosses_what_is_registered_apart() -> None:
+    base, chunk = 5000, 1000
+    host = np.array([5000, 5900, 5990, 6000, 7500], np.int64)
+    sizes = np.array([1000, 100, 300, 250, 700], np.int64)
+    device = host * 10
+    parts = sorted(zip(*(each.tolist() for each in pieces(device, host, sizes, base, chunk)), strict=True))
+    covered = sorted((d + i, h + i) for d, h, size in parts for i in range(size))
+    assert covered == sorted((d + i, h + i) for d, h, s in zip(device, host, sizes, strict=True) for i in range(s))
+    assert all((h - base) // chunk == (h + size - 1 - base) // chunk for _, h, size in parts)
+    assert len(parts) == 7
 
 
 def test_no_room_is_said_before_anything_starts(tmp_path: Path) -> None:

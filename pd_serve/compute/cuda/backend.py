@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from pd_serve.compute.backend import Meet
-from pd_serve.compute.copies import Mover
 from pd_serve.compute.cuda.executor import CudaExecutor, Settings
+from pd_serve.compute.cuda.host_copies import CudaHostMover
 from pd_serve.config import EngineConfig
-from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import KVLayout
+from pd_serve.memory.host_tier import TierMemory
+from pd_serve.memory.pinned import should_pin_memory
 from pd_serve.memory.region import PoolMemory
 from pd_serve.memory.upload import Upload
 from pd_serve.models.decoder import Decoder, load_decoder
@@ -55,5 +56,7 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> CudaEx
     return CudaExecutor(fit.model, fit.layout, read_weights, settings, meet)
 
 
-def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str) -> Mover:
-    raise ConfigError("--host-kv-memory: engines on GPUs have no host tier yet; leave it out")
+def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, *, pin: bool) -> CudaHostMover:
+    """A file is not registered: what the kernel writes to a disk is its own."""
+    memory = TierMemory(layout, size_bytes, directory)
+    return CudaHostMover(pool, memory, pin=not directory and should_pin_memory(pin, pool.device))

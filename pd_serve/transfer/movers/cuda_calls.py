@@ -1,8 +1,8 @@
 """The CUDA driver calls of the mover: thin wrappers that raise TransferError, and the two hot calls through ctypes.
 
-cuda-bindings converts every element of a list argument; a batch of a thousand copies would cost a millisecond of
-Python, and the parameters of a launch tens of microseconds. :func:`memcpy_batch_call` hands the driver numpy arrays
-instead, :func:`launch_call` packed bytes.
+cuda-bindings converts every element of a list argument; the parameters of a launch would cost tens of microseconds of
+Python, and a batch of copies more. :func:`launch_call` hands the driver packed bytes instead, :func:`memcpy_batch_call`
+numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pd_serve.errors import FailureKind, TransferError
+from pd_serve.memory import memcpy_batch
+from pd_serve.memory.driver import DriverError
 
 try:
     from cuda.bindings import driver, nvrtc
@@ -27,9 +29,6 @@ I64 = npt.NDArray[np.int64]
 
 __all__ = ["check", "compile_kernels", "driver", "launch_call", "memcpy_batch_call"]
 
-SRC_ACCESS_ORDER_STREAM = 1
-FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1
-
 
 def check(answer: tuple[Any, ...], call: str) -> Any:
     """The result of a cuda-bindings call: nothing, one value, or a tuple. Raises TransferError."""
@@ -39,63 +38,20 @@ def check(answer: tuple[Any, ...], call: str) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-class _Location(ctypes.Structure):
-    _fields_ = [("type", ctypes.c_uint), ("id", ctypes.c_int)]
-
-
-class _Attributes(ctypes.Structure):
-    """CUmemcpyAttributes."""
-
-    _fields_ = [
-        ("order", ctypes.c_uint),
-        ("source_hint", _Location),
-        ("target_hint", _Location),
-        ("flags", ctypes.c_uint),
-    ]
-
-
 def memcpy_batch_call() -> Callable[[I64, I64, I64, int], None]:
-    """``copy(targets, sources, sizes, stream)``: cuMemcpyBatchAsync (CUDA 12.8 and later). Raises TransferError."""
-    pointer, has_fail_index = _memcpy_batch_entry()
-    failed = (ctypes.byref(ctypes.c_size_t(0)),) if has_fail_index else ()
-    call = ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        *([ctypes.c_void_p] * 3),
-        ctypes.c_size_t,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        *([ctypes.c_void_p] * len(failed)),
-        ctypes.c_void_p,
-    )(pointer)
-    attributes = _Attributes(order=SRC_ACCESS_ORDER_STREAM, flags=FLAG_PREFER_OVERLAP_WITH_COMPUTE)
-    first = ctypes.c_size_t(0)
+    """:func:`pd_serve.memory.memcpy_batch.memcpy_batch_call`. It raises TransferError, and so does what it returns."""
+    try:
+        call = memcpy_batch.memcpy_batch_call()
+    except DriverError as error:
+        raise TransferError(FailureKind.TRANSFER, str(error)) from error
 
     def copy(targets: I64, sources: I64, sizes: I64, stream: int) -> None:
-        status = call(
-            targets.ctypes.data,
-            sources.ctypes.data,
-            sizes.ctypes.data,
-            len(sizes),
-            ctypes.byref(attributes),
-            ctypes.byref(first),
-            1,
-            *failed,
-            stream,
-        )
-        if status != 0:
-            raise TransferError(FailureKind.TRANSFER, f"cuMemcpyBatchAsync of {len(sizes)} ranges: error {status}")
+        try:
+            call(targets, sources, sizes, stream)
+        except DriverError as error:
+            raise TransferError(FailureKind.TRANSFER, str(error)) from error
 
     return copy
-
-
-def _memcpy_batch_entry() -> tuple[int, bool]:
-    """The driver's function and whether it has a failIdx argument: the entry that came with CUDA 13.0 has not."""
-    for version, has_fail_index in ((13000, False), (12080, True)):
-        status, pointer, _ = driver.cuGetProcAddress(b"cuMemcpyBatchAsync", version, 0)
-        if int(status) == 0 and int(pointer):
-            return int(pointer), has_fail_index
-    raise TransferError(FailureKind.TRANSFER, "the driver has no cuMemcpyBatchAsync; it needs CUDA 12.8 or later")
 
 
 PARAMETERS_BYTES = 256  # more than any of our kernels has
