@@ -46,6 +46,7 @@ _RELEASE_S = 30.0  # vLLM's lease
 # A request that is left before its first token is waited for so long: the engine has it then, and gives back what the
 # prefill server keeps for it. vLLM forgets one that it has not handed to its engine yet.
 _GRACE_S = 0.5
+_LINGER_S = 0.25  # what a prefill that nobody wants may go on, because its answer may be under way
 
 
 class _Top(msgspec.Struct):
@@ -206,8 +207,6 @@ class VLLMLink(ServedLink):
                 document["return_tokens_as_token_ids"] = True
         if submit.salt:
             document["cache_salt"] = submit.salt.hex()
-        if stream:
-            document["stream_options"] = {"include_usage": True}
         if params:
             document["kv_transfer_params"] = msgspec.Raw(params)
         return msgspec.json.encode(document)
@@ -244,6 +243,13 @@ class Prefill(_VLLMWork):
         self.exchange = self.link.server.post(self.link.whole, body, whole, headers_of(self.submit))
 
     def stop(self) -> None:
+        """An answer that is under way says what is kept: only then can it be set free."""
+        if self.computing and not self.link.closed.done():
+            asyncio.get_running_loop().call_later(_LINGER_S, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         super().stop()
         self._leave()
 
