@@ -106,7 +106,9 @@ class Inbox:
         allow_insecure: bool = False,
         tls: Tls | None = None,
     ) -> None:
-        self._layout = identity.layout
+        self._layout = layout = identity.layout
+        self._token_bytes = sum(map(layout.block_bytes, range(len(layout.groups)))) / layout.block_size
+        self._rates: dict[str, float] = {}  # replaced, never changed: the main thread reads it
         self._worker = worker
         self._lanes = worker.lanes
         self._clock = worker.clock
@@ -183,6 +185,10 @@ class Inbox:
     def misfits(self) -> dict[str, str]:
         """Node ids of sources that nothing can be read from, and why. ``fileno`` is readable when it has changed."""
         return self._peers.misfits
+
+    def lanes(self) -> dict[str, float]:
+        """For node ids of sources: this rank's share of so many prompt tokens comes in a second."""
+        return self._rates
 
     def close(self) -> None:
         """After the thread has ended."""
@@ -263,10 +269,14 @@ class Inbox:
     # --- transfer thread: what peers say
 
     def peer_ready(self, peer: SourcePeer) -> None:
+        if peer.bytes_per_s:
+            self._rates = {**self._rates, peer.node_id: peer.bytes_per_s / self._token_bytes}
         for part in self._at(peer):
             self._claim(part.whole)
 
     def peer_lost(self, peer: SourcePeer, kind: FailureKind, message: str) -> None:
+        if peer.node_id in self._rates:
+            self._rates = {id: rate for id, rate in self._rates.items() if id != peer.node_id}
         for part in self._at(peer):
             self._fail(part.whole, kind, message)
 

@@ -142,6 +142,10 @@ class RankedInbox:
     def misfits(self) -> dict[str, str]:
         return self._relays.misfits | self._own.misfits()
 
+    def lanes(self) -> dict[str, float]:
+        """Ranks read at the same time, each its share: as rank 0 does, so do all."""
+        return self._own.lanes()
+
     def counters(self) -> dict[str, float]:
         return self._relays.total(NAME, self._own.counters())
 

@@ -169,6 +169,9 @@ class InboxReceiver:
     def misfits(self) -> dict[str, str]:
         return self._inbox.misfits()
 
+    def lanes(self) -> dict[str, float]:
+        return self._inbox.lanes()
+
     def close(self) -> None:
         self._scheduler.outside_s = math.inf
         self._inbox.close()

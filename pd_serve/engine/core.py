@@ -436,7 +436,8 @@ class Engine:
             if idle and not self._checked_idle:
                 self._check_idle()
             memory = self._executor.report()
-            status = link.Status(self.load(), self._counter_snapshot(), memory, misfits=misfits)
+            lanes = self._role.lanes()
+            status = link.Status(self.load(), self._counter_snapshot(), memory, misfits=misfits, lanes=lanes)
             self._channel.send_node(wire.Report(status, self._submits))
         if self._draining and idle and not self._drained_sent:
             self._drained_sent = True

@@ -91,6 +91,8 @@ class Receiver(Protocol):
 
     def misfits(self) -> dict[str, str]: ...
 
+    def lanes(self) -> dict[str, float]: ...
+
     def close(self) -> None:
         """After the transfer thread."""
 
@@ -201,6 +203,10 @@ class Role:
     def misfits(self) -> dict[str, str]:
         """The ids of sources that this node cannot read from, and why."""
         return {} if self._receiver is None else self._receiver.misfits()
+
+    def lanes(self) -> dict[str, float]:
+        """Prompt tokens a second, by the ids of sources that this node reads from."""
+        return {} if self._receiver is None else self._receiver.lanes()
 
     def close(self) -> bool:
         """Says goodbye to peers and withdraws the pool from them; what it held for anybody is nobody's then.

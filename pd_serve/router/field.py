@@ -8,7 +8,7 @@ that its caller names.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from pd_serve.router.prefixes import Prefixes
@@ -41,6 +41,8 @@ class NodeView(NamedTuple):
     queueing: bool = False  # what comes now waits for memory there
     queue_wait_s: float = 0.0  # how long, as it says
     met: tuple[str, ...] = ()  # decode: the last sources that it was told of, and so is connected to
+    tokens_a_second: float = 0.0  # of prompts that it computes; 0: not known
+    lanes: Mapping[str, float] = {}  # decode: prompt tokens a second that it reads from sources, where it was measured
 
 
 def sources() -> Field:

@@ -453,7 +453,7 @@ class Registry:
         if node.leaving == leaving:
             return
         node.leaving = leaving
-        self.status(node, link.Status(node.load, misfits=node.misfits))
+        self.status(node, link.Status(node.load, misfits=node.misfits, lanes=node.lanes))
 
     def names(self) -> list[str]:
         """Served names, those whose nodes have all left included: they may come back."""

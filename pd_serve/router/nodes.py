@@ -53,6 +53,7 @@ class Node:
         self.memory: MemoryReport | None = None
         self.running: link.Running | None = None
         self.misfits: dict[str, str] = {}
+        self.lanes: dict[str, float] = {}  # decode: prompt tokens a second, by source
         self.attempts: dict[str, Attempt] = {}
         self.alive = True
         self._send = send
@@ -143,6 +144,7 @@ class Node:
         self._take(status.load)
         self.running = status.running
         self.misfits = status.misfits
+        self.lanes = status.lanes
         if status.counters:
             self._learn_rate(status.counters)
             self.counters = status.counters
@@ -189,6 +191,8 @@ class Node:
             queueing=load.queue_wait_s > 0 or load.queued + sent > self._room,
             queue_wait_s=load.queue_wait_s,
             met=tuple(self.met),
+            tokens_a_second=self.tokens_a_second,
+            lanes=self.lanes,
         )
 
 

@@ -1,9 +1,10 @@
 """Which nodes serve a stream: pure functions of plain data, so that a simulator can run the same code.
 
-A prefill node costs the tokens that are to be computed before ours and of ours: its queue, and what of the prompt its
-cache lacks. So a prefix draws requests to whoever has it until that node's queue is longer than computing it again, and
-then it is soon at another node as well. A decode node costs its sequences per share of free memory. Of many nodes a
-dozen are compared (see :mod:`pd_serve.router.field`).
+A prefill node costs the tokens that are to be computed before ours and of ours: its queue, what of the prompt its
+cache lacks, and as many as it could compute while the KV moves over the pair's lane. So a prefix draws requests to
+whoever has it until that node's queue is longer than computing it again, and then it is soon at another node as well.
+A decode node costs its sequences per share of free memory. Of many nodes a dozen are compared
+(see :mod:`pd_serve.router.field`).
 """
 
 from __future__ import annotations
@@ -112,13 +113,15 @@ class Terms:
         found.sort()
         return [node for _, _, node in found]
 
-    def source(self, nodes: list[Entry], target: NodeView | None, known: Prefixes) -> tuple[NodeView, int] | None:
+    def source(
+        self, nodes: list[Entry], target: NodeView | None, known: Prefixes, moved: int = 0
+    ) -> tuple[NodeView, int] | None:
         """The best to compute the prompt, or the one that has most of it already unless that costs clearly more; and
-        the tokens that it has. Of equals, the one that decodes as well."""
+        the tokens that it has. Of equals, the one that decodes as well. ``moved``: tokens that the target lacks."""
         left = self.willing(nodes)
         if not left:
             return None
-        met, own = (target.met, target.id) if target is not None else ((), "")
+        met, own, lanes = (target.met, target.id, target.lanes) if target is not None else ((), "", {})
         chain, tokens = self.chain, known.tokens
         found = []
         for place, (load, node) in enumerate(left):
@@ -126,6 +129,8 @@ class Terms:
             cost = load - cached
             if node.id == own:
                 cost -= 0.5
+            elif (rate := lanes.get(node.id, 0.0)) > 0:
+                cost += moved * node.tokens_a_second / rate
             elif node.id not in met:
                 cost += _MEET_TOKENS
             if node.full or self.avoid:
@@ -174,7 +179,8 @@ def _place(
         sources = _sources(prefill, target, terms, whole=whole)
         if not sources:
             return Placement(None, target.id)
-        best = terms.source(sources, target, prefill.prefixes)
+        moved = terms.prompt_tokens - (decode.prefixes.tokens(target.id, terms.chain) if terms.chain else 0)
+        best = terms.source(sources, target, prefill.prefixes, moved)
         if best is None:
             continue
         node, cached = best

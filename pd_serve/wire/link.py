@@ -241,6 +241,9 @@ class Status(msgspec.Struct, tag="status"):
     running: Running | None = None  # None: between steps
     # Decode: node ids of sources that this node cannot read from, and why; while it is so.
     misfits: dict[str, str] = {}
+    # Decode: for node ids of sources that it is connected to, how many prompt tokens a second their KV comes in, as the
+    # self-test of the pair's lane found; those that were not measured are left out.
+    lanes: dict[str, float] = {}
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

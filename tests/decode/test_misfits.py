@@ -108,8 +108,11 @@ def test_a_trial_that_succeeds_clears_it(clock: Clock) -> None:
     script.corrupts = False
     d.later(peer.RETRY_MISFIT_S)
     until(lambda: d.counter("handshakes") == 1 and not d.inbox.misfits())
-    d.close()
+    rates = until(d.inbox.lanes)
+    assert list(rates) == ["P"] and rates["P"] > 0
     p.close()
+    until(lambda: not d.inbox.lanes())
+    d.close()
 
 
 def test_one_whose_pulls_fail_again_and_again(clock: Clock) -> None:

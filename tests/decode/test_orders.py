@@ -62,7 +62,7 @@ class Rank:
     """A source rank, the connection to it, and its peer as the inbox sees it."""
 
     named, node_id, epoch, misfit = "P", "P", "e", ""
-    checksums, failed_pulls, slow_pulls = False, 0, 0
+    checksums, failed_pulls, slow_pulls, bytes_per_s = False, 0, 0, 0.0
 
     def __init__(self, rank: int, ranks: int, inbox: Inbox, pool: Pool, clock: Clock) -> None:
         self.rank, self.ranks, self.address = rank, ranks, f"rank {rank}"

@@ -103,8 +103,10 @@ def test_objects_are_what_kubernetes_takes(version: str, schemas: Any, monkeypat
     # Unread, each object would cost another reading of 2 MB of definitions.
     monkeypatch.setattr(schemas.utils, "schema_contents", functools.cache(schemas.utils.schema_contents))
     checked = set()
-    for file in FILES:
-        for (kind, name), found in render(file).items():
+    scaled = render(FILES[0], "--set=router.autoscaling.enabled=true")
+    scaler = {key: found for key, found in scaled.items() if key[0] == "HorizontalPodAutoscaler"}
+    for file, objects in (*((file, render(file)) for file in FILES), ("router.autoscaling", scaler)):
+        for (kind, name), found in objects.items():
             if kind in CRDS:
                 continue
             try:
@@ -113,6 +115,7 @@ def test_objects_are_what_kubernetes_takes(version: str, schemas: Any, monkeypat
                 pytest.fail(f"{file}, {kind} {name}, {version}: {'.'.join(map(str, error.path))}: {error.message}")
             checked.add(kind)
     assert checked >= {"Deployment", "StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy", "Role", "Secret"}
+    assert "HorizontalPodAutoscaler" in checked
     broken = json.loads(json.dumps(render(FILES[0])["Deployment", "chat-pd-serve-router"]))
     broken["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerport"] = 1
     with pytest.raises(schemas.ValidationError):
@@ -274,6 +277,9 @@ def test_monitors_and_scalers_name_what_there_is() -> None:
     scaled = objects["ScaledObject", "chat-pd-serve-decode"]["spec"]
     assert scaled["scaleTargetRef"]["name"] == "chat-pd-serve-decode"
     assert "replicas" not in objects["StatefulSet", "chat-pd-serve-decode"]["spec"], "it would undo each scaling"
+    routers = render(FILES[0], "--set=router.autoscaling.enabled=true")
+    target = routers["HorizontalPodAutoscaler", "chat-pd-serve-router"]["spec"]["scaleTargetRef"]
+    assert "replicas" not in routers[target["kind"], target["name"]]["spec"]
     series = re.findall(r"\bpd_serve_\w+", scaled["triggers"][0]["metadata"]["query"])
     assert series and set(series) <= {node_metrics.PREFIX + name for name in node_metrics._LOAD}
 

@@ -92,6 +92,9 @@ class Start:
     def counters(self) -> dict[str, float]:
         return {}
 
+    def lanes(self) -> dict[str, float]:
+        return {}
+
     def misfits(self) -> dict[str, str]:
         return {}
 

@@ -217,6 +217,26 @@ def test_who_has_most_keeps_it_within_a_tenth_of_the_prompt() -> None:
     assert isinstance(found, Placement) and found.prefill == "p1"
 
 
+def test_what_the_transfer_takes_counts_as_tokens_that_are_not_computed_meanwhile() -> None:
+    """At 10,000 tokens/s computed: 4,000 tokens take as long as 400 more over the one lane, as 8,000 over the other."""
+    lanes = {"fast": 100_000.0, "slow": 5_000.0}
+    target = [view("d", met=("fast", "slow"), lanes=lanes)]
+
+    def chosen(queued: int, **more: Any) -> str | None:
+        pair = [
+            view("fast", waiting_tokens=queued, tokens_a_second=10_000.0),
+            view("slow", tokens_a_second=10_000.0),
+        ]
+        found = place(pair, target, prompt_tokens=4_000, **more)
+        assert isinstance(found, Placement)
+        return found.prefill
+
+    assert {queued: chosen(queued) for queued in (0, 7_500, 7_700)} == {0: "fast", 7_500: "fast", 7_700: "slow"}
+    # What the target has of it does not move: half of it, and half of the difference is left.
+    assert chosen(4_500, held={"d": 4}, chain=PROMPT[:7]) == "slow"
+    assert chosen(3_500, held={"d": 4}, chain=PROMPT[:7]) == "fast"
+
+
 def test_a_decode_node_that_has_nearly_all_of_it_is_asked_first() -> None:
     nodes = [view("d0", local_prefill_tokens=600), view("d1", local_prefill_tokens=600)]
     found = place(P, nodes, prompt_tokens=TOKENS, chain=PROMPT, held={"d1": 15})

@@ -123,6 +123,12 @@ class SourcePeer:
         return self._lanes.chosen
 
     @property
+    def bytes_per_s(self) -> float:
+        """What the lane reached in its self-test; while READY. 0: it was not measured."""
+        assert self._lanes is not None
+        return self._lanes.rate
+
+    @property
     def pair(self) -> Pair:
         """While READY."""
         assert self._lanes is not None
