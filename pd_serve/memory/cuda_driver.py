@@ -57,6 +57,16 @@ class DeviceFacts:
         return self.integrated or self.host_page_tables
 
 
+@dataclass(frozen=True)
+class Mapping:
+    """Physical memory at an address. ``handle``: one more reference to it, to be released."""
+
+    address: int
+    size_bytes: int
+    handle: int
+    handle_type: HandleType
+
+
 class CudaDriver:
     """Raises DriverError where there is no CUDA; :func:`reason` puts it into words."""
 
@@ -174,6 +184,21 @@ class CudaDriver:
         buffer = ctypes.create_string_buffer(fabric, FABRIC_BYTES)
         kind = self._handle_types[HandleType.FABRIC]
         return int(self._call("cuMemImportFromShareableHandle", ctypes.addressof(buffer), kind))
+
+    def mapping_of(self, address: int) -> Mapping | None:
+        """What lies there, if it was mapped by these calls, whoever made them: another allocator of this process."""
+        try:
+            handle = int(self._call("cuMemRetainAllocationHandle", address))
+        except DriverError as error:
+            if error.code == "CUDA_ERROR_INVALID_VALUE":
+                return None
+            raise
+        wanted = int(self._call("cuMemGetAllocationPropertiesFromHandle", handle).requestedHandleTypes)
+        types = [kind for kind, flag in self._handle_types.items() if wanted & int(flag)]
+        attribute = self._cu.CUpointer_attribute
+        base = self._call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, address)
+        size = self._call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MAPPING_SIZE, address)
+        return Mapping(int(base), int(size), handle, types[0] if types else HandleType.NONE)
 
     def synchronize(self, device: int) -> None:
         with self._current(device):

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from pd_serve.engine.ends import RankEnds, open_ends
 from pd_serve.integrations.vllm import engine, memory, settings
-from pd_serve.integrations.vllm.device import Memory, device_memory
+from pd_serve.integrations.vllm.device import Memory, device_memory, supplied
 from pd_serve.integrations.vllm.orders import Orders
 from pd_serve.integrations.vllm.scheduler_side import SchedulerSide
 from pd_serve.integrations.vllm.worker_side import Results, WorkerSide
@@ -103,6 +103,14 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """A wish that vLLM leaves aside where an attention backend cannot do it, or VLLM_KV_CACHE_LAYOUT says else."""
         return engine.WHOLE_BLOCKS
+
+    def get_mem_pool_context(self) -> Any:
+        """Asked by 0.32 and later, before the KV cache is made. vLLM's own cumem allocator stays where it is on."""
+        device, model = engine.device(), self._vllm_config.model_config
+        theirs = getattr(model, "enable_cumem_allocator", False)
+        if device is None or theirs or self._settings.enable_cumem_allocator is False:
+            return None
+        return supplied(device)
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:

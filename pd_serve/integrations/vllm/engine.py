@@ -105,3 +105,11 @@ def rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
+
+
+def device() -> int | None:
+    """The ordinal of this worker's NVIDIA GPU; None without one."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return int(torch.cuda.current_device()) if current_platform.is_cuda() else None
