@@ -60,7 +60,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_blocks: set[int] = set()
         if role is KVConnectorRole.SCHEDULER:
             windows = tuple(group.window for group in self._groups)
-            self._scheduler = SchedulerSide(self._groups[0].block_size, windows)
+            self._scheduler = SchedulerSide(self._groups[0].block_size, windows, receives=self._receives)
 
     @property
     def _side(self) -> SchedulerSide:
@@ -75,12 +75,11 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
             self._side.source = Source(*engine.name_of(self._vllm_config), addresses)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        count = self._side.matched(request, num_computed_tokens) if self._receives else 0
+        count = self._side.matched(request, num_computed_tokens)
         return count, count > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        if self._receives:
-            self._side.allocated(request, blocks.get_block_ids(), num_external_tokens)
+        self._side.allocated(request, blocks.get_block_ids(), num_external_tokens)
         self._side.begun(request)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepOrders:

@@ -40,12 +40,13 @@ class _Sending:
 class SchedulerSide:
     """``windows``: of each group of layers, None where all tokens are attended to.
 
-    ``source``: this server, as others dial it; None where it does not send.
+    ``source``: this server, as others dial it; None where it does not send. ``receives``: it fetches from others.
     """
 
     block_size: int
     windows: tuple[int | None, ...]
     source: Source | None = None
+    receives: bool = True
     _sending: dict[str, _Sending] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)  # requests whose prompt was fetched, or declined
     _fetched: OrderedDict[str, str] = field(default_factory=OrderedDict)  # by key, the request that it went to
@@ -60,7 +61,7 @@ class SchedulerSide:
 
     def _held(self, request: Any) -> Held | None:
         """What is there to be fetched, once: after a preemption or a failure the prompt is computed here."""
-        if request.request_id in self._taken:
+        if not self.receives or request.request_id in self._taken:
             return None
         held = params.held_of(request.kv_transfer_params)
         if held is not None and self._fetched.get(held.key, request.request_id) != request.request_id:

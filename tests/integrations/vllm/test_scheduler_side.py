@@ -117,6 +117,15 @@ def test_a_prompt_that_nobody_takes_is_declined() -> None:
                                                aborted.kv_transfer_params["pd_serve"]["key"]]  # fmt: skip
 
 
+def test_a_server_that_only_computes_prompts_fetches_nothing_whoever_asks() -> None:
+    side, asked = SchedulerSide(16, (None,), P, receives=False), request("d", 40, handed_over(40))
+    assert side.matched(asked, 0) == 0
+    side.allocated(asked, ([1, 2, 3],), 0)
+    side.finished(asked)
+    orders = side.orders(Step())
+    assert not (orders.fetched or orders.declined or orders.dropped)
+
+
 @pytest.mark.parametrize(
     "said",
     [
