@@ -22,7 +22,7 @@ TICK = begun=$$SECONDS; (while sleep 10 >/dev/null; do \
 # What is not compiled once is compiled by each of the hundred processes that tests start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help up test test-fast test-clients lint format docs golden clean
+.PHONY: help up test test-fast test-clients test-peers lint format docs golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -47,6 +47,9 @@ test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, t
 
 test-clients: $(RUN)  ## the clients of docs/clients.md against the default model, each in an environment of its own (ARGS="openai npm")
 	@tests/clients/run.sh $(BIN)/python .venv-clients $(ARGS)
+
+test-peers: $(RUN_DEV)  ## the router and the connector with real vLLM servers (CPU), in an environment of their own
+	@tests/peers/run.sh $(BIN)/python .venv-peers $(ARGS)
 
 lint: $(RUN_DEV)  ## ruff, mypy, hadolint, and whether docs/configuration.md is up to date
 	@$(BIN)/python -m compileall -q pd_serve

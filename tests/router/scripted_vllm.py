@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from pd_serve.integrations.vllm import params
 from tests.api import tiny
 from tests.router.scripted_node import next_token
 from tests.router.scripted_server import ScriptedServer
@@ -175,14 +176,14 @@ class _Run:
         id: str,
         prompt: list[int],
         sampling: dict[str, Any],
-        params: dict[str, Any] | None,
+        given: dict[str, Any] | None,
         generate: bool,
     ) -> None:
         self.server = server
         self.id = id
         self.prompt = prompt
         self.sampling = sampling
-        self.params = params or {}
+        self.params = given or {}
         self.is_generate = generate
 
     async def tokens(self) -> AsyncIterator[tuple[list[int], str | None]]:
@@ -218,15 +219,18 @@ class _Run:
                 self._free()  # as an aborted request of a decode engine does, whatever it had read
 
     def _source(self) -> ScriptedVLLM | None:
-        return self.server.fabric.engines.get(self.params["remote_engine_id"])
+        held = params.held_of(self.params) if params.NAME in self.params else None
+        return self.server.fabric.engines.get(held.node_id if held else self.params["remote_engine_id"])
 
     def _free(self) -> int | None:
         source = self._source()
-        return None if source is None else source.kept.pop(self.params["remote_request_id"], None)
+        held = self.params.get(params.NAME)
+        key = held["key"] if held else self.params["remote_request_id"]
+        return None if source is None else source.kept.pop(key, None)
 
     def _read(self) -> None:
         """Raises GenerationError's like where the blocks are not there."""
-        ours = self.params.get("pd_serve")
+        ours = self.params.get(params.NAME)
         known = ours["num_tokens"] if ours else self.params["remote_num_tokens"]
         if not ours and -(-len(self.prompt) // self.server.block) != -(-known // self.server.block):
             self.server.dead = True
@@ -240,9 +244,8 @@ class _Run:
         server, count = self.server, len(self.prompt)
         server.kept[self.id] = count
         if server.ours:
-            where = {"remote_engine_id": server.engine_id, "remote_request_id": self.id}
-            found = {"v": 1, "num_tokens": count, "key": self.id, "addresses": ["tcp://10.0.0.1:1"]}
-            return {**where, "do_remote_prefill": True, "do_remote_decode": False, "pd_serve": found}
+            held = params.Held(params.VERSION, self.id, server.engine_id, "epoch", ("tcp://10.0.0.1:1",), count)
+            return params.answer(held, 4)
         return kept(server.engine_id, self.id, count, server.block)
 
     # --- words ------------------------------------------------------------------------------------------
