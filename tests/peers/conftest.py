@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import os
 
-collect_ignore_glob = [] if "PD_SERVE_PEER_VENV" in os.environ else ["test_*.py"]
+collect_ignore_glob = [] if "PEER_VENV" in os.environ else ["test_*.py"]

@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 tests/peers/install.sh "$1" "$2"
-PD_SERVE_PEER_VENV=$(realpath -s "$2")
-export PD_SERVE_PEER_VENV
+PEER_VENV=$(realpath -s "$2")
+export PEER_VENV
 exec "$1" -m pytest -m peer tests/peers -p no:cacheprovider --timeout 900 --durations 5 "${@:3}"

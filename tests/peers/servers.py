@@ -36,7 +36,7 @@ class Server:
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
-        venv = Path(os.environ["PD_SERVE_PEER_VENV"])
+        venv = Path(os.environ["PEER_VENV"])
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
