@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from tests.router.browser import CHROMIUM, WHY_NOT, browser
 from tests.router.conftest import Running, StartNode, StartRouter
@@ -26,7 +20,6 @@ def no_fault_of_the_servers(_: Any, response: Any, __: Any) -> None:
     assert response.status_code < 500 or response.json()["error"]["code"] == "not_installed", response.text
 
 
-CHECKS = [no_fault_of_the_servers, status_code_conformance, content_type_conformance, response_schema_conformance]
 # Endless, or not for strangers: a node that registers is dialled.
 LEFT_OUT = r"^/(dashboard/events|nodes)$"
 EXAMPLES = 3  # of each operation that reads a body, and mode; beside the described ones
@@ -38,14 +31,30 @@ async def running(start_node: StartNode, start_router: StartRouter) -> Running:
     return await start_router(*nodes, strict_fields=True)  # so described that most of what is tried is known
 
 
+def described(operation: dict[str, Any]) -> list[Any]:
+    """Bodies of the description's examples, but for streams."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    bodies = [copy.deepcopy(example["value"]) for example in content.get("examples", {}).values()]
+    return [body for body in bodies if not body.get("stream")]
+
+
 def explore(document: dict[str, Any], url: str) -> set[tuple[str, int]]:
     """Which path gave which status; raises where an answer is not as described."""
+    import schemathesis  # a second, which not every worker has to take when it looks for tests
+    from schemathesis.generation import GenerationMode
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    checks = [no_fault_of_the_servers, status_code_conformance, content_type_conformance, response_schema_conformance]
     seen: set[tuple[str, int]] = set()
 
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and ("prompt" in case.body or "messages" in case.body):
             case.body["max_tokens"] = 2
-        answer = case.call_and_validate(base_url=url, checks=CHECKS, timeout=20)
+        answer = case.call_and_validate(base_url=url, checks=checks, timeout=20)
         seen.add((case.operation.path, answer.status_code))
 
     bounds = settings(
@@ -57,6 +66,8 @@ def explore(document: dict[str, Any], url: str) -> set[tuple[str, int]]:
     )
     for result in schemathesis.openapi.from_dict(document).exclude(path_regex=LEFT_OUT).get_all_operations():
         operation = result.ok()
+        for body in described(document["paths"][operation.path][operation.method]):
+            ask(operation.Case(body=body, media_type="application/json"))
         for mode in GenerationMode:
             if mode is GenerationMode.POSITIVE or operation.body:
                 examples = EXAMPLES if operation.body else 1
