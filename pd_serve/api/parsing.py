@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import pydantic_core
 from pydantic import ValidationError
 
+from pd_serve.api.body import Body
 from pd_serve.api.errors import APIError, bad_request
 from pd_serve.api.leniency import Leniency
-from pd_serve.api.schemas import Body
 
 _B = TypeVar("_B", bound=Body)
 

@@ -1,31 +1,26 @@
 """Request bodies: what is accepted, and a message that says what to change for everything else.
 
-Bytes become one of these models in :mod:`pd_serve.api.parsing`. Fields that cannot change the text, and those that
-nobody here knows, are accepted without effect and logged once each (:mod:`pd_serve.api.leniency`); fields that would
-change the answer and are not supported are errors, because an answer that silently ignores them would be
-wrong. Checks that need the model (lengths, vocabulary) are in :mod:`pd_serve.api.sampling` and
-:mod:`pd_serve.api.text_model`.
+Bytes become one of these models in :mod:`pd_serve.api.parsing`. What they have in common is :mod:`pd_serve.api.body`'s,
+turns and tools are :mod:`pd_serve.api.messages`'. Checks that need the model (lengths, vocabulary) are in
+:mod:`pd_serve.api.sampling` and :mod:`pd_serve.api.text_model`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic_core
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from pd_serve.api import restrictions
+from pd_serve.api.body import Body, Int, Ints, Name, wholes
 from pd_serve.api.grammars import Choices, ResponseFormat, Schema, StructuredOutputs
-from pd_serve.api.leniency import Leniency, nearest
+from pd_serve.api.messages import Message, Tool, check_continuation, function_name
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -35,83 +30,11 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 
 
-def _whole(value: Any) -> Any:
-    """JavaScript's and spreadsheets' 8.0 is 8."""
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def _wholes(values: Any) -> Any:
-    if isinstance(values, list) and any(type(value) is float for value in values):
-        return [_whole(value) for value in values]
-    return values
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-Ints = Annotated[list[int], BeforeValidator(_wholes)]
-Name = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 _Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 _Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 _INT64 = 2**63
 # As descriptions say it: validators below take more than the field's type.
 _STOP = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    # OpenAI's and vLLM's fields that have no effect on the text: accepted, ignored.
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    # Fields that would change the answer: only the values listed (those without effect) are accepted.
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    # What to do instead.
-    advice: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, body: Any, info: ValidationInfo) -> Any:
-        if not isinstance(body, dict):
-            raise pydantic_core.PydanticCustomError("model_type", "must be a JSON object")
-        leniency = info.context if isinstance(info.context, Leniency) else _STRICT
-        known, kept = cls.model_fields, {}
-        for name, value in body.items():
-            if name in known and name not in cls.unsupported:
-                kept[name] = value
-            elif name in cls.unsupported:
-                if value is not None and value not in cls.unsupported[name]:
-                    advice = (_ADVICE | cls.advice).get(name, "remove it from the request")
-                    raise pydantic_core.PydanticCustomError(
-                        "unsupported", _UNSUPPORTED, {"field": name, "advice": advice}
-                    )
-            elif name in cls.ignored:
-                leniency.without_effect(name)
-            elif leniency.strict:
-                hint = nearest(name, [*cls.model_fields, *cls.ignored])
-                raise pydantic_core.PydanticCustomError("unknown", _UNKNOWN, {"field": name[:80], "hint": hint})
-            else:
-                leniency.unknown(name, [*cls.model_fields, *cls.ignored])
-        return kept
-
-
-_STRICT = Leniency(strict=True)
-_UNSUPPORTED = "'{field}' is not supported with this value: {advice}"
-_UNKNOWN = "unknown field '{field}'{hint}: remove it from the request or correct its name"
-_ADVICE = {
-    "grammar": "use 'structured_outputs'",
-    "json_schema": "use 'structured_outputs'",
-    "regex": "use 'structured_outputs'",
-    "ebnf": "use 'structured_outputs'",
-    "suffix": "this server does not fill in text; put what follows into the prompt",
-    "chat_template": "it is chosen where nodes are started; use 'chat_template_kwargs' for its variables",
-    "functions": "send them as 'tools'",
-    "function_call": "send calls as 'tool_calls', and the choice as 'tool_choice'",
-    "repeat_penalty": "use 'repetition_penalty'",
-    "n_predict": "use 'max_tokens'",
-    "num_predict": "use 'max_tokens'",
-    "max_new_tokens": "use 'max_tokens'",
-    "max_output_tokens": "use 'max_tokens'",
-    "stop_sequences": "use 'stop'",
-}
 
 
 class StreamOptions(Body):
@@ -308,7 +231,7 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, list) and value:
             if _token_ids(value):
                 return value
-            found = [_wholes(item) for item in _wholes(value)]
+            found = [wholes(item) for item in wholes(value)]
             if _token_ids(found) or all(isinstance(item, str) or (item and _token_ids(item)) for item in found):
                 return found
         if value in ([], None) or (isinstance(value, list) and any(item == [] for item in value)):
@@ -334,88 +257,6 @@ class CompletionRequest(GenerationRequest):
 
 def _token_ids(items: Any) -> bool:
     return isinstance(items, list) and all(type(item) is int for item in items)
-
-
-class Function(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["function"]
-    function: Function
-
-
-_REASONING_PARTS = ("thinking", "reasoning", "redacted_thinking")
-
-
-class Message(Body):
-    """One turn. ``content`` becomes a string or a list of ``{"type": "text", "text": ...}``."""
-
-    ignored = frozenset({"id", "refusal", "annotations", "provider_specific_fields", "reasoning_details"})
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"audio": (), "function_call": ()}
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Annotated[str | list[dict[str, str]] | None, Field(json_schema_extra=_CONTENT)] = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content(cls, value: Any) -> Any:
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            raise pydantic_core.PydanticCustomError("content", "must be a string or a list of text parts")
-        texts = [_part_text(part) for part in value]
-        return [{"type": "text", "text": text} for text in texts if text is not None]
-
-    @field_validator("reasoning", "reasoning_content", mode="before")
-    @classmethod
-    def _reasoning(cls, value: Any) -> Any:
-        return value if isinstance(value, str) else None  # some send settings under this name
-
-    @field_validator("tool_calls", mode="after")
-    @classmethod
-    def _calls(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        for call in value or ():
-            function = call.get("function")
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise pydantic_core.PydanticCustomError("tool_calls", "a tool call needs a 'function' with a 'name'")
-        return value
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.content is None and self.role not in ("assistant", "tool"):
-            raise pydantic_core.PydanticCustomError("content", "a message needs a 'content' (a string or text parts)")
-        return self
-
-
-def _part_text(part: Any) -> str | None:
-    """The text of a part of a message; None for parts that are not said to the model."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if isinstance(part, dict):
-        if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-            return str(part["text"])
-        if kind == "refusal" and isinstance(part.get("refusal"), str):
-            return str(part["refusal"])
-        if kind in _REASONING_PARTS:
-            return None
-    raise pydantic_core.PydanticCustomError(
-        "content",
-        "only text parts are supported (these models neither see nor hear), got a part of type '{kind}'",
-        {"kind": str(kind)[:40]},
-    )
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -458,7 +299,7 @@ class ChatCompletionRequest(GenerationRequest):
     @field_validator("tool_choice", mode="after")
     @classmethod
     def _tool_choice(cls, value: Any) -> Any:
-        named = isinstance(value, dict) and value.get("type") == "function" and _function_name(value)
+        named = isinstance(value, dict) and value.get("type") == "function" and function_name(value)
         if value not in (None, "auto", "none", "required") and not named:
             raise pydantic_core.PydanticCustomError(
                 "tool_choice",
@@ -471,7 +312,7 @@ class ChatCompletionRequest(GenerationRequest):
         """The one that ``tool_choice`` asks for."""
         if not isinstance(self.tool_choice, dict):
             return None
-        name = _function_name(self.tool_choice)
+        name = function_name(self.tool_choice)
         return next((tool for tool in self.tools or () if tool.function.name == name), None)
 
     @property
@@ -498,32 +339,13 @@ class ChatCompletionRequest(GenerationRequest):
             raise pydantic_core.PydanticCustomError(
                 "tool_choice",
                 "'tool_choice' names a function that is not among 'tools': '{name}'",
-                {"name": _function_name(self.tool_choice)[:80]},
+                {"name": function_name(self.tool_choice)[:80]},
             )
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise pydantic_core.PydanticCustomError(
                 "max_tokens", "'max_tokens' and 'max_completion_tokens' differ: give one of them"
             )
         return self
-
-
-def _function_name(choice: dict[str, Any]) -> str:
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def check_continuation(messages: list[Message], generation: bool | None, continuation: bool | None) -> None:
-    if not continuation:
-        return
-    if generation:
-        raise pydantic_core.PydanticCustomError(
-            "continuation", "'add_generation_prompt' and 'continue_final_message' cannot both be true"
-        )
-    if messages[-1].content is None:
-        raise pydantic_core.PydanticCustomError(
-            "continuation", "'continue_final_message' needs a final message that has a content"
-        )
 
 
 class TokenizeRequest(Body):

@@ -1,7 +1,8 @@
-"""A served model's text side: prompts of requests become token ids, checked against the model's limits.
+"""A served model's prompts: requests become token ids, checked against the model's limits.
 
-Built by the router from a node's ``ModelBundle`` and ``ModelInfo``; shared by all requests for the model.
-Its methods may be slow for long texts and may run in a thread; they keep no state of a request.
+Built by the router from a node's ``ModelBundle`` and ``ModelInfo``; shared by all requests for the model. What its
+outputs are made of is :mod:`pd_serve.api.outputs`' to say. Its methods may be slow for long texts and may run in a
+thread; they keep no state of a request.
 """
 
 from __future__ import annotations
@@ -9,21 +10,12 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-import msgspec
-
-from pd_serve.api import grammars
 from pd_serve.api.chat_template import ChatTemplates
-from pd_serve.api.conversation import joined
 from pd_serve.api.errors import APIError, bad_request
-from pd_serve.api.grammars import Wanted
-from pd_serve.api.parsers import forced, registry
+from pd_serve.api.messages import Message, Tool
+from pd_serve.api.outputs import Outputs
 from pd_serve.api.parsers.fallback import with_tools_told
-from pd_serve.api.parsers.harmony import Harmony
-from pd_serve.api.parsers.json_calls import Forced, Named
-from pd_serve.api.parsers.message import MessageParser
-from pd_serve.api.parsers.pieces import Parser
-from pd_serve.api.parsers.reasoning import Thinking
-from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, Message, TokenizeRequest, Tool
+from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from pd_serve.api.tokenizer import TextTokenizer
 from pd_serve.wire.link import ModelInfo
 from pd_serve.wire.model import ModelBundle
@@ -33,7 +25,6 @@ log = logging.getLogger(__name__)
 MAX_SEQUENCES = 1024  # prompts x n of one request
 _INT32 = 2**31
 _CHARACTERS_PER_TOKEN = 16  # more than usual text has
-_END_TOKENS = 16  # of a prompt: as many as a template puts behind the last message
 _TOO_LONG = "context_length_exceeded"
 
 
@@ -41,13 +32,6 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str | None  # as the client wrote it; None where it gave token ids, or where a part was cut off
     warning: str | None = None  # what the client should know of how it was made
-
-
-class ParserNames(NamedTuple):
-    """Of :mod:`pd_serve.api.parsers.registry`."""
-
-    tools: str = registry.AUTO
-    reasoning: str = registry.AUTO
 
 
 class TextModel:
@@ -60,11 +44,9 @@ class TextModel:
             bundle.tokenizer_json, bos_token=bundle.special_tokens.get("bos_token"), add_bos_token=bundle.add_bos_token
         )
         self.templates = ChatTemplates(bundle.chat_templates, bundle.special_tokens)
+        self.outputs = Outputs(self.tokenizer, self.templates)
         self._special_tokens = dict(bundle.special_tokens)
         self._warned = False
-        self._chosen: dict[ParserNames, ParserNames] = {}
-        self._specials: dict[ParserNames, frozenset[int]] = {}
-        self._switched: dict[str, bool] = {}
         self.sampling_defaults = bundle.generation_defaults
 
     def completion_prompts(self, request: CompletionRequest) -> list[Prompt]:
@@ -116,104 +98,6 @@ class TextModel:
             self._warned = True
             log.warning("%s (said once)", warning)
         return warning
-
-    def message_parser(
-        self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames
-    ) -> MessageParser | None:
-        """What tells reasoning and calls from the content of one choice; None: all of it is content."""
-        reasoning = self._reasoning(request, prompt, names)
-        if reasoning is not None and reasoning.thinks and not self._close_ids(names):
-            # A grammar that could not be told when to begin holds from the first token, and it allows no reasoning.
-            reasoning = None if self.wanted_grammar(request, prompt, names) else reasoning
-        calls: Parser | None = None
-        tools = request.tools_shown
-        if tools and request.tool_named is not None:
-            calls = Named(request.tool_named.function.name)
-        elif tools and request.tool_choice == "required":
-            calls = Forced()
-        elif tools and not isinstance(reasoning, Harmony):  # which tells them itself
-            parameters = {tool.function.name: forced.parameters(tool) for tool in tools}
-            calls = registry.make_tool_parser(self._parsers(names).tools, parameters)
-        if reasoning is None and calls is None:
-            return None
-        several, told = request.parallel_tool_calls is not False, request.include_reasoning is not False
-        return MessageParser(reasoning, calls, several=several, with_reasoning=told)
-
-    def wanted_grammar(
-        self, request: CompletionRequest | ChatCompletionRequest, prompt: Prompt, names: ParserNames
-    ) -> Wanted | None:
-        """What the request makes of its output, behind reasoning. A call that must be made leaves no room for more;
-        one that may be made is another thing that the output may be.
-
-        Raises APIError(400) where fields contradict each other.
-        """
-        wanted = grammars.wanted_grammar(request)
-        if not isinstance(request, ChatCompletionRequest):
-            return wanted
-        after = self.reasoning_end(request, prompt, names)
-        if (calls := forced.forced_grammar(request, after)) is not None:
-            return Wanted("tool_choice", calls)
-        if wanted is None:
-            return None
-        grammar = msgspec.structs.replace(wanted.grammar, after=after)
-        called = [tool.function.name for tool in request.tools_shown or ()]
-        openings = registry.openings(self._parsers(names).tools, called) if called else ()
-        return wanted._replace(grammar=grammars.or_calls(grammar, openings) if openings else grammar)
-
-    def reasoning_end(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> tuple[int, ...]:
-        """The token that ends the reasoning which is to be expected; none: none is, or its end is no token."""
-        left = self._left(request, prompt, names)
-        thinks = left == "reasoning" or (left == "open" and self._opens_by_itself(names))
-        return self._close_ids(names) if thinks else ()
-
-    def _opens_by_itself(self, names: ParserNames) -> bool:
-        """A model whose template closes the reasoning where none is wanted opens it where it is."""
-        mark = registry.close_mark(self._parsers(names).reasoning)
-        if mark and mark not in self._switched:
-            variables = {"enable_thinking": False, "thinking": False}
-            try:
-                text = self.templates.render([{"role": "user", "content": "Hello"}], extra=variables)
-            except APIError:
-                text = ""
-            self._switched[mark] = text.rstrip().endswith(mark)
-        return bool(mark) and self._switched[mark]
-
-    def _close_ids(self, names: ParserNames) -> tuple[int, ...]:
-        mark = registry.close_mark(self._parsers(names).reasoning)
-        ids = self.tokenizer.encode(mark, add_special_tokens=False) if mark else []
-        return tuple(ids) if len(ids) == 1 else ()
-
-    def shown_specials(self, names: ParserNames) -> frozenset[int]:
-        """Special tokens that parsers have to see."""
-        parsers = self._parsers(names)
-        if parsers not in self._specials:
-            markers = registry.markers(*parsers)
-            found = (id for id in self.tokenizer.special_ids if self.tokenizer.token(id) in markers)
-            self._specials[parsers] = frozenset(found)
-        return self._specials[parsers]
-
-    def _parsers(self, names: ParserNames) -> ParserNames:
-        """Names with nothing left to choose."""
-        if names not in self._chosen:
-            source = "\n".join(self.templates.sources())
-            tools = "hermes" if names.tools == registry.AUTO and self.templates.ignores_tools() else names.tools
-            self._chosen[names] = ParserNames(
-                registry.tool_parser(tools, source), registry.reasoning_parser(names.reasoning, source)
-            )
-        return self._chosen[names]
-
-    def _reasoning(
-        self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames
-    ) -> Thinking | Harmony | None:
-        return registry.make_reasoning_parser(self._parsers(names).reasoning, self._left(request, prompt, names))
-
-    def _left(self, request: ChatCompletionRequest, prompt: Prompt, names: ParserNames) -> registry.Left:
-        name = self._parsers(names).reasoning
-        if name == registry.NONE:
-            return "answer"
-        end = self.tokenizer.decode(prompt.ids[-_END_TOKENS:], skip_special_tokens=False)
-        continued = joined(request.messages[-1].content) if request.continue_final_message else None
-        return registry.left_by_prompt(name, end, continued)
 
     def _encode_prompt(
         self, request: CompletionRequest | ChatCompletionRequest, text: str, special: bool, param: str

@@ -68,7 +68,8 @@ class Engine:
         self._executor = executor
         builder = StepBuilder(kv.layout.block_size, len(kv.layout.groups), eos_token_ids)
         self._pipeline = Pipeline(executor, builder, scheduler, pulse)
-        self._grammars = Grammars(constraints)
+        # a step ahead, the device would leave its graph for single rows, and nobody has measured whether that pays
+        self._grammars = Grammars(constraints, jumps=executor.depth == 0)
         self._arrivals = arrivals
         self._lifecycle = lifecycle
         self._channel = channel
@@ -155,6 +156,8 @@ class Engine:
         """
         for seq, failure in self._grammars.wait():
             self._fail(seq, failure)
+        for seq, tokens in self._grammars.forced():
+            self._forced(seq, tokens)
         plan = self._scheduler.plan(launched=self._pipeline.launched)
         if plan is None:
             self._book_all(self._pipeline.collect())
@@ -222,6 +225,13 @@ class Engine:
         self._role.computed(seq, token)
         if seq.state is State.FINISHED:
             self._forget(seq, "handed over")
+
+    def _forced(self, seq: Sequence, tokens: list[int]) -> None:
+        """They come next, whatever the model says: computed in one step with the token before them."""
+        for token in tokens:
+            if seq.state is State.RUNNING:  # one of them may end it
+                self._token(seq, token, None)
+                self._counters["forced_tokens"] += 1
 
     # --- messages -----------------------------------------------------------------------------------
 

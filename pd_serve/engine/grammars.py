@@ -16,8 +16,10 @@ from pd_serve.wire.link import Failure, Grammar
 class Grammars:
     """``constraints`` None: there are none here."""
 
-    def __init__(self, constraints: Constraints | None) -> None:
+    def __init__(self, constraints: Constraints | None, *, jumps: bool) -> None:
+        """``jumps``: whether tokens that are forced may take no step of their own."""
         self._constraints = constraints
+        self._jumps = jumps
         self._open: dict[Sequence, Constraint] = {}
 
     @property
@@ -32,7 +34,10 @@ class Grammars:
     def open(self, seq: Sequence, grammar: Grammar) -> None:
         assert self._constraints is not None  # its submit was not refused
         output = seq.tokens[seq.num_prompt :].tolist()
-        seq.constraint = self._open[seq] = self._constraints.open(grammar, output)
+        # Where logits are changed, or told, each token is sampled; and a prefill node is done with the first one.
+        jumps = self._jumps and not (seq.adjusted or seq.handoff or seq.sampling.logprobs >= 0)
+        first = seq.source is not None  # where the prompt comes from, its first token is sampled
+        seq.constraint = self._open[seq] = self._constraints.open(grammar, output, jumps=jumps, first=first)
 
     def tell(self) -> None:
         """What was sampled. Sequences that have ended are let go of."""
@@ -45,6 +50,13 @@ class Grammars:
                 self._constraints.close(constraint)
             elif constraint.heard and constraint.told != seq.output_index:
                 self._constraints.tell(constraint, seq.tokens[seq.num_prompt + constraint.told :].tolist())
+
+    def forced(self) -> Iterator[tuple[Sequence, list[int]]]:
+        """After :meth:`wait`: tokens that need no sampling, of sequences that would sample them next."""
+        for seq, constraint in list(self._open.items()):
+            at_end = seq.num_computed + 1 == seq.num_tokens and not seq.in_flight
+            if constraint.forced and at_end and seq.state is State.RUNNING:
+                yield seq, constraint.take_forced()
 
     def wait(self) -> Iterator[tuple[Sequence, Failure]]:
         """For masks that are about to come. Which sequences cannot go on, and why."""

@@ -46,6 +46,9 @@ class Further(Protocol):
         """Takes over a sequence whose cached prefix is open, or leaves it to be computed from there on."""
 
 
+# A sequence decodes, with tokens that its grammar forced, as long as it has no more than so many to compute.
+MAX_DECODE_TOKENS = 33
+
 # What a refused client is told to wait at least and at most.
 RETRY_S = (1.0, 60.0)
 
@@ -145,10 +148,10 @@ class Scheduler:
         works = self._plan_decodes(launched)
         if works is None:
             return None
-        budget = self.limits.max_num_batched_tokens - len(works)
+        budget = self.limits.max_num_batched_tokens - sum(work.num_tokens for work in works)
         if works:  # what decodes waits for the whole step: a chunk beside it is no longer than pays
             budget = min(budget, self.limits.saturating_tokens)
-        for seq in [s for s in self.running if _is_prompt(s, s.num_scheduled)]:
+        for seq in [s for s in self.running if _is_prompt(s, s.num_scheduled) and not _is_forced(s)]:
             budget = self._plan_prefill(works, seq, budget)
         if self.waiting and budget > 0:
             self._admit(works, budget)
@@ -159,9 +162,13 @@ class Scheduler:
         return works
 
     def _plan_decodes(self, launched: bool) -> list[Work] | None:
-        works = []
+        works: list[Work] = []
+        spare = self.limits.max_num_batched_tokens - len(self.running)  # for forced tokens
         for seq in sorted(self.running, key=by_age):  # a victim, the youngest, has not been planned yet
-            if seq.state is not State.RUNNING or _is_prompt(seq, seq.num_scheduled) or self._ends(seq) or seq.unready:
+            if seq.state is not State.RUNNING or self._ends(seq) or seq.unready:
+                continue
+            forced = _is_forced(seq)
+            if _is_prompt(seq, seq.num_scheduled) and not forced:
                 continue
             if seq.waits and seq.length > seq.num_tokens:
                 continue
@@ -177,8 +184,11 @@ class Scheduler:
                     break
             else:
                 self.kv.extend(seq.blocks, length)
-                works.append(Work(seq, length - 1, 1, True))
-        return works
+                start = seq.num_scheduled if forced else length - 1
+                count = min(length - start, 1 + max(0, spare))
+                spare -= count - 1
+                works.append(Work(seq, start, count, start + count == length))
+        return sorted(works, key=lambda work: work.num_tokens > 1)  # single rows first: executors decode those
 
     def _ends(self, seq: Sequence) -> bool:
         """Whether what is in flight samples the last token there will be."""
@@ -301,3 +311,8 @@ class Scheduler:
 def _is_prompt(seq: Sequence, num_done: int) -> bool:
     """Whether with ``num_done`` tokens there is more to be computed than the last one, which decodes."""
     return num_done + 1 < seq.num_tokens or num_done == 0
+
+
+def _is_forced(seq: Sequence) -> bool:
+    """Whether what is to be computed is output of which but the first token was not sampled."""
+    return seq.num_prompt <= seq.num_scheduled + 1 < seq.num_tokens <= seq.num_scheduled + MAX_DECODE_TOKENS

@@ -35,25 +35,46 @@ PATIENCE_S = 5e-3  # for masks, which take 0.05 ms each, before a step
 
 class Constraint:
     """Of a sequence. ``mask``: int32 words, a bit a token, of what may be sampled after ``told`` output tokens; None:
-    anything, the grammar has not begun.
+    anything, the grammar has not begun. ``forced``: tokens that have to come first; ``mask`` is of what comes then.
     """
 
-    __slots__ = ("begun", "error", "grammar", "heard", "id", "lost", "mask", "opened", "stopped", "told")
+    __slots__ = (
+        "begun",
+        "error",
+        "forced",
+        "grammar",
+        "heard",
+        "id",
+        "jumps",
+        "lost",
+        "mask",
+        "opened",
+        "stopped",
+        "told",
+    )
 
     def __init__(self, id: int, grammar: Grammar) -> None:
         self.id = id
         self.grammar = grammar
+        self.jumps = False  # whether forced tokens are wanted
         self.begun = not grammar.after
         self.told = 0  # output tokens that it has heard of
         self.opened = False  # the grammar is compiled
         self.heard = False  # what ``mask`` says is so after ``told`` tokens
         self.mask: npt.NDArray[np.int32] | None = None
+        self.forced: list[int] = []
         self.stopped = False  # only an end may come
         self.error = ""  # why it cannot go on
         self.lost = False  # for a reason that is not the grammar's
 
     def ready(self, num_output: int) -> bool:
-        return self.heard and self.told == num_output
+        return self.heard and not self.forced and self.told == num_output
+
+    def take_forced(self) -> list[int]:
+        """They are output now, which the grammar knows of."""
+        forced, self.forced = self.forced, []
+        self.told += len(forced)
+        return forced
 
 
 class Constraints:
@@ -74,13 +95,17 @@ class Constraints:
         """Readable where there is something to read; -1: there is no process."""
         return -1 if self._process is None else self._process.sock.fileno()
 
-    def open(self, grammar: Grammar, output: list[int]) -> Constraint:
+    def open(self, grammar: Grammar, output: list[int], *, jumps: bool = False, first: bool = False) -> Constraint:
+        """``jumps``: whether forced tokens are wanted, which cost no step. ``first``: others sample the next token."""
         constraint = Constraint(next(self._ids), grammar)
+        constraint.jumps = jumps
         self._open[constraint.id] = constraint
         self._start()
         news = self._begin(constraint, output)
         constraint.told = len(output)
-        self._send(Open(constraint.id, "", Grammar(grammar.kind, grammar.text), news))
+        self._send(
+            Open(constraint.id, "", Grammar(grammar.kind, grammar.text), news, jumps and constraint.begun and not first)
+        )
         return constraint
 
     def tell(self, constraint: Constraint, news: list[int]) -> None:
@@ -90,7 +115,7 @@ class Constraints:
             news = self._begin(constraint, news)
         if constraint.begun:
             constraint.heard = False
-            self._send(Tell(constraint.id, news))
+            self._send(Tell(constraint.id, news, constraint.jumps))
 
     def close(self, constraint: Constraint) -> None:
         if self._open.pop(constraint.id, None) is not None and self._process is not None:
@@ -136,6 +161,7 @@ class Constraints:
             self._failed.append(constraint)
             return
         constraint.heard = True
+        constraint.forced = answer.forced if constraint.begun else []
         constraint.stopped = answer.stopped and constraint.begun
         constraint.mask = np.frombuffer(answer.mask, "<i4") if constraint.begun else None
 

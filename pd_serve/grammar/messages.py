@@ -37,12 +37,16 @@ class Checked(msgspec.Struct, tag=True, array_like=True):
 
 
 class Open(msgspec.Struct, tag=True, array_like=True):
-    """A sequence that the grammar is for, whose constrained output so far is ``tokens``. Answered by Permitted."""
+    """A sequence that the grammar is for, whose constrained output so far is ``tokens``. Answered by Permitted.
+
+    ``jumps``: tokens beside which nothing is permitted are told of at once, and what may come after them.
+    """
 
     id: int
     model: str
     grammar: Grammar
     tokens: list[int]
+    jumps: bool = False
 
 
 class Tell(msgspec.Struct, tag=True, array_like=True):
@@ -50,6 +54,7 @@ class Tell(msgspec.Struct, tag=True, array_like=True):
 
     id: int
     tokens: list[int]
+    jumps: bool = False
 
 
 class Close(msgspec.Struct, tag=True, array_like=True):
@@ -59,12 +64,13 @@ class Close(msgspec.Struct, tag=True, array_like=True):
 
 
 class Permitted(msgspec.Struct, tag=True, array_like=True):
-    """What may come next."""
+    """What may come next; after ``forced``, where that is not empty, for which there is no choice."""
 
     id: int
     mask: bytes  # a bit a token, little-endian words of 32
     stopped: bool = False  # the grammar is complete and nothing but an end may come
     error: str = ""  # why the sequence cannot go on
+    forced: list[int] = []
 
 
 ToWorker = Load | Check | Open | Tell | Close

@@ -43,6 +43,7 @@ WORKER_BYTES = 6 << 30  # a tokenizer of 262,144 tokens takes 0.8 GB for a momen
 KEPT = 64  # compiled grammars
 # What masks of a sequence may take of a processor: most take 50 microseconds, and the first of a grammar milliseconds.
 SPENT_S, MASK_S = 1.0, 2e-3
+MAX_FORCED = 32  # tokens at once
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _TOO_SLOW = "it is too complex: finding the permitted tokens takes too long"
 _TOO_LARGE = f"it takes more than {COMPILE_S:g} s or {COMPILE_BYTES >> 30} GiB to compile: make it smaller"
@@ -56,18 +57,21 @@ class Sequence:
         self._mask_bytes = -(-vocab_size // 32) * 4
         self._allowed_s = allowed_s
 
-    def permitted(self, id: int, tokens: list[int]) -> Permitted:
-        """After ``tokens``, which came since."""
+    def permitted(self, id: int, tokens: list[int], *, jumps: bool = False) -> Permitted:
+        """After ``tokens``, which came since, and with ``jumps`` after those that are forced then."""
         began_s = time.thread_time()
         if not self._matcher.consume_tokens(tokens):
             return Permitted(id, b"", error="other fields of the request permit none of the tokens that it does")
+        forced = self._matcher.compute_ff_tokens()[:MAX_FORCED] if jumps else []
+        if forced and not self._matcher.consume_tokens(forced):
+            return Permitted(id, b"", error="llguidance forces tokens that it does not permit")
         mask = self._matcher.compute_bitmask()
         self._allowed_s += MASK_S - (time.thread_time() - began_s)
         if self._matcher.is_error():
             return Permitted(id, b"", error=f"it is too complex: {one_line(self._matcher.get_error())}")
         if self._allowed_s < 0:
             return Permitted(id, b"", error=_TOO_SLOW)
-        return Permitted(id, mask[: self._mask_bytes], self._matcher.is_stopped())
+        return Permitted(id, mask[: self._mask_bytes], self._matcher.is_stopped(), forced=forced)
 
 
 class Model:
@@ -139,7 +143,7 @@ class Worker:
                 self._open(message)
             case Tell():
                 if (sequence := self._sequences.get(message.id)) is not None:
-                    self._answer(_permitted(sequence, message.id, message.tokens))
+                    self._answer(_permitted(sequence, message))
             case Close():
                 with self._lock:
                     self._sequences.pop(message.id, None)
@@ -162,7 +166,7 @@ class Worker:
         model = self._models[message.model]
         if (sequence := model.compiled(message.grammar)) is not None:
             self._sequences[message.id] = sequence
-            self._answer(_permitted(sequence, message.id, message.tokens))
+            self._answer(_permitted(sequence, message))
             return
         self._sequences[message.id] = None
         self._threads.submit(self._compile, model, message)
@@ -170,7 +174,7 @@ class Worker:
     def _compile(self, model: Model, message: Open) -> None:
         try:
             sequence = model.compiled(message.grammar) or model.compile(message.grammar)
-            answer = _permitted(sequence, message.id, message.tokens)
+            answer = _permitted(sequence, message)
         except GrammarError as error:
             answer = Permitted(message.id, b"", error=str(error))
         except BaseException as error:  # a panic of llguidance
@@ -186,12 +190,12 @@ class Worker:
             self._sock.sendall(framed(answer))
 
 
-def _permitted(sequence: Sequence, id: int, tokens: list[int]) -> Permitted:
+def _permitted(sequence: Sequence, message: Open | Tell) -> Permitted:
     """Whatever llguidance does."""
     try:
-        return sequence.permitted(id, tokens)
+        return sequence.permitted(message.id, message.tokens, jumps=message.jumps)
     except BaseException as error:
-        return _panic(id, error)
+        return _panic(message.id, error)
 
 
 def _panic(id: int, error: BaseException) -> Permitted:

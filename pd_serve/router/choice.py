@@ -12,11 +12,12 @@ from typing import Any, Protocol
 from pd_serve.api.detokenizer import Detokenizer, StopMatcher
 from pd_serve.api.errors import APIError
 from pd_serve.api.logprobs import CompletionLogprobs, chat_logprobs, merge, prompt_logprobs
+from pd_serve.api.outputs import ParserNames
 from pd_serve.api.parsers.message import MessageParser
 from pd_serve.api.responses import Finish, Format, Usage
 from pd_serve.api.restrictions import salt_of
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
-from pd_serve.api.text_model import ParserNames, Prompt, TextModel
+from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.config import RouterConfig
 from pd_serve.router.groups import Group
 from pd_serve.router.spans import RequestSpan
@@ -304,8 +305,8 @@ def _parser(
     if not isinstance(request, ChatCompletionRequest):
         return None, frozenset()
     names = parser_names(shared.settings)
-    parser = text.message_parser(request, prompt, names)
-    return parser, frozenset() if parser is None else text.shown_specials(names)
+    parser = text.outputs.message_parser(request, prompt.ids, names)
+    return parser, frozenset() if parser is None else text.outputs.shown_specials(names)
 
 
 def parser_names(settings: RouterConfig) -> ParserNames:

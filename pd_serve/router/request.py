@@ -134,7 +134,7 @@ class Requests:
         arrived_s: float,
         format_of: MakeFormat | None = None,
     ) -> Writer:
-        wanted = text.wanted_grammar(parsed, prompts[0], parser_names(self._settings))
+        wanted = text.outputs.wanted_grammar(parsed, prompts[0].ids, parser_names(self._settings))
         return Writer(
             request=parsed,
             prompts=prompts,

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from pd_serve.api.outputs import ParserNames
 from pd_serve.api.schemas import ChatCompletionRequest
-from pd_serve.api.text_model import ParserNames, Prompt, TextModel
+from pd_serve.api.text_model import TextModel
 from tests.api import tiny
 
 SWITCHED = (
@@ -41,7 +42,7 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 
 
 def said(text: TextModel, request: ChatCompletionRequest, output: str, names: ParserNames = NAMES) -> dict[str, Any]:
-    parser = text.message_parser(request, text.chat_prompt(request), names)
+    parser = text.outputs.message_parser(request, text.chat_prompt(request).ids, names)
     if parser is None:
         return {"content": output}
     for character in output:
@@ -71,7 +72,7 @@ def test_where_a_prompt_leaves_it(
     close = tuple(text.tokenizer.encode("</think>", add_special_tokens=False))
     for form in ({"guided_json": {}}, TOOLS):
         request = chat(**fields, **form)
-        wanted = text.wanted_grammar(request, text.chat_prompt(request), NAMES)
+        wanted = text.outputs.wanted_grammar(request, text.chat_prompt(request).ids, NAMES)
         assert wanted is not None and wanted.grammar.after == (close if later else ())
     called = said(text, chat(**fields, **TOOLS), output.removesuffix("b") + CALLS)
     assert called.get("reasoning") == reasoning and called["tool_calls"][0]["function"]["name"] == "f"
@@ -93,9 +94,9 @@ def test_one_that_always_thinks() -> None:
     text, request = model(NEVER_SAID), chat(guided_json={})
     always = ParserNames(reasoning="deepseek_r1")
     assert said(text, request, "a</think>b", always)["reasoning"] == "a"
-    prompt = text.chat_prompt(request)
-    assert len(text.reasoning_end(request, prompt, always)) == 1
-    assert text.reasoning_end(request, Prompt(prompt.ids, None), NAMES) == ()
+    prompt = text.chat_prompt(request).ids
+    assert len(text.outputs.reasoning_end(request, prompt, always)) == 1
+    assert text.outputs.reasoning_end(request, prompt, NAMES) == ()
 
 
 def test_marks_of_several_tokens() -> None:
@@ -110,7 +111,7 @@ def test_an_answer_in_a_form_or_a_call_if_the_model_likes() -> None:
     tools = {**TOOLS, "tool_choice": "auto"}
     for fields, kind in ((tools, "or_calls"), ({**tools, "tool_choice": "none"}, "json_schema"), ({}, "json_schema")):
         text, request = model(OPENING), chat(**fields, guided_json={})
-        wanted = text.wanted_grammar(request, text.chat_prompt(request), NAMES)
+        wanted = text.outputs.wanted_grammar(request, text.chat_prompt(request).ids, NAMES)
         assert wanted is not None and wanted.grammar.kind == kind and wanted.grammar.after
     request = chat(**tools, guided_json={})
     called = said(text, request, 'so</think>\n<tool_call>{"name": "f", "arguments": {}}</tool_call>')
@@ -121,5 +122,5 @@ def test_an_answer_in_a_form_or_a_call_if_the_model_likes() -> None:
 def test_channels_have_no_place_for_a_grammar() -> None:
     text, channels = model(NEVER_SAID), ParserNames(reasoning="openai_gptoss")
     request = chat(**TOOLS)
-    assert text.reasoning_end(request, text.chat_prompt(request), channels) == ()
+    assert text.outputs.reasoning_end(request, text.chat_prompt(request).ids, channels) == ()
     assert said(text, request, CALLS, channels)["tool_calls"][0]["function"]["name"] == "f"

@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from pd_serve.api.body import Body, Int
 from pd_serve.api.errors import bad_request
 from pd_serve.api.leniency import Leniency
 from pd_serve.api.messages_api.blocks import messages
 from pd_serve.api.messages_api.events import MessageFormat
 from pd_serve.api.responses import Usage
-from pd_serve.api.schemas import Body, ChatCompletionRequest, Int
+from pd_serve.api.schemas import ChatCompletionRequest
 from pd_serve.api.translated import AnsweredRequest, TranslatedRequest
 
 _IGNORED = frozenset(

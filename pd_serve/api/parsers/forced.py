@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pd_serve.api import grammars
-from pd_serve.api.schemas import ChatCompletionRequest, Tool
+from pd_serve.api.messages import Tool
+from pd_serve.api.schemas import ChatCompletionRequest
 from pd_serve.wire.link import Grammar
 
 _NOTHING = {"type": "object", "properties": {}}  # of a function without parameters

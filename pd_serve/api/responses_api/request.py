@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from pd_serve.api.body import Body, Int
 from pd_serve.api.errors import bad_request
 from pd_serve.api.leniency import Leniency
 from pd_serve.api.responses import Usage
 from pd_serve.api.responses_api.events import ResponsesFormat
 from pd_serve.api.responses_api.items import messages
-from pd_serve.api.schemas import MAX_LOGPROBS, Body, ChatCompletionRequest, Int
+from pd_serve.api.schemas import MAX_LOGPROBS, ChatCompletionRequest
 from pd_serve.api.translated import AnsweredRequest, TranslatedRequest
 
 _LOGPROBS = "message.output_text.logprobs"
