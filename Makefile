@@ -36,6 +36,7 @@ test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at 
 	@tests/packages.sh
 	@tests/deploy/helm.sh $(BIN)/python $(BIN)
 	@$(BIN)/python -m compileall -q pd_serve
+	@$(BIN)/python -m tests.precompile
 	@said=$$(mktemp); $(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
 	trap 'kill $$lint 2>/dev/null || true; rm -f "$$said"' EXIT; \
 	tests=0; $(BIN)/python -m pytest $(or $(ARGS),-n 3) || tests=$$?; \
@@ -77,6 +78,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # pip byte-compiles what it installs, whatever PYTHONDONTWRITEBYTECODE says; without it every start would take seconds longer.
+# Of what tests need most is never imported: tests/precompile.py compiles what all of them do, the rest is when it is used.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve into $(VENV) (a minute or two the first time) ..."
 	@$(TICK); $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[structured]' | $(SHORT)
@@ -84,5 +86,5 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 
 $(RUN_DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing pd-serve and its test tools into $(VENV) (a minute or two the first time) ..."
-	@$(TICK); $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test,dev]' | $(SHORT)
+	@$(TICK); $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile -c constraints.txt -e '.[test,dev]' | $(SHORT)
 	@touch $@ $(RUN)

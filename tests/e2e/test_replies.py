@@ -90,7 +90,7 @@ def test_both_apis_call_tools_and_keep_to_schemas(smol: Cluster) -> None:
         {"role": "assistant", "content": message.content},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}]},
     ]
-    assert claude.messages.create(messages=turn, tools=[look], max_tokens=5, **asked).usage.output_tokens == 5
+    assert 0 < claude.messages.create(messages=turn, tools=[look], max_tokens=5, **asked).usage.output_tokens <= 5
     smol.assert_idle()
 
 

@@ -14,7 +14,7 @@ from pd_serve.kv.tiers import Copy
 from pd_serve.memory.host_tier import TierMemory
 from pd_serve.memory.plain import PlainDeviceMemory
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LAYOUT = KVLayout(64, "bfloat16", (kv_group(tuple(range(8)), 8, 128), kv_group((8, 9), 8, 128, window=100)))
 BLOCKS = 200
