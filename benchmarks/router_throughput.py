@@ -6,6 +6,9 @@ once and the others at the steps of a clock, one of every stream a step, as an e
 
     python benchmarks/router_throughput.py vllm=/path/to/vllm-router sglang=/path/to/sglang-router
 
+A pd-serve command under a name with "pair" is in front of a prefill and a decode node that share each stream; its
+requests are of two tokens, of others one, as one has nothing to decode.
+
 CPU seconds are all of the router's processes, from the kernel's books: they hold on a busy machine, where rates do not.
 *late* is when events reach the client after the step that made them; "direct" is the client at the backend itself.
 """
@@ -57,6 +60,9 @@ async def steps(step_s: float) -> Iterator[None]:  # type: ignore[misc]
         yield
 
 
+ROLES = {"link": ("decode", "decode"), "pair": ("prefill", "decode")}  # of pd-serve's nodes
+
+
 class OpenAI(asyncio.Protocol):
     """One connection: what the other routers' workers are asked."""
 
@@ -101,10 +107,11 @@ class OpenAI(asyncio.Protocol):
 
 
 class Linked(ScriptedNode):
-    """A decode node that makes the same token for all its sequences, a frame a step for each router."""
+    """A node that makes the same token for all its sequences, a frame a step for each router. A prefill node hands each
+    over after its first one, a decode node goes on with what it was handed."""
 
-    def __init__(self) -> None:
-        super().__init__(Fabric(), "decode")
+    def __init__(self, role: str, fabric: Fabric) -> None:
+        super().__init__(fabric, role)
         self._open: dict[object, dict[str, list[int]]] = {}
 
     def load(self) -> link.Load:
@@ -114,8 +121,15 @@ class Linked(ScriptedNode):
     async def _run(self, connection, submit: link.Submit) -> None:  # type: ignore[no-untyped-def]
         whole = submit.sampling.max_tokens
         finish = "length" if whole == 1 else None
-        await self._send(connection, link.Outputs([link.Output(submit.id, 0, [FIRST], finish=finish)]))
-        if finish is None:
+        if submit.source is None:
+            await self._send(connection, link.Outputs([link.Output(submit.id, 0, [FIRST], finish=finish)]))
+        else:
+            await self._send(connection, link.Outputs([link.Output(submit.id, 0, [], event="accepted")]))
+            await self.fabric.arrival(submit.id)
+            await self._send(connection, link.Outputs([link.Output(submit.id, 1, [], event="arrived")]))
+        if submit.handoff:
+            self.fabric.arrival(submit.id).set_result(None)
+        elif finish is None:
             self._open.setdefault(connection, {})[submit.id] = [1, whole]
             try:
                 await asyncio.get_running_loop().create_future()
@@ -139,8 +153,9 @@ class Linked(ScriptedNode):
 
 async def backends(kind: str, ports: list[int], step_s: float) -> None:
     """Two of them, in this process, until it is ended."""
-    if kind == "link":
-        nodes = [await Linked().start(port) for port in ports]
+    if kind in ROLES:
+        fabric = Fabric()
+        nodes = [await Linked(role, fabric).start(port) for role, port in zip(ROLES[kind], ports, strict=True)]
         async for _ in steps(step_s):
             for node in nodes:
                 await node.step()
@@ -261,7 +276,9 @@ class System:
     def __init__(self, name: str, program: str, step_s: float, options: list[str]) -> None:
         self.name = name
         ports = free_ports(3 if program else 2)
-        kind = "link" if name.startswith("pd-serve") else "openai"
+        kind = "openai" if not name.startswith("pd-serve") else "pair" if "pair" in name else "link"
+        # A request for one token has nothing to decode.
+        self.tokens = 2 if kind == "pair" else 1
         own = [sys.executable, __file__, "--backends", kind, "--step", str(step_s), "--ports", *map(str, ports[-2:])]
         self._children = [Child(own)]
         self.port = ports[0]
@@ -269,14 +286,17 @@ class System:
         if not program:
             return
         where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        if kind == "link":
-            command = [*shlex.split(program), "router", *where, "--decode", ",".join(urls), "--min-prefill", "0"]
+        if kind in ROLES:
+            command = [*shlex.split(program), "router", *where, "--min-prefill", str(ROLES[kind].count("prefill"))]
+            for role in dict.fromkeys(ROLES[kind]):
+                listed = [url for url, own in zip(urls, ROLES[kind], strict=True) if own == role]
+                command += [f"--{role}", ",".join(listed)]
             command += ["--log-level", "warning", *options]
         else:
             command = [*shlex.split(program), *where, "--policy", "round_robin", "--worker-urls", *urls]
             command += ["--prometheus-port", str(free_ports(1)[0]), "--log-level", "error"]
         # Captured: they log to standard output whatever they are told, little enough to stay in the pipe.
-        self._children.append(Child(command, capture=kind != "link"))
+        self._children.append(Child(command, capture=kind not in ROLES))
 
     @property
     def cpu_s(self) -> float:
@@ -310,7 +330,14 @@ def measure(system: System, connections: int, options: argparse.Namespace) -> tu
     tokens = max(2, round(options.seconds / step_s))
     for stream in (True, False):
         before_s, started_s = system.cpu_s, time.monotonic()
-        work = load(system.port, connections, tokens if stream else 1, stream, step_s, 0 if stream else options.seconds)
+        work = load(
+            system.port,
+            connections,
+            tokens if stream else system.tokens,
+            stream,
+            step_s,
+            0 if stream else options.seconds,
+        )
         seen = uvloop.run(work)
         took_s, used_s = time.monotonic() - started_s, max(system.cpu_s - before_s, 1 / _TICKS)
         count = seen.tokens if stream else seen.requests

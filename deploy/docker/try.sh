@@ -62,6 +62,7 @@ base() {
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' bookworm "$work/base.tar"
     local container
+    ! "${store[@]}" inspect --type image pd-serve-base >/dev/null 2>&1 || return 0  # another one would void all stages
     container=$("${store[@]}" from scratch)
     "${store[@]}" add "$container" "$work/base.tar" /
     "${store[@]}" commit --rm "$container" pd-serve-base

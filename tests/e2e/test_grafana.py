@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Exported:
     def __init__(self) -> None:
         self.labels: defaultdict[str, set[str]] = defaultdict(set)
         self.types: dict[str, str] = {}
+        self.series: dict[str, str] = {}  # as promtool's tests write them, and their values
 
     def read(self, text: str) -> None:
         for family in text_string_to_metric_families(text):
@@ -43,6 +46,9 @@ class Exported:
             self.types |= {family.name + end: family.type for end in ends}
             for sample in family.samples:
                 self.labels[sample.name] |= set(sample.labels)
+                labels = ", ".join(f"{name}={json.dumps(value)}" for name, value in sample.labels.items())
+                counts = family.type in ("counter", "histogram")
+                self.series[f"{sample.name}{{{labels}}}"] = "0+1x40" if counts else f"{sample.value:g}+0x40"
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,31 @@ def test_histograms_are_asked_for_by_bucket(exported: Exported) -> None:
         for name, kind in ((name, exported.types[name]) for name, _ in NAME.findall(expression)):
             if kind == "counter":
                 assert re.search(rf"(rate|increase)\({name}", expression), f"a counter without rate: {expression}"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian's package prometheus)")
+def test_every_panel_shows_something(exported: Exported, tmp_path: Path) -> None:
+    """Prometheus' own evaluation of each query, over the series that a router and its nodes have."""
+    board = json.loads((GRAFANA / "pd-serve.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    shown = [query for query in queries if not LATER & {name for name, _ in NAME.findall(query)}]
+    assert len(shown) > len(queries) - 4
+    asked = [query.replace("$__rate_interval", "1m").replace("$model", ".*") for query in shown]
+    test = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in exported.series.items()],
+        "promql_expr_test": [
+            {"expr": f"count({query}) > bool 0", "eval_time": "9m", "exp_samples": [{"labels": "{}", "value": 1}]}
+            for query in asked
+        ],
+    }
+    (tmp_path / "board.yaml").write_text(yaml.safe_dump({"tests": [test]}))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "board.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
