@@ -87,6 +87,11 @@ class BlockPool(Generic[Owner]):
             del self._cached[block]
             self._cached[block] = None
 
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken and give up nothing."""
+        return len(self._free)
+
     def evicted_next(self, count: int) -> list[int]:
         """The cached blocks that the next ``count`` taken would be, first to last."""
         return list(islice(self._cached, max(0, count - len(self._free))))

@@ -28,6 +28,7 @@ from pd_serve.wire.link import GroupUsage
 Place = tuple[PrefixNode, int]  # a node and the group
 
 MAX_STORING = 256  # copies to the tier on their way at a time, of each group
+MAX_BEGUN = 64  # of these begun at once, of each group: about 0.2 ms of the engine's thread
 MAX_FRESH = 65_536  # blocks that wait to be copied; what is beyond is copied when its block is about to be given up
 
 
@@ -70,7 +71,7 @@ class HostTier:
         self._told = told
         self._slots: list[BlockPool[Place]] = [BlockPool(n, self._evicted) for n in num_slots]
         self._storing: dict[tuple[int, int], Place | None] = {}  # by group and slot; None: it will be dropped
-        self._fresh: deque[Place] = deque(maxlen=MAX_FRESH)
+        self._fresh: list[deque[PrefixNode]] = [deque(maxlen=MAX_FRESH) for _ in num_slots]
 
     # --- what is there
 
@@ -88,45 +89,41 @@ class HostTier:
     def filled(self, node: PrefixNode, group: int) -> None:
         """A block of the device has this content from now on."""
         if self.eager and not (node.host and node.host[group]):
-            self._fresh.append((node, group))
+            self._fresh[group].append(node)
 
     def stores(self, pools: Sequence[BlockPool[Place]], horizon: int) -> list[Copy]:
         """Begins copies to the tier: of what is new (eager), and of what the next ``horizon`` blocks taken would
-        give up. Each ends with :meth:`stored`.
-        """
+        give up. Each ends with :meth:`stored`."""
         begun: list[Copy] = []
-        halves = [max(1, (slots.num_blocks - 1) // 2) for slots in self._slots]
-        room = [min(MAX_STORING, half) for half in halves]
-        for group, _ in self._storing:
-            room[group] -= 1
-        while self._fresh:
-            node, group = self._fresh[0]
-            if room[group] <= 0:
-                break
-            self._fresh.popleft()
-            self._store(node, group, begun, room)
-        for group, pool in enumerate(pools):
-            # no more than the tier has room for: they would push each other out, at every step anew
-            for block in pool.evicted_next(horizon)[: halves[group]]:
-                place = pool.owner(block)
-                assert place is not None  # cached blocks have one
-                self._store(*place, begun, room)
+        for group, (pool, slots) in enumerate(zip(pools, self._slots, strict=True)):
+            half = max(1, (slots.num_blocks - 1) // 2)
+            room = min(MAX_BEGUN, min(MAX_STORING, half) - sum(of == group for of, _ in self._storing))
+            if room <= 0:
+                continue
+            wanted = self._wanted(group, pool, room, min(horizon, pool.num_free + half))
+            for node, slot in zip(wanted, slots.take(min(len(wanted), slots.available)), strict=False):
+                if node.host is None:
+                    node.host = [0] * len(self._slots)
+                node.host[group] = slot
+                self._storing[group, slot] = node, group
+                begun.append(Copy(group, node.blocks[group], slot))
         return begun
 
-    def _store(self, node: PrefixNode, group: int, begun: list[Copy], room: list[int]) -> None:
-        block = node.blocks[group]
-        if not block or room[group] <= 0 or (node.host is not None and node.host[group]):
-            return
-        slots = self._slots[group]
-        if not slots.available:
-            return
-        [slot] = slots.take(1)
-        if node.host is None:
-            node.host = [0] * len(self._slots)
-        node.host[group] = slot
-        self._storing[group, slot] = node, group
-        room[group] -= 1
-        begun.append(Copy(group, block, slot))
+    def _wanted(self, group: int, pool: BlockPool[Place], room: int, horizon: int) -> dict[PrefixNode, None]:
+        """``horizon``: no more than the tier has room for, or they would push each other out at every step anew."""
+        wanted: dict[PrefixNode, None] = {}
+        fresh = self._fresh[group]
+        while fresh and len(wanted) < room:
+            node = fresh.popleft()
+            if node.blocks[group] and not (node.host and node.host[group]):
+                wanted[node] = None
+        for block in pool.evicted_next(horizon):
+            if len(wanted) >= room:
+                break
+            node, _ = pool.owner(block)  # type: ignore[misc]  # cached blocks have one
+            if node.host is None or not node.host[group]:
+                wanted[node] = None
+        return wanted
 
     def lost(self, node: PrefixNode, group: int) -> None:
         """The device's block has been given up, and what is copied from it now may be another's."""
@@ -184,7 +181,8 @@ class HostTier:
 
     def forget(self) -> None:
         """Gives everything up, also what is on its way; slots come back when their copies end."""
-        self._fresh.clear()
+        for fresh in self._fresh:
+            fresh.clear()
         evicted = self.counts.evicted
         for key, place in self._storing.items():
             if place is not None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pd_serve.kv.layout import KVLayout, LayerGroup, kv_group
 from pd_serve.kv.manager import SequenceBlocks
 from pd_serve.kv.tiered import TieredKVManager
-from pd_serve.kv.tiers import Copy
+from pd_serve.kv.tiers import MAX_BEGUN, Copy
 
 EXAMPLES = int(os.environ.get("TIER_EXAMPLES", "100"))
 BLOCK = 4
@@ -286,3 +286,24 @@ def test_what_is_being_loaded_is_not_given_up() -> None:
     world.end(world.running[0])
     world.store()
     assert world.storing
+
+
+def test_what_is_begun_at_once_is_bounded_and_nothing_is_left_out() -> None:
+    kv = manager((FULL, WINDOW), 400, 400, eager=True)
+    blocks = []
+    for text in range(10):
+        tokens = np.array([text, *range(1000, 1059)], np.int32)
+        opened = kv.open(kv.match(tokens, len(tokens) - 1))
+        kv.extend(opened, len(tokens))
+        kv.commit(opened, tokens, len(tokens))
+        blocks.append(opened)
+    begun: list[Copy] = []
+    while copies := kv.tier.stores(kv.pools, 0):
+        for group in (0, 1):
+            assert sum(copy.group == group for copy in copies) <= MAX_BEGUN
+        kv.tier.stored(copies)
+        begun += copies
+    assert len(begun) == len(set(begun)) and sum(copy.group == 0 for copy in begun) == 150
+    for opened in blocks:
+        kv.close(opened)
+    kv.check(idle=True)
