@@ -1,6 +1,6 @@
 """What a hand-over between two vLLM servers takes, with NixlConnector and with pd-serve's connector, on two GPUs.
 
-    python benchmarks/vllm_handover.py [--model DIR] [--connector nixl ours] [--ucx-tls tcp] [--json FILE]
+    python -m benchmarks.vllm_handover [--model DIR] [--connector nixl ours] [--ucx-tls tcp] [--json FILE]
 
 Needs vLLM, nixl and pd-serve in one environment. Without ``--model`` the shape of Llama-3.1-8B with dummy weights. Each
 connector has the two servers to itself, one after the other: prefill on GPU 0, decode on GPU 1. For each prompt length,
@@ -29,6 +29,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.shapes import write_model
+
 LENGTHS = (512, 2048, 8192)
 REPEATS, BURST, BURST_TOKENS, DECODED = 8, 64, 2048, 32
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
@@ -40,29 +42,6 @@ OURS = {
 }
 KEEP = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
 KEEP |= {"remote_host": None, "remote_port": None}
-
-
-def llama(directory: Path) -> Path:
-    """The shape of Llama-3.1-8B, and a tokenizer that only has names."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 32,
-        "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-        "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-        "bos_token_id": 128000, "eos_token_id": 128001, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    words = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    words |= {f"<t{i}>": i for i in range(len(words), 128256)}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<t128000>", "eos_token": "<t128001>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(named))
-    return directory
 
 
 class Server:
@@ -158,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or llama(Path(scratch))
+        model = arguments.model or write_model(Path(scratch), 32)
         results = []
         for name in arguments.connector:
             connector = OURS if name == "ours" else NIXL

@@ -164,11 +164,12 @@ def test_prefill_node_killed(pair: Cluster, moment: str) -> None:
     prompt = f"Killed {moment}.\n" + LONG  # in nobody's prefix cache
     streams = [Stream(pair, prompt, 60) for _ in range(2)]
     victim = wait_for(lambda: busy(pair, pair.prefills), 30, "a prefill node with a prompt")
-    wait_for(lambda: victim.get("/v1/status")["engine"]["running"], 30, "the prompt being computed")
-    if moment == "during":
+    if moment == "before":
+        wait_for(lambda: victim.get("/v1/status")["engine"]["running"], 30, "the prompt being computed")
+    elif moment == "during":
         # blocks of a first chunk are being read, or just have been, while the next chunk is computed
         wait_for(lambda: any(n.blocks_used() for n in pair.decodes), 30, "a pull")
-    elif moment == "after":
+    else:
         wait_for(lambda: all(len(s.tokens) > 3 for s in streams), 60, "tokens")
     victim.kill()
     for stream in streams:

@@ -8,13 +8,16 @@ import json
 import socket
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from tests.api import tiny
+from tests.router.conftest import Running, until
+
+S = TypeVar("S", bound="ScriptedServer")
 
 
 class _Server(uvicorn.Server):
@@ -25,6 +28,8 @@ class _Server(uvicorn.Server):
 
 class ScriptedServer(ABC):
     port = 0
+    die_after: int | None = None  # so many tokens
+    running = 0  # requests
 
     @property
     def url(self) -> str:
@@ -73,3 +78,13 @@ def text_of(ids: list[int]) -> str:
     from pd_serve.api.tokenizer import TextTokenizer
 
     return TextTokenizer(tiny.byte_level(), bos_token=None, add_bos_token=None).decode(ids, skip_special_tokens=True)
+
+
+async def with_one_dying(running: Running, prompt: list[int], one: S, other: S) -> tuple[S, str]:
+    """A stream of 12 tokens whose decode server dies after five: who went on, and the text."""
+    one.die_after = other.die_after = 5
+    task = asyncio.create_task(running.complete(prompt, 12))
+    await until(lambda: one.running or other.running, "it decodes")
+    survivor = other if one.running else one
+    survivor.die_after = None
+    return survivor, (await task)["choices"][0]["text"]

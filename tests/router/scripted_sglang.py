@@ -33,7 +33,7 @@ class ScriptedSGLang(ScriptedServer):
         self.hold = asyncio.Event()  # cleared: nothing is computed
         self.hold.set()
         self.fail: dict[str, Any] | None = None  # the next request ends by this
-        self.die_after: int | None = None
+        self.die_after = None
         self.eos_at: int | None = None
         self.bodies: list[dict[str, Any]] = []
         self.running = 0

@@ -62,7 +62,7 @@ class ScriptedVLLM(ScriptedServer):
         self.take = asyncio.Event()  # cleared: requests are not given to the engine yet
         self.take.set()
         self.refuse = 0  # a status
-        self.die_after: int | None = None  # output tokens of one request, after which the process is gone
+        self.die_after = None  # output tokens of one request, after which the process is gone
         self.eos_at: int | None = None
         self.waiting = 0  # as its metrics say
         # What was seen.

@@ -12,7 +12,7 @@ import pytest
 
 from tests.router.conftest import Running, StartRouter, until
 from tests.router.scripted_node import expected
-from tests.router.scripted_server import text_of, write_model
+from tests.router.scripted_server import text_of, with_one_dying, write_model
 from tests.router.scripted_sglang import Rooms, ScriptedSGLang
 
 PROMPT = list(range(50, 82))
@@ -98,12 +98,8 @@ async def test_a_prefill_that_fails_ends_its_decode_and_both_go_on_elsewhere(sta
 async def test_a_stream_goes_on_where_its_decode_server_dies(start: Start, behind: Behind) -> None:
     p, d1, d2 = await start("prefill"), await start("decode"), await start("decode")
     running = await behind([p], [d1, d2])
-    d1.die_after = d2.die_after = 5
-    task = asyncio.create_task(running.complete(PROMPT, 12))
-    await until(lambda: d1.running or d2.running, "it decodes")
-    survivor = d2 if d1.running else d1
-    survivor.die_after = None
-    assert (await task)["choices"][0]["text"] == WANTED
+    survivor, text = await with_one_dying(running, PROMPT, d1, d2)
+    assert text == WANTED
     assert survivor.bodies[0]["input_ids"] == [*PROMPT, *expected(PROMPT, 5)]
 
 

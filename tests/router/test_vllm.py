@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from pd_serve.router.backends import vllm
+from pd_serve.router.backends import vllm, vllm_words
 from pd_serve.router.backends.served import samples_of
 from tests.router.conftest import Running, StartRouter, until
 from tests.router.scripted_node import expected
-from tests.router.scripted_server import text_of, write_model
+from tests.router.scripted_server import text_of, with_one_dying, write_model
 from tests.router.scripted_vllm import Fabric, ScriptedVLLM, kept
 from tests.router.test_traces import TRACE, Traces, ask
 
@@ -156,12 +156,8 @@ async def test_our_connector_begins_at_the_second_token(start: Start, behind: Be
 async def test_a_stream_goes_on_where_its_servers_die(start: Start, behind: Behind) -> None:
     p1, p2, d1, d2 = [await start() for _ in range(4)]
     running = await behind([p1, p2], [d1, d2])
-    d1.die_after = d2.die_after = 5
-    task = asyncio.create_task(running.complete(PROMPT, 12))
-    await until(lambda: d1.running or d2.running, "it decodes")
-    survivor = d2 if d1.running else d1
-    survivor.die_after = None
-    assert (await task)["choices"][0]["text"] == WANTED
+    survivor, text = await with_one_dying(running, PROMPT, d1, d2)
+    assert text == WANTED
     (resumed,) = survivor.asked
     assert resumed["token_ids"] == [*PROMPT, *expected(PROMPT, 5)] and resumed["sampling_params"]["max_tokens"] == 7
     p1.hold.clear()
@@ -269,16 +265,16 @@ async def test_without_the_models_files_it_says_what_to_give(start: Start, behin
 def test_what_a_real_one_said_is_read_as_it_was_meant() -> None:
     recorded = json.loads((Path(__file__).parent / "exchanges" / "vllm.json").read_text())
     for path in (vllm.GENERATE, vllm.COMPLETIONS):
-        answer = vllm._answered(json.dumps(recorded[path]["prefill"]).encode())
-        params = json.loads(vllm._given(answer.kv_transfer_params))
+        answer = vllm_words.answered(json.dumps(recorded[path]["prefill"]).encode())
+        params = json.loads(vllm_words.raw_of(answer.kv_transfer_params))
         assert params == recorded[path]["prefill"]["kv_transfer_params"]
         assert params.keys() == kept("", "", 1, 16).keys() - {"of_a_later_version"}, "the scripted server says the same"
         assert answer.choices[0].token_ids == [29] and answer.choices[0].finish_reason == "length"
-        events = [vllm._answered(json.dumps(event).encode()) for event in recorded[path]["decode"]]
+        events = [vllm_words.answered(json.dumps(event).encode()) for event in recorded[path]["decode"]]
         choices = [choice for event in events for choice in event.choices]
         assert [id for choice in choices for id in choice.token_ids or ()] == [29, 1714, 260, 25]
         assert choices[-1].finish_reason == "length"
-        scores = [s for c in choices for s in vllm._logprobs(c.logprobs, c.token_ids or [], 2)]
+        scores = [s for c in choices for s in vllm_words.logprobs_of(c.logprobs, c.token_ids or [], 2)]
         assert [score.rank for score in scores] == [1] * 4 and scores[1].top[1][0] == 1141
     samples = samples_of("\n".join(recorded["metrics"]))
     assert samples["vllm:cache_config_info:num_gpu_blocks"] == 182 and samples["vllm:num_requests_waiting"] == 0

@@ -330,6 +330,13 @@ def why_not(grammar: wire.Grammar | None) -> str:
     return ""
 
 
+def load_of(waiting: int, running: int, room: int, share: float) -> wire.Load:
+    """``share`` of ``room``, in blocks or tokens, is in use; 0: it is not told."""
+    used = min(room, round(share * room))
+    groups = [wire.GroupUsage(room, used, 0, room - used)] if room else []
+    return wire.Load(waiting=waiting, running=running, waiting_tokens=0, groups=groups, queued=waiting)
+
+
 def tokens_of(submit: wire.Submit) -> list[int]:
     tokens = array("i", submit.tokens)
     if sys.byteorder == "big":

@@ -22,7 +22,17 @@ from pd_serve.router.backends import texts
 from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.events import StreamAnswer
 from pd_serve.router.backends.http import Server
-from pd_serve.router.backends.served import Facts, Served, ServedLink, Unable, Work, headers_of, tokens_of, why_not
+from pd_serve.router.backends.served import (
+    Facts,
+    Served,
+    ServedLink,
+    Unable,
+    Work,
+    headers_of,
+    load_of,
+    tokens_of,
+    why_not,
+)
 from pd_serve.wire import link as wire
 
 _GENERATE = "/generate"
@@ -121,9 +131,7 @@ class SGLangLink(ServedLink):
     def load(self, samples: Mapping[str, float]) -> wire.Load:
         waiting, running = (int(samples.get(f"sglang:num_{what}_reqs", 0)) for what in ("queue", "running"))
         total = int(samples.get("sglang:max_total_num_tokens", 0))
-        used = min(total, round(samples.get("sglang:token_usage", 0.0) * total))
-        groups = [wire.GroupUsage(total, used, 0, total - used)] if total else []
-        return wire.Load(waiting=waiting, running=running, waiting_tokens=0, groups=groups, queued=waiting)
+        return load_of(waiting, running, total, samples.get("sglang:token_usage", 0.0))
 
 
 class Answer(Work, StreamAnswer):

@@ -25,99 +25,40 @@ from pd_serve.router.backends.base import Place, Unfit
 from pd_serve.router.backends.events import Events, StreamAnswer
 from pd_serve.router.backends.handover import Handed
 from pd_serve.router.backends.http import Server, Whole
-from pd_serve.router.backends.served import Facts, Served, ServedLink, Work, failure_of, headers_of, tokens_of, why_not
+from pd_serve.router.backends.served import (
+    Facts,
+    Served,
+    ServedLink,
+    Work,
+    failure_of,
+    headers_of,
+    load_of,
+    tokens_of,
+    why_not,
+)
+from pd_serve.router.backends.vllm_words import (
+    KEEP,
+    Answered,
+    Choice,
+    Params,
+    answered,
+    is_ours,
+    logprobs_of,
+    prompt_logprobs_of,
+    raw_of,
+    sampling_of,
+)
 from pd_serve.wire import link as wire
 
 log = logging.getLogger(__name__)
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 _PROBE_S = 60.0  # a first token may compile something
-# What the prefill server is asked to keep: the plain protocol of vLLM's own proxies.
-_KEEP: dict[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
-_OURS = 1  # version of what pd-serve's connector writes
 _RELEASE_S = 30.0  # vLLM's lease
 # A request that is left before its first token is waited for so long: the engine has it then, and gives back what the
 # prefill server keeps for it. vLLM forgets one that it has not handed to its engine yet.
 _GRACE_S = 0.5
 _LINGER_S = 0.25  # what a prefill that nobody wants may go on, because its answer may be under way
-
-
-class _Top(msgspec.Struct):
-    token_id: int | None = None
-    token: str = ""
-    logprob: float = 0.0
-    rank: int | None = None
-    top_logprobs: list[_Top] = []
-
-
-class _Logprobs(msgspec.Struct):
-    """Of either path."""
-
-    content: list[_Top] | None = None
-    tokens: list[str] = []
-    token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] | None = None
-
-
-class _PromptLogprob(msgspec.Struct):
-    logprob: float
-    rank: int | None = None
-
-
-_Prompt = list[dict[str, _PromptLogprob] | None]
-
-
-class _Choice(msgspec.Struct):
-    token_ids: list[int] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    logprobs: _Logprobs | None = None
-    prompt_logprobs: _Prompt | None = None
-
-
-class _Cached(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens_details: _Cached | None = None
-
-
-class Answered(msgspec.Struct):
-    """A whole answer, or an event of a streamed one."""
-
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw = msgspec.Raw()
-    kv_transfer_params: msgspec.Raw = msgspec.Raw()
-    prompt_logprobs: _Prompt | None = None
-
-    @property
-    def num_cached(self) -> int:
-        details = self.usage.prompt_tokens_details if self.usage is not None else None
-        return (details.cached_tokens or 0) if details is not None else 0
-
-
-class _Pdserve(msgspec.Struct):
-    v: int
-    num_tokens: int
-
-
-class _Params(msgspec.Struct):
-    """The little that is read of them."""
-
-    remote_prefill_cached_tokens: int | None = None
-    pd_serve: msgspec.Raw = msgspec.Raw()
-
-
-_answered = msgspec.json.Decoder(Answered).decode
 
 
 class VLLM(Served):
@@ -146,14 +87,14 @@ async def _doors(server: Server, model: str) -> tuple[str, str]:
     if status == 200:
         if kind != "text/event-stream":
             return GENERATE, COMPLETIONS
-        events = [_answered(event) for event in Events().feed(answer) if event != b"[DONE]"]
+        events = [answered(event) for event in Events().feed(answer) if event != b"[DONE]"]
         if any(choice.token_ids for event in events for choice in event.choices):
             return GENERATE, GENERATE
     body = msgspec.json.encode({"model": model, "prompt": [1], "max_tokens": 1, "return_token_ids": True})
     status, _, answer = await server.ask(COMPLETIONS, body, _PROBE_S)
     if status != 200:
         raise Unfit(f"{COMPLETIONS}: {failure_of(status, answer)[1]}")
-    if not all(choice.token_ids for choice in _answered(answer).choices):
+    if not all(choice.token_ids for choice in answered(answer).choices):
         raise Unfit(f"neither {GENERATE} nor {COMPLETIONS} tells token ids: it needs vLLM 0.11 or later")
     return COMPLETIONS, COMPLETIONS
 
@@ -180,9 +121,7 @@ class VLLMLink(ServedLink):
         waiting, running = (int(samples.get(f"vllm:num_requests_{what}", 0)) for what in ("waiting", "running"))
         blocks = int(samples.get("vllm:cache_config_info:num_gpu_blocks", 0))
         share = samples.get("vllm:kv_cache_usage_perc", samples.get("vllm:gpu_cache_usage_perc", 0.0))
-        used = min(blocks, round(share * blocks))
-        groups = [wire.GroupUsage(blocks, used, 0, blocks - used)] if blocks else []
-        return wire.Load(waiting=waiting, running=running, waiting_tokens=0, groups=groups, queued=waiting)
+        return load_of(waiting, running, blocks, share)
 
     def body(
         self,
@@ -197,7 +136,7 @@ class VLLMLink(ServedLink):
         """A request. ``extra``: tokens after the submit's; ``limit``: of its output tokens, 0: what is left of it;
         ``params``: ``kv_transfer_params`` in JSON, empty: none."""
         tokens = [*tokens_of(submit), *extra]
-        sampling = _sampling(submit, len(extra), limit)
+        sampling = sampling_of(submit, len(extra), limit)
         document: dict[str, Any] = {"model": self.hello.model.name, "stream": stream}
         if path == GENERATE:
             document |= {"token_ids": tokens, "sampling_params": {**sampling, "detokenize": False}}
@@ -215,12 +154,12 @@ class VLLMLink(ServedLink):
 class _VLLMWork(Work):
     link: VLLMLink
 
-    def outputs_of(self, choice: _Choice, index: int, num_cached: int) -> wire.Output:
+    def outputs_of(self, choice: Choice, index: int, num_cached: int) -> wire.Output:
         tokens = choice.token_ids or []
         sampling = self.submit.sampling
         logprobs = None
         if sampling.logprobs >= 0:
-            logprobs = _logprobs(choice.logprobs, tokens, sampling.logprobs)
+            logprobs = logprobs_of(choice.logprobs, tokens, sampling.logprobs)
         stop = choice.stop_reason if isinstance(choice.stop_reason, int) else None
         return wire.Output(
             self.submit.id, index, tokens, logprobs, choice.finish_reason, stop_token=stop, num_cached=num_cached
@@ -235,7 +174,7 @@ class Prefill(_VLLMWork):
     def start(self) -> None:
         self._handover = self.link.backend.handovers.of(self.submit.id)
         self._handover.join()
-        body = self.link.body(self.link.whole, self.submit, limit=1, stream=False, params=msgspec.json.encode(_KEEP))
+        body = self.link.body(self.link.whole, self.submit, limit=1, stream=False, params=msgspec.json.encode(KEEP))
         whole = Whole()
         whole.done.add_done_callback(self._answered)
         self._begun_s = time.monotonic()
@@ -270,7 +209,7 @@ class Prefill(_VLLMWork):
                 self.fail(*failure_of(status, body))
             else:
                 try:
-                    self._take(_answered(body))
+                    self._take(answered(body))
                 except (msgspec.DecodeError, IndexError) as wrong:
                     self.fail("internal", f"an answer that cannot be read: {wrong}")
         self._leave()
@@ -279,16 +218,16 @@ class Prefill(_VLLMWork):
         choice = answer.choices[0]
         base, prompt = self.submit.num_output, self.prompt_tokens
         node, took_s = self.link.node, time.monotonic() - self._begun_s
-        params = _given(answer.kv_transfer_params)
-        read = msgspec.json.decode(params, type=_Params) if params else _Params()
+        params = raw_of(answer.kv_transfer_params)
+        read = msgspec.json.decode(params, type=Params) if params else Params()
         cached = read.remote_prefill_cached_tokens or answer.num_cached
         if self._only and node is not None:
             node.computed(prompt - cached, took_s)
         if self.submit.sampling.prompt_logprobs >= 0:
-            found = _prompt_logprobs(answer.prompt_logprobs or choice.prompt_logprobs, self.submit)
+            found = prompt_logprobs_of(answer.prompt_logprobs or choice.prompt_logprobs, self.submit)
             self.say(wire.Output(self.submit.id, base, [], prompt_logprobs=found))
         # an engine that begins after the first token would begin its grammar there, too
-        ours = _is_ours(read.pd_serve, prompt) and self.submit.sampling.grammar is None
+        ours = is_ours(read.pd_serve, prompt) and self.submit.sampling.grammar is None
         first = tuple(choice.token_ids or ()) if ours else ()
         ended = choice.finish_reason == "stop" and (ours or not params)
         if ended or first:
@@ -300,21 +239,6 @@ class Prefill(_VLLMWork):
             return
         self._handover.hand(Handed(params, first, cached))
         self.finished()
-
-
-def _given(raw: msgspec.Raw) -> bytes:
-    """JSON as it came; empty where there was none, or null."""
-    found = bytes(raw)
-    return b"" if found == b"null" else found
-
-
-def _is_ours(raw: msgspec.Raw, prompt_tokens: int) -> bool:
-    """The connector is pd-serve's, and it has kept all of the prompt."""
-    try:
-        found = msgspec.json.decode(given, type=_Pdserve) if (given := _given(raw)) else None
-    except msgspec.DecodeError:
-        return False
-    return found is not None and found.v == _OURS and found.num_tokens == prompt_tokens
 
 
 class _Streamed(_VLLMWork, StreamAnswer):
@@ -338,10 +262,10 @@ class _Streamed(_VLLMWork, StreamAnswer):
 
     def take(self, event: bytes) -> str | None:
         try:
-            answer = _answered(event)
+            answer = answered(event)
         except msgspec.DecodeError as error:
             return f"an event that cannot be read: {error}"
-        if _given(answer.error):
+        if raw_of(answer.error):
             return failure_of(200, event)[1].partition(": ")[2]
         if not answer.choices:
             return None
@@ -385,10 +309,10 @@ class Alone(_Streamed):
             self.fail(*(("internal", str(error)) if error is not None else failure_of(status, body)))
             return
         try:
-            answer = _answered(body)
+            answer = answered(body)
             output = self.outputs_of(answer.choices[0], self.submit.num_output, answer.num_cached)
             found = answer.prompt_logprobs or answer.choices[0].prompt_logprobs
-            output.prompt_logprobs = _prompt_logprobs(found, self.submit)
+            output.prompt_logprobs = prompt_logprobs_of(found, self.submit)
         except (msgspec.DecodeError, IndexError) as wrong:
             self.fail("internal", f"an answer that cannot be read: {wrong}")
             return
@@ -469,92 +393,3 @@ class Decode(_Streamed):
                 except OSError:
                     continue  # to the next
         log.info("%s: no decode server sets its KV free: the end of its lease will", self.submit.id)
-
-
-# --- words ------------------------------------------------------------------------------------------------------
-
-
-def _sampling(submit: wire.Submit, extra: int, limit: int) -> dict[str, Any]:
-    """In vLLM's names; the same on both paths. What a model's files set is known to the router, so that all is said."""
-    asked = submit.sampling
-    made = submit.num_output + extra
-    count = limit or asked.max_tokens - made
-    found: dict[str, Any] = {
-        "max_tokens": count,
-        "temperature": asked.temperature,
-        "top_k": asked.top_k,
-        "top_p": asked.top_p,
-        "min_p": asked.min_p,
-        "repetition_penalty": asked.repetition_penalty,
-        "presence_penalty": asked.presence_penalty,
-        "frequency_penalty": asked.frequency_penalty,
-        "min_tokens": max(0, min(asked.min_tokens - made, count)),
-        "ignore_eos": asked.ignore_eos,
-    }
-    if asked.seeded and asked.temperature:
-        found["seed"] = (asked.seed + made) % 2**63
-    if asked.stop_token_ids:
-        found["stop_token_ids"] = asked.stop_token_ids
-    if asked.logit_bias:
-        found["logit_bias"] = {str(id): bias for id, bias in asked.logit_bias.items()}
-    if asked.allowed_token_ids:
-        found["allowed_token_ids"] = asked.allowed_token_ids
-    if asked.logprobs >= 0:
-        found["logprobs"] = asked.logprobs
-    if asked.prompt_logprobs >= 0:
-        found["prompt_logprobs"] = asked.prompt_logprobs
-    if asked.grammar is not None:
-        found["structured_outputs"] = _structured(asked.grammar)
-    return found
-
-
-def _structured(grammar: wire.Grammar) -> dict[str, Any]:
-    match grammar.kind:
-        case "json_schema":
-            return {"json": grammar.text}
-        case "json_object":
-            return {"json_object": True}
-        case "choice":
-            return {"choice": msgspec.json.decode(grammar.text)}
-        case "regex" | "structural_tag":
-            return {grammar.kind: grammar.text}
-    return {"grammar": grammar.text}
-
-
-def _id(token: str) -> int:
-    """Of ``token_id:7``."""
-    return int(token.rpartition(":")[2])
-
-
-def _logprobs(given: _Logprobs | None, tokens: list[int], tops: int) -> list[wire.TokenLogprob]:
-    """Raises nothing: what is missing is very unlikely."""
-    found = []
-    for place, token in enumerate(tokens):
-        logprob, rank, top = -9999.0, 0, list[tuple[int, float]]()
-        if given is not None and given.content is not None and place < len(given.content):
-            entry = given.content[place]
-            logprob, rank = entry.logprob, entry.rank or 0
-            top = [(_id(t.token) if t.token_id is None else t.token_id, t.logprob) for t in entry.top_logprobs]
-        elif given is not None and place < len(given.token_logprobs):
-            value = given.token_logprobs[place]
-            logprob = -9999.0 if value is None else value
-            tells = (given.top_logprobs or [])[place : place + 1]
-            top = [(_id(t), p) for t, p in ((tells and tells[0]) or {}).items()]
-        top.sort(key=lambda entry: -entry[1])
-        ranks = {id: n for n, (id, _) in enumerate(top, 1)}
-        found.append(wire.TokenLogprob(token, logprob, rank or ranks.get(token, len(top) + 1), top[: max(0, tops)]))
-    return found
-
-
-def _prompt_logprobs(given: _Prompt | None, submit: wire.Submit) -> list[wire.TokenLogprob | None]:
-    tokens = tokens_of(submit)
-    found: list[wire.TokenLogprob | None] = []
-    for place, token in enumerate(tokens):
-        entries = given[place] if given is not None and place < len(given) else None
-        own = (entries or {}).get(str(token))
-        if entries is None or own is None:
-            found.append(None)
-            continue
-        top = sorted(((int(id), entry.logprob) for id, entry in entries.items()), key=lambda entry: -entry[1])
-        found.append(wire.TokenLogprob(token, own.logprob, own.rank or 0, top[: submit.sampling.prompt_logprobs]))
-    return found
