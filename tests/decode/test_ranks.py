@@ -110,6 +110,11 @@ class Nodes:
         for source in self.p:
             source.outbox.cancel("nobody's", "")
 
+    def settle(self) -> None:
+        """All have done what they were told: else they would still do it when the clock has moved on."""
+        for end in (*self.d, *self.p):
+            end.worker.ask(lambda: None).result(10)
+
     def close(self) -> None:
         for end in (*self.d, *self.p):
             end.close()
@@ -217,6 +222,7 @@ def test_a_lease_that_has_expired_at_one_rank_is_enough(make: Make) -> None:
     assert nodes.arrive("warm")
     nodes.scripts[0].hangs = True
     nodes.start()
+    nodes.settle()
     nodes.p_clock.now_s += LEASE_S
     nodes.p[1].outbox.cancel("nobody's", "")  # looks at its clock, which the other does not
     assert until(lambda: nodes.p[1].why("k")) == "expired"
@@ -238,6 +244,7 @@ def test_a_rank_that_never_announces(make: Make) -> None:
     nodes.d[0].wait("k", Offered)
     nodes.d[0].accept("k", [OURS])
     until(lambda: nodes.p[0].why("k"))  # its part is here and released
+    nodes.settle()
     nodes.look()
     assert nodes.d[0].ends("k") == []
     nodes.d_clock.now_s += 31  # its lease is alive at the other rank, which would compute for ever
@@ -252,6 +259,7 @@ def test_a_rank_that_computes_longer_is_waited_for_before_any_is_done(make: Make
     nodes.publish(0, blocks=2)
     nodes.d[0].wait("k", Offered)
     nodes.d[0].accept("k", [OURS])
+    nodes.settle()
     nodes.d_clock.now_s += 600
     nodes.look()
     for rank in range(2):
