@@ -7,13 +7,17 @@ connector has the two servers to itself, one after the other: prefill on GPU 0, 
 one request at a time: until the prefill server's answer; from then to the decode server's first own token; until a
 client has its first token (with ours the prefill server's, which goes out at once). Then 64 requests of 2,048 tokens at
 once: the 99th percentile of the hand-over. With ``--ucx-tls`` both have UCX_TLS set, so that NIXL falls to what it
-names. What pd-serve's lanes say in the servers' logs is printed.
+names (``tcp,cuda_copy``). What pd-serve's lanes say in the servers' logs is printed.
+
+``same_tokens``: of 16 tokens each of 8 prompts, how many in a row are those of the prefill server alone, on average
+(bfloat16 and dummy weights: near-ties flip); ``different_tokens``: how many different ones there were.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -33,6 +37,8 @@ from benchmarks.shapes import write_model
 
 LENGTHS = (512, 2048, 8192)
 REPEATS, BURST, BURST_TOKENS, DECODED = 8, 64, 2048, 32
+COMPARED, COMPARED_TOKENS, COMPARED_OUT = 8, 1000, 16
+START_S, END_S = 240, 20
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
 OURS = {
     "kv_connector": "PdServeConnector",
@@ -68,40 +74,54 @@ class Server:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environ, start_new_session=True)
 
     async def ready(self, client: httpx.AsyncClient) -> None:
-        for _ in range(600):
-            if self.process.poll() is not None:
-                break
-            try:
+        until_s = time.monotonic() + START_S
+        while self.process.poll() is None and time.monotonic() < until_s:
+            with contextlib.suppress(httpx.HTTPError):
                 if (await client.get(f"{self.url}/health")).status_code == 200:
                     return
-            except httpx.HTTPError:
-                pass
             await asyncio.sleep(1)
-        sys.exit(f"a server does not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+        raise RuntimeError(f"a server does not start:\n{self.log.read_text(errors='replace')[-6000:]}")
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
+        """Returns when its engine's process has ended too: the next server needs the GPU's memory."""
+        until_s = time.monotonic() + END_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            while time.monotonic() < until_s:
+                self.process.poll()
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.2)
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+BODY = {"model": "m", "temperature": 0, "ignore_eos": True}
+
+
+def prompt_of(count: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1000, 120000) for _ in range(count)]
+
+
+async def prefill(client: httpx.AsyncClient, p: Server, prompt: list[int]) -> tuple[dict[str, Any], list[int]]:
+    """What a decode server is asked after the prefill server's answer, and that one's token."""
+    body = {**BODY, "prompt": prompt, "max_tokens": 1, "return_token_ids": True, "kv_transfer_params": KEEP}
+    answer = await client.post(f"{p.url}/v1/completions", json=body)
+    answer.raise_for_status()
+    said = answer.json()
+    params, first = said["kv_transfer_params"], said["choices"][0]["token_ids"]
+    if "pd_serve" in params:  # it goes on with the second token
+        prompt = prompt + first
+    return {"prompt": prompt, "kv_transfer_params": params}, first
 
 
 async def handed_over(client: httpx.AsyncClient, p: Server, d: Server, count: int, seed: int) -> tuple[float, float]:
     """Seconds until the prefill server's answer, and from then to the decode server's first own token."""
-    rng = random.Random(seed)
-    prompt = [rng.randrange(1000, 120000) for _ in range(count)]
-    body = {"model": "m", "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    prompt = prompt_of(count, seed)
     begun = time.perf_counter()
-    answer = await client.post(
-        f"{p.url}/v1/completions", json={**body, "prompt": prompt, "max_tokens": 1, "kv_transfer_params": KEEP}
-    )
-    answer.raise_for_status()
-    said, answered = answer.json(), time.perf_counter()
-    params = said["kv_transfer_params"]
-    if "pd_serve" in params:  # it goes on with the second token
-        prompt = prompt + said["choices"][0]["token_ids"]
-    asked = {**body, "prompt": prompt, "max_tokens": DECODED, "stream": True, "kv_transfer_params": params}
+    asked, _ = await prefill(client, p, prompt)
+    answered = time.perf_counter()
+    asked |= {**BODY, "max_tokens": DECODED, "stream": True}
     async with client.stream("POST", f"{d.url}/v1/completions", json=asked) as lines:
         lines.raise_for_status()
         first = 0.0
@@ -111,16 +131,35 @@ async def handed_over(client: httpx.AsyncClient, p: Server, d: Server, count: in
     return answered - begun, first - answered
 
 
+async def compared(client: httpx.AsyncClient, p: Server, d: Server) -> tuple[float, int]:
+    """Tokens in a row that are those of the prefill server alone, on average, and how many different ones it made."""
+    rows, seen = [], set()
+    for seed in range(COMPARED):
+        prompt = prompt_of(COMPARED_TOKENS, 1000 + seed)
+        body = {**BODY, "prompt": prompt, "max_tokens": COMPARED_OUT, "return_token_ids": True}
+        alone = (await client.post(f"{p.url}/v1/completions", json=body)).json()["choices"][0]["token_ids"]
+        asked, first = await prefill(client, p, prompt)
+        done = first if len(asked["prompt"]) > len(prompt) else []
+        asked |= {**BODY, "max_tokens": COMPARED_OUT - len(done), "return_token_ids": True}
+        answer = await client.post(f"{d.url}/v1/completions", json=asked)
+        answer.raise_for_status()
+        split = done + answer.json()["choices"][0]["token_ids"]
+        rows.append(next((i for i, pair in enumerate(zip(alone, split, strict=True)) if len({*pair}) > 1), len(alone)))
+        seen |= set(alone)
+    return statistics.mean(rows), len(seen)
+
+
 async def measure(name: str, p: Server, d: Server) -> dict[str, Any]:
     found: dict[str, Any] = {"connector": name}
-    async with httpx.AsyncClient(timeout=300, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
         await asyncio.gather(p.ready(client), d.ready(client))
         await handed_over(client, p, d, 512, 0)  # the first one shakes hands
+        found["same_tokens"], found["different_tokens"] = await compared(client, p, d)
         for count in LENGTHS:
             times = [await handed_over(client, p, d, count, seed) for seed in range(REPEATS)][1:]
-            prefill, hand_over = (statistics.median(t[i] for t in times) * 1e3 for i in range(2))
-            ttft = prefill if name == "ours" else prefill + hand_over
-            found[str(count)] = {"prefill_ms": prefill, "hand_over_ms": hand_over, "ttft_ms": ttft}
+            prefill_ms, hand_over_ms = (statistics.median(t[i] for t in times) * 1e3 for i in range(2))
+            ttft_ms = prefill_ms if name == "ours" else prefill_ms + hand_over_ms
+            found[str(count)] = {"prefill_ms": prefill_ms, "hand_over_ms": hand_over_ms, "ttft_ms": ttft_ms}
         burst = await asyncio.gather(*(handed_over(client, p, d, BURST_TOKENS, 100 + i) for i in range(BURST)))
         found["burst_hand_over_p99_ms"] = sorted(t[1] for t in burst)[int(0.99 * BURST)] * 1e3
     return found
@@ -144,6 +183,9 @@ def main() -> None:
             servers = [Server(model, g, connector, arguments.logs / f"{name}{g}.log", arguments) for g in range(2)]
             try:
                 results.append(asyncio.run(measure(name, *servers)))
+            except (RuntimeError, httpx.HTTPError) as error:  # the other one is measured all the same
+                results.append({"connector": name, "failed": repr(error)})
+                print(f"{name} failed: {error}")
             finally:
                 for server in servers:
                     server.stop()

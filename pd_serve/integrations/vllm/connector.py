@@ -25,7 +25,7 @@ from pd_serve.integrations.vllm.device import Memory, device_memory, supplied
 from pd_serve.integrations.vllm.orders import Orders
 from pd_serve.integrations.vllm.scheduler_side import SchedulerSide
 from pd_serve.integrations.vllm.worker_side import Results, WorkerSide
-from pd_serve.interpreter import main_thread
+from pd_serve.interpreter import main_thread, switch_often
 from pd_serve.transfer.session.handshake import Identity
 from pd_serve.wire.link import Source
 
@@ -146,6 +146,8 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
             rank=engine.rank(),
             ranks=self._vllm_config.parallel_config.tensor_parallel_size,
         )
+        if held.memory.device is not None:
+            switch_often()
         main_thread.at_work = True  # vLLM does not say when it needs the interpreter: the transfer thread never spins
         self._ends = ends = open_ends(self._settings, identity, held.memory)
         ends.worker.wait_ready(self._settings.transport_timeout_s)

@@ -74,10 +74,17 @@ class DeviceMemory:
 def _segments(regions: tuple[Region, ...]) -> list[Segment]:
     """What the regions are mapped from; nothing where it is plain memory, or nobody here can ask."""
     try:
-        driver = CudaDriver()
+        found = _mapped_under(CudaDriver(), regions)
     except DriverError as error:
-        log.warning("GPU memory cannot be looked at, so peers cannot open it: %s", reason(error))
+        log.warning("GPU memory cannot be looked at, and is taken for torch's own: %s", reason(error))
         return []
+    if any(segment.handle_type is HandleType.NONE for segment in found):
+        log.warning("vLLM's allocator makes memory that no other process can open: nvlink is left out")
+    return found
+
+
+def _mapped_under(driver: CudaDriver, regions: tuple[Region, ...]) -> list[Segment]:
+    """Raises DriverError."""
     found: dict[int, Segment] = {}
     for region in regions:
         at = region.address
@@ -90,8 +97,6 @@ def _segments(regions: tuple[Region, ...]) -> list[Segment]:
                 found[mapping.address] = Segment(
                     mapping.address, mapping.size_bytes, mapping.handle, mapping.handle_type
                 )
-    if any(segment.handle_type is HandleType.NONE for segment in found.values()):
-        log.warning("vLLM's allocator makes memory that no other process can open: nvlink is left out")
     return list(found.values())
 
 
