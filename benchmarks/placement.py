@@ -5,8 +5,9 @@ are encoded first):
 
     python benchmarks/placement.py --nodes 1024 10000
 
-A *decision* is what a stream does to be placed: terms, placement, and the books of both nodes; its prompt's names are
-made before, as its tokens are. Half of the nodes are prefill nodes. Loads are random, and follow what is placed.
+A *decision* is what a stream does to be placed: terms and placement; its prompt's names are made before, as its tokens
+are. *Books*: what then changes of both nodes. Half of the nodes are prefill nodes. Loads are random, and follow what is
+placed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def joins(count: int, network: Network) -> tuple[Group, list[Node]]:
     return group, nodes
 
 
-def decisions(group: Group, count: int) -> list[float]:
+def decisions(group: Group, count: int) -> tuple[list[float], list[float]]:
+    """CPU seconds of each decision, and of its books."""
     prompts = [random.randbytes(4 * PROMPT_TOKENS) for _ in range(PROMPTS)]
     names = [chain(group.info.fingerprint, prompt) for prompt in prompts]
     for known in names:
@@ -95,7 +97,7 @@ def decisions(group: Group, count: int) -> list[float]:
             group.targets.prefixes.stored(random.choice(list(group.decode)), known[: random.randrange(1, 16)])
     sampling = link.SamplingParams(max_tokens=100, seed=1)
     source = link.Source("x", "e", ("tcp://x",))
-    times = []
+    times, books = [], []
     for number in range(count):
         which = random.randrange(PROMPTS)
         work = Work(f"a{number}")
@@ -114,12 +116,14 @@ def decisions(group: Group, count: int) -> list[float]:
         )
         found = place(group.sources, group.targets, terms)
         times.append(time.process_time() - begun_s)
+        begun_s = time.process_time()
         assert isinstance(found, Placement) and found.prefill is not None and found.decode is not None
         group.sources.chosen(found.prefill)
         group.targets.chosen(found.decode)
         group.prefill[found.prefill].submit(work, submits[0], found.cached)
         group.decode[found.decode].submit(work, submits[1])
-    return times
+        books.append(time.process_time() - begun_s)
+    return times, books
 
 
 def main() -> None:
@@ -134,7 +138,9 @@ def main() -> None:
         network = Network()
         group, nodes = joins(count, network)
         network.open = False
-        print(f"{count:6d} nodes, a decision: {percentiles(decisions(group, given.decisions))}")
+        times, books = decisions(group, given.decisions)
+        print(f"{count:6d} nodes, a decision: {percentiles(times)}")
+        print(f"{count:6d} nodes, its books:  {percentiles(books)}")
         statuses = []
         registry = Registry()
         registry.groups[(group.info.name, group.info.fingerprint)] = group

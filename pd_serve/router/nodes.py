@@ -190,7 +190,7 @@ class Node:
             full=0 < load.max_queue <= load.queued + sent,
             queueing=load.queue_wait_s > 0 or load.queued + sent > self._room,
             queue_wait_s=load.queue_wait_s,
-            met=tuple(self.met),
+            met=self.met,
             tokens_a_second=self.tokens_a_second,
             lanes=self.lanes,
         )

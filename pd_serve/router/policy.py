@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+import msgspec
 
 from pd_serve.router.field import FULL, Entry, Field, NodeView
 from pd_serve.router.prefixes import Prefixes
 
 _STAY = 0.1  # of the prompt: so much more than the best may the node cost that has most of it cached
+_NOTHING = float("inf")
 _AVOIDED = 1e18  # a node that failed comes after all that did not, full ones too
 _MEET_TOKENS = 256  # of a source that the decode node is not connected to yet: a handshake and a self-test
 
@@ -42,8 +44,7 @@ class Nowhere(Enum):
     REFUSED = "refused"  # all that could take it have refused
 
 
-@dataclass(slots=True)
-class Terms:
+class Terms(msgspec.Struct, gc=False):
     """What one stream asks of its nodes, and what it has met with.
 
     ``total_tokens``: prompt and all output. ``avoid``: how often a node failed under this stream; such nodes are
@@ -54,7 +55,7 @@ class Terms:
 
     prompt_tokens: int = 0  # to be computed, output of earlier attempts included
     total_tokens: int = 0
-    avoid: Mapping[str, int] = field(default_factory=dict)
+    avoid: Mapping[str, int] = {}
     refused: AbstractSet[str] = frozenset()
     unfit: AbstractSet[Pair] = frozenset()
     unwell: Collection[str] = ()
@@ -62,19 +63,23 @@ class Terms:
     turn: int = 0
     chain: Sequence[int] = ()
 
-    def some(self, nodes: Field, layout: str | None = None, met: tuple[str, ...] = ()) -> list[Entry]:
-        """``met``: those to choose some of besides."""
+    def some(self, nodes: Field, layout: str | None = None, met: Collection[str] = ()) -> list[Entry]:
+        """Usable ones. ``met``: those to choose some of besides."""
         named = nodes.prefixes.owners(self.chain) if self.chain else ()
-        if not (self.refused or self.avoid or self.unwell):
-            return nodes.some(self.turn, layout, named=named, met=met)
-        # Those that have refused are among them, as a sign that full ones would, too.
-        without = {*self.refused, *self.avoid, *self.unwell}
-        return nodes.some(self.turn, layout, without=without, named=(*named, *self.refused), met=met)
+        if self.refused or self.avoid or self.unwell:
+            # Those that have refused are among them, as a sign that full ones would, too.
+            without = {*self.refused, *self.avoid, *self.unwell}
+            found = nodes.some(self.turn, layout, without=without, named=(*named, *self.refused), met=met)
+        else:
+            found = nodes.some(self.turn, layout, named=named, met=met)
+            if nodes.takes(self.total_tokens):
+                return found
+        return self.usable(found)
 
     def usable(self, nodes: list[Entry]) -> list[Entry]:
         """Those that it fits; the unwell ones only when there are no others."""
         total = self.total_tokens
-        fitting = [entry for entry in nodes if not entry[1].draining and entry[1].max_model_len >= total]
+        fitting = [entry for entry in nodes if not (node := entry[1]).draining and node.max_model_len >= total]
         if not self.unwell:
             return fitting
         return [entry for entry in fitting if entry[1].id not in self.unwell] or fitting
@@ -92,57 +97,57 @@ class Terms:
         """What keeps it behind all others that are without."""
         return self.avoid.get(node.id, 0) * _AVOIDED + (FULL if node.full and not self.begun else 0.0)
 
-    def alone(self, node: NodeView, known: Prefixes) -> bool:
-        """The decode node may have so much of the prompt that it computes the rest itself."""
-        if not self.chain or not node.local_prefill_tokens:
-            return False
-        return self.prompt_tokens - known.tokens(node.id, self.chain) <= node.local_prefill_tokens
-
-    def targets(self, nodes: list[Entry], known: Prefixes) -> list[NodeView]:
-        """Decode nodes, best first. To have the prompt counts as much as a sequence less."""
-        left = self.willing(nodes)
-        if len(left) <= 1:
-            return [node for _, node in left]
-        chain, tokens, total = self.chain, known.tokens, self.prompt_tokens
+    def targets(self, nodes: list[Entry], known: Prefixes) -> list[tuple[float, int, int, NodeView]]:
+        """Decode nodes, best first: cost, place, the tokens of the prompt that it has, and the node. To have the prompt
+        counts as much as a sequence less."""
+        chain, held = self.chain, known.held
+        head = chain[0] if chain else None
         found = []
-        for place, (load, node) in enumerate(left):
-            own = tokens(node.id, chain) / total if chain else 0.0
+        for place, (cost, node) in enumerate(self.willing(nodes)):
+            own = 0
+            if (names := held.get(node.id)) and head in names:  # looked at here: most have nothing of it
+                own = known.tokens(node.id, chain)
+                cost -= own / self.prompt_tokens
             if node.full or self.avoid:
-                load += self.penalty(node)
-            found.append((load - own, place, node))
+                cost += self.penalty(node)
+            found.append((cost, place, own, node))
         found.sort()
-        return [node for _, _, node in found]
+        return found
 
     def source(
         self, nodes: list[Entry], target: NodeView | None, known: Prefixes, moved: int = 0
     ) -> tuple[NodeView, int] | None:
         """The best to compute the prompt, or the one that has most of it already unless that costs clearly more; and
         the tokens that it has. Of equals, the one that decodes as well. ``moved``: tokens that the target lacks."""
-        left = self.willing(nodes)
-        if not left:
-            return None
         met, own, lanes = (target.met, target.id, target.lanes) if target is not None else ((), "", {})
-        chain, tokens = self.chain, known.tokens
-        found = []
-        for place, (load, node) in enumerate(left):
-            cached = tokens(node.id, chain) if chain else 0
-            cost = load - cached
-            if node.id == own:
+        chain, held, avoided = self.chain, known.held, bool(self.avoid)
+        head = chain[0] if chain else None
+        best, least, most = None, _NOTHING, 0
+        having = []  # those that have some of the prompt
+        for cost, node in self.willing(nodes):
+            id, cached = node.id, 0
+            if (names := held.get(id)) and head in names:
+                cached = known.tokens(id, chain)
+                cost -= cached
+            if id == own:
                 cost -= 0.5
-            elif (rate := lanes.get(node.id, 0.0)) > 0:
+            elif lanes and (rate := lanes.get(id, 0.0)) > 0:
                 cost += moved * node.tokens_a_second / rate
-            elif node.id not in met:
+            elif id not in met:
                 cost += _MEET_TOKENS
-            if node.full or self.avoid:
+            if avoided or node.full:
                 cost += self.penalty(node)
-            found.append((cost, place, cached, node))
-        best = min(found)
-        if chain:
-            within = best[0] + _STAY * self.prompt_tokens
-            for other in found:
-                if other[2] > best[2] and other[0] <= within:
-                    best = other
-        return best[3], min(best[2], self.prompt_tokens - 1)
+            if cached:
+                having.append((cost, cached, node))
+            if cost < least:
+                best, least, most = node, cost, cached
+        if best is None:
+            return None
+        within = least + _STAY * self.prompt_tokens
+        for cost, cached, node in having:
+            if cached > most and cost <= within:
+                best, most = node, cached
+        return best, min(most, self.prompt_tokens - 1)
 
 
 def place(
@@ -166,27 +171,28 @@ def _place(
 ) -> Placement | Nowhere:
     """``whole``: of all nodes, instead of some."""
     if last_token and not local:
-        sources = terms.usable(prefill.all() if whole else terms.some(prefill))
+        sources = terms.usable(prefill.all()) if whole else terms.some(prefill)
         if sources:
             best = terms.source(sources, None, prefill.prefixes)
             return Placement(best[0].id, None, cached=best[1]) if best is not None else Nowhere.REFUSED
-    targets = terms.usable(decode.all() if whole else terms.some(decode))
+    targets = terms.usable(decode.all()) if whole else terms.some(decode)
     if not targets:
         return Nowhere.NO_NODES
-    for target in terms.targets(targets, decode.prefixes):
+    for _, _, own, target in terms.targets(targets, decode.prefixes):
         if local or terms.prompt_tokens <= target.local_prefill_tokens:
             return Placement(None, target.id)
         sources = _sources(prefill, target, terms, whole=whole)
         if not sources:
             return Placement(None, target.id)
-        moved = terms.prompt_tokens - (decode.prefixes.tokens(target.id, terms.chain) if terms.chain else 0)
-        best = terms.source(sources, target, prefill.prefixes, moved)
+        lacks = terms.prompt_tokens - own
+        best = terms.source(sources, target, prefill.prefixes, lacks)
         if best is None:
             continue
         node, cached = best
         if node.id == target.id:
             return Placement(None, target.id)  # of both roles, and no other is cheaper: nothing has to be moved
-        ask = target.queueing or target.full or terms.alone(target, decode.prefixes)
+        # One that has nearly all of the prompt may compute the rest itself.
+        ask = target.queueing or target.full or lacks <= target.local_prefill_tokens
         return Placement(node.id, target.id, ask, cached)
     return Nowhere.REFUSED
 
@@ -195,7 +201,7 @@ def _sources(prefill: Field, target: NodeView, terms: Terms, *, whole: bool) -> 
     """Prefill nodes that the target can read from: some of them, all where those do not fit."""
     unfit = terms.unfit
     if not whole:
-        found = terms.usable(terms.some(prefill, target.layout, target.met))
+        found = terms.some(prefill, target.layout, target.met)
         if unfit:
             found = [entry for entry in found if (entry[1].id, target.id) not in unfit]
         if found:
@@ -206,13 +212,11 @@ def _sources(prefill: Field, target: NodeView, terms: Terms, *, whole: bool) -> 
 
 def reader(source: NodeView, decode: Field, terms: Terms) -> str | None:
     """Another decode node for what the prefill node ``source`` computes already; None where there is none."""
-    for nodes in (terms.some(decode, source.layout), decode.all(source.layout)):
-        fitting = [
-            (load, d) for load, d in terms.usable(nodes) if d.id != source.id and (source.id, d.id) not in terms.unfit
-        ]
+    for nodes in (terms.some(decode, source.layout), terms.usable(decode.all(source.layout))):
+        fitting = [(load, d) for load, d in nodes if d.id != source.id and (source.id, d.id) not in terms.unfit]
         best = terms.targets(fitting, decode.prefixes)
         if best:
-            return best[0].id
+            return best[0][3].id
         if not (terms.begun or decode.open(terms.refused)):
             break
     return None

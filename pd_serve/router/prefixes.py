@@ -7,6 +7,7 @@ by its load. Prefixes are evicted tail first, so that whoever has a chunk is tak
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from pd_serve.wire.chunks import CHUNK_TOKENS
@@ -19,19 +20,19 @@ _OWNERS = 4  # of one name that are found by it; more would not be looked at
 class Prefixes:
     def __init__(self, most: int = MAX_NAMES) -> None:
         self._most = most
-        self._held: dict[str, dict[int, None]] = {}  # by node id: names, the least recently used first
+        self.held: dict[str, dict[int, None]] = {}  # by node id: names, the least recently used first; to be read only
         self._owners: dict[int, list[str]] = {}  # by name: the last to have said so
         # By node id, where there is a host tier: names in it, and whether they are in the KV cache as well.
         self._host: dict[str, dict[int, bool]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._held.values()))
+        return sum(map(len, self.held.values()))
 
     def stored(self, id: str, names: Sequence[int]) -> None:
         """``names``: a chain or a part of one, in order."""
         if not names:
             return
-        held, host = self._held.setdefault(id, {}), self._host.get(id, {})
+        held, host = self.held.setdefault(id, {}), self._host.get(id, {})
         for name in host.keys() & names if host else ():
             host[name] = True
         for name in reversed(names):  # the head is needed by most: it is forgotten last
@@ -42,11 +43,11 @@ class Prefixes:
                 owners.append(id)
                 del owners[:-_OWNERS]
             held[name] = None
-        for name in [name for name, _ in zip(held, range(len(held) - self._most // len(self._held)), strict=False)]:
+        for name in [name for name, _ in zip(held, range(len(held) - self._most // len(self.held)), strict=False)]:
             self._drop(id, held, name)
 
     def evicted(self, id: str, names: Iterable[int]) -> None:
-        held, host = self._held.get(id), self._host.get(id, {})
+        held, host = self.held.get(id), self._host.get(id, {})
         if held is not None:
             for name in names:
                 if name in host:
@@ -56,14 +57,14 @@ class Prefixes:
 
     def put_by(self, id: str, names: Sequence[int]) -> None:
         """They are in the node's host tier from now on."""
-        held, host = self._held.get(id, {}), self._host.setdefault(id, {})
+        held, host = self.held.get(id, {}), self._host.setdefault(id, {})
         here = {name for name in names if name in held}
         self.stored(id, names)
         host.update({name: name in here for name in names})
 
     def dropped(self, id: str, names: Iterable[int]) -> None:
         """They are in its host tier no more."""
-        held, host = self._held.get(id, {}), self._host.get(id, {})
+        held, host = self.held.get(id, {}), self._host.get(id, {})
         for name in names:
             if host.pop(name, True) is False and name in held:
                 self._drop(id, held, name)
@@ -73,17 +74,17 @@ class Prefixes:
         self.evicted(id, names[-(-cached_tokens // CHUNK_TOKENS) :])
 
     def forget(self, id: str) -> None:
-        held = self._held.get(id, {})
+        held = self.held.get(id, {})
         for name in list(held):
             self._drop(id, held, name)
-        self._held.pop(id, None)
+        self.held.pop(id, None)
         self._host.pop(id, None)
 
     def count(self, id: str) -> int:
-        return len(self._held.get(id, ()))
+        return len(self.held.get(id, ()))
 
     def names(self, id: str) -> set[int]:
-        return set(self._held.get(id, ()))
+        return set(self.held.get(id, ()))
 
     def _drop(self, id: str, held: dict[int, None], name: int) -> None:
         del held[name]
@@ -101,9 +102,8 @@ class Prefixes:
 
     def tokens(self, id: str, names: Sequence[int]) -> int:
         """How much of the chain the node has; what is in its host tier alone counts for less."""
-        held = self._held.get(id)
-        depth = _depth(held, names) if held else 0
-        if depth and (host := self._host.get(id)):
+        depth = _depth(self.held.get(id, {}), names)
+        if self._host and (host := self._host.get(id)):
             far = sum(host.get(name) is False for name in names[:depth])
             return int((depth - (1 - HOST_WORTH) * far) * CHUNK_TOKENS)
         return depth * CHUNK_TOKENS
@@ -111,13 +111,4 @@ class Prefixes:
 
 def _depth(known: dict[int, None] | dict[int, list[str]], names: Sequence[int]) -> int:
     """How many of ``names`` are known, by bisection: those before one that is are, too."""
-    if not names or names[0] not in known:
-        return 0
-    low, high = 1, len(names)  # so many are known; more than so many are not
-    while low < high:
-        middle = (low + high + 1) // 2
-        if names[middle - 1] in known:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return len(names) - bisect_left(names[::-1], True, key=known.__contains__)

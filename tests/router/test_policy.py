@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from pd_serve.router.field import Field, NodeView, sources, targets
 from pd_serve.router.policy import Nowhere, Placement, Terms, longest
@@ -269,7 +271,7 @@ def many(role: str, count: int, **fields: Any) -> list[NodeView]:
 def test_of_many_nodes_the_least_loaded_is_found() -> None:
     p = many("p", 2000, waiting_tokens=9000, sequences=9)
     d = many("d", 2000, sequences=30)
-    p[1234], d[777] = p[1234]._replace(waiting_tokens=10), d[777]._replace(sequences=1)
+    p[1234], d[777] = replace(p[1234], waiting_tokens=10), replace(d[777], sequences=1)
     assert place(p, d, prompt_tokens=500) == Placement("p1234", "d777")
     assert place(p, d, prompt_tokens=500, last_token=True) == Placement("p1234", None)
     found = place(p, d, prompt_tokens=500, refused={"p1234", "d777"})
@@ -289,9 +291,9 @@ def test_of_many_nodes_an_owner_and_one_that_is_connected_are_found() -> None:
 def test_of_many_nodes_the_only_one_that_fits_is_found() -> None:
     p, d = many("p", 2000, max_model_len=100), many("d", 2000, max_model_len=100)
     assert place(p, d, prompt_tokens=50, total_tokens=200) is Nowhere.NO_NODES
-    p[1234], d[777] = (one._replace(max_model_len=400, waiting_tokens=9000, sequences=99) for one in (p[1234], d[777]))
+    p[1234], d[777] = (replace(one, max_model_len=400, waiting_tokens=9000, sequences=99) for one in (p[1234], d[777]))
     assert place(p, d, prompt_tokens=50, total_tokens=200) == Placement("p1234", "d777")
-    drained = [one._replace(draining=True) for one in d]
+    drained = [replace(one, draining=True) for one in d]
     assert place(p, drained, prompt_tokens=50, total_tokens=100) is Nowhere.NO_NODES
 
 
@@ -305,8 +307,8 @@ def test_of_many_full_nodes_one_is_asked_and_speaks_for_all() -> None:
 
 def test_a_decision_takes_as_long_among_five_thousand_nodes_as_among_a_hundred() -> None:
     def seconds(count: int) -> float:
-        p = field(sources(), [one._replace(waiting_tokens=7 * at % 999) for at, one in enumerate(many("p", count))])
-        d = field(targets(), [one._replace(sequences=7 * at % 99) for at, one in enumerate(many("d", count))])
+        p = field(sources(), [replace(one, waiting_tokens=7 * at % 999) for at, one in enumerate(many("p", count))])
+        d = field(targets(), [replace(one, sequences=7 * at % 99) for at, one in enumerate(many("d", count))])
         for number in range(50):
             p.prefixes.stored(f"p{number}", PROMPT[: number % 16])
         terms = [Terms(prompt_tokens=TOKENS, chain=PROMPT, turn=turn) for turn in range(200)]
@@ -338,3 +340,18 @@ def test_a_field_knows_its_nodes_whatever_happened_to_them(events: list[tuple[in
         loads = [one.sequences for one in truth.values() if one.layout == layout and not one.draining]
         seen = [one.sequences for _, one in made.some(7, layout) if not one.draining]
         assert min(seen, default=None) == min(loads, default=None)
+
+
+def test_the_least_of_a_thousand_is_known_whatever_changes() -> None:
+    made, truth, drawn = targets(), dict[str, NodeView](), random.Random(0)
+    for turn in range(4000):
+        one = view(f"d{drawn.randrange(1000)}", sequences=drawn.randrange(200), full=drawn.random() < 0.1)
+        if drawn.random() < 0.3:
+            made.drop(one.id)
+            truth.pop(one.id, None)
+        else:
+            made.put(one)
+            truth[one.id] = one
+        if turn % 20 == 0:
+            seen = [(one.full, one.sequences) for _, one in made.some(turn)]
+            assert min(seen, default=None) == min(((one.full, one.sequences) for one in truth.values()), default=None)
