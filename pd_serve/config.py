@@ -28,8 +28,8 @@ PREFIX = "PD_SERVE_"
 CACHE_VARIABLE = PREFIX + "CACHE"
 # Those of pd_serve.api.parsers.registry.
 TOOL_PARSERS = (
-    "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder", "kimi_k2",
-    "openai",
+    "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder",
+    "seed_oss", "kimi_k2", "gemma4", "functiongemma", "openai",
 )  # fmt: skip
 BACKENDS = ("vllm", "sglang")  # of pd_serve.router.backends, besides pd-serve's own
 REASONING_PARSERS = (

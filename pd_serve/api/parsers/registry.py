@@ -8,13 +8,14 @@ from typing import Literal
 
 import msgspec
 
+from pd_serve.api.parsers.gemma import FunctionGemma, Gemma4
 from pd_serve.api.parsers.harmony import Harmony
 from pd_serve.api.parsers.json_calls import Granite, Hermes, Llama3Json, Mistral
 from pd_serve.api.parsers.pieces import Parser
 from pd_serve.api.parsers.pythonic import Pythonic
 from pd_serve.api.parsers.reasoning import Marks, Thinking
 from pd_serve.api.parsers.sections import DeepSeek, KimiK2
-from pd_serve.api.parsers.tags import Glm, Parameters, QwenCoder
+from pd_serve.api.parsers.tags import Glm, Parameters, QwenCoder, SeedOss
 
 # What comes next where a prompt ends: reasoning, the answer, or either, as the output opens it.
 Left = Literal["reasoning", "answer", "open"]
@@ -29,7 +30,10 @@ _TOOLS: dict[str, type[Parser]] = {
     "deepseek_v3": DeepSeek,
     "glm45": Glm,
     "qwen3_coder": QwenCoder,
+    "seed_oss": SeedOss,
     "kimi_k2": KimiK2,
+    "gemma4": Gemma4,
+    "functiongemma": FunctionGemma,
     "openai": Harmony,
 }
 _OPENINGS = {
@@ -39,6 +43,9 @@ _OPENINGS = {
     "deepseek_v3": ("<｜tool▁calls▁begin｜>",),
     "glm45": ("<tool_call>",),
     "qwen3_coder": ("<tool_call>",),
+    "seed_oss": ("<seed:tool_call>",),
+    "gemma4": ("<|tool_call>",),
+    "functiongemma": ("<start_function_call>",),
     "kimi_k2": ("<|tool_calls_section_begin|>",),
 }
 _THINK = Marks(("<think>",), ("</think>",))
@@ -62,6 +69,9 @@ _TOOLS_BY_TEXT = (
     ("<|channel|>", "openai"),
     ("[TOOL_CALLS]", "mistral"),
     ("<arg_key>", "glm45"),
+    ("<seed:tool_call>", "seed_oss"),
+    ("<|tool_call>", "gemma4"),
+    ("<start_function_call>", "functiongemma"),
     ("<function=", "qwen3_coder"),
     ("<|tool_call|>", "granite"),
     ("<tool_call>", "hermes"),
@@ -97,7 +107,7 @@ def make_tool_parser(name: str, parameters: Parameters) -> Parser:
     """``parameters``: schemas of the functions' parameters, for formats that are told apart by them."""
     kind = _TOOLS[name]
     make: Callable[..., Parser] = kind
-    return make(parameters) if kind in (Glm, QwenCoder) else make()
+    return make(parameters) if kind in (Glm, QwenCoder, SeedOss) else make()
 
 
 def openings(name: str, functions: Sequence[str]) -> tuple[str, ...]:

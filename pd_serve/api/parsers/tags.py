@@ -1,4 +1,4 @@
-"""Calls whose arguments are tags, one a parameter (GLM 4.5, Qwen3-Coder); values become JSON by the tool's schema."""
+"""Calls whose arguments are tags, one a parameter (GLM, Qwen3-Coder, Seed-OSS); values become JSON by its schema."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any, ClassVar
 
 from pd_serve.api.parsers.pieces import Parser, Piece, first_of
 
-_LONGEST = len("</tool_call>")
+_LONGEST = len("</seed:tool_call>")
 Parameters = Mapping[str, Mapping[str, Any]]  # by function: its parameters' JSON schema
 
 
 class _Tags(Parser):
     """A parameter is told when it is whole, the name of the function when it has come."""
 
-    markers: ClassVar[tuple[str, ...]] = ("<tool_call>", "</tool_call>")
+    _begin: ClassVar[str] = "<tool_call>"
+    _end: ClassVar[str] = "</tool_call>"
+    markers: ClassVar[tuple[str, ...]] = (_begin, _end)
 
     def __init__(self, parameters: Parameters) -> None:
         super().__init__()
@@ -39,14 +41,14 @@ class _Tags(Parser):
                 if self._closing:
                     self._skip_spaces()
                     self._closing = not self._held
-                yield from self._say_until(("<tool_call>",))
-                self._inside = self._take("<tool_call>") is True
+                yield from self._say_until((self._begin,))
+                self._inside = self._take(self._begin) is True
             if vars(self) == before:
                 break
         if self._ended and self._name is not None:
             self._held, self._name = "", None  # what was cut off is half a parameter
         if self._ended and self._inside:
-            self._held = "<tool_call>" + self._held
+            self._held = self._begin + self._held
 
     def _in_head(self) -> Iterator[Piece]:
         found = self._function()
@@ -55,7 +57,7 @@ class _Tags(Parser):
         self._inside = False
         name, rest = found
         if not name or "<" in name:
-            yield from self._say("<tool_call>")
+            yield from self._say(self._begin)
             return
         self._name, self._held, self._given = name, rest, 0
         yield self._call(name)
@@ -63,19 +65,19 @@ class _Tags(Parser):
     def _in_call(self, function: str) -> Iterator[Piece]:
         # Values may be long: only what can end one is worth a look at all of it.
         looked, self._looked = self._looked, len(self._held)
-        if looked and first_of(self._held[max(0, looked - _LONGEST) :], ("</tool_call>", self._parameter_end))[0] < 0:
+        if looked and first_of(self._held[max(0, looked - _LONGEST) :], (self._end, self._parameter_end))[0] < 0:
             return
-        at, marker = first_of(self._held, ("</tool_call>", self._parameter_begin))
+        at, marker = first_of(self._held, (self._end, self._parameter_begin))
         if at < 0:
             return
-        if marker == "</tool_call>":
+        if marker == self._end:
             self._looked = 0
             self._held = self._held[at + len(marker) :]
             self._name = None
             yield Piece("arguments", "}" if self._given else "{}")
             self._spaces, self._closing = "", True
             return
-        end = self._held.find("</tool_call>", at)
+        end = self._held.find(self._end, at)
         end = len(self._held) if end < 0 else end
         found = self._parameter(self._held[at:end])
         if found is None:
@@ -85,7 +87,7 @@ class _Tags(Parser):
             return
         name, text, rest = found
         self._held, self._looked = rest + self._held[end:], 0
-        value = _value(text, self._parameters.get(function, {}).get("properties", {}).get(name))
+        value = json_of(text, self._parameters.get(function, {}).get("properties", {}).get(name))
         opening = ", " if self._given else "{"
         self._given += 1
         yield Piece("arguments", f"{opening}{json.dumps(name, ensure_ascii=False)}: {value}")
@@ -110,7 +112,7 @@ class Glm(_Tags):
     _whole = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
     def _function(self) -> tuple[str, str] | None:
-        at, _ = first_of(self._held.lstrip(), ("\n", "<arg_key>", "</tool_call>"))
+        at, _ = first_of(self._held.lstrip(), ("\n", "<arg_key>", self._end))
         text = self._held.lstrip()
         return None if at < 0 else (text[:at].strip(), text[at:])
 
@@ -139,7 +141,14 @@ class QwenCoder(_Tags):
         return None if found is None else (found[1].strip(), found[2], text[found.end() :])
 
 
-def _value(text: str, schema: Any) -> str:
+class SeedOss(QwenCoder):
+    """The same between ``<seed:tool_call>`` and ``</seed:tool_call>``: Seed-OSS."""
+
+    _begin, _end = "<seed:tool_call>", "</seed:tool_call>"
+    markers = (_begin, _end)
+
+
+def json_of(text: str, schema: Any) -> str:
     """JSON of a value: text where the schema says so, else what it is as JSON, if it is."""
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind != "string":

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pd_serve.api.parsers.gemma import FunctionGemma, Gemma4
 from pd_serve.api.parsers.harmony import Harmony
 from pd_serve.api.parsers.json_calls import Forced, Granite, Hermes, Llama3Json, Mistral, Named
 from pd_serve.api.parsers.pieces import Parser, Piece, joined
 from pd_serve.api.parsers.pythonic import Pythonic
 from pd_serve.api.parsers.reasoning import Marks, Thinking
 from pd_serve.api.parsers.sections import DeepSeek, KimiK2
-from pd_serve.api.parsers.tags import Glm, QwenCoder
+from pd_serve.api.parsers.tags import Glm, QwenCoder, SeedOss
 
 SCHEMAS = {"f": {"type": "object", "properties": {"s": {"type": "string"}, "b": {"type": "boolean"}}}}
 MARKS = Marks(("<think>",), ("</think>",))
@@ -33,6 +34,9 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "kimi_k2": KimiK2,
     "glm45": lambda: Glm(SCHEMAS),
     "qwen3_coder": lambda: QwenCoder(SCHEMAS),
+    "seed_oss": lambda: SeedOss(SCHEMAS),
+    "gemma4": Gemma4,
+    "functiongemma": FunctionGemma,
     "openai": Harmony,
     "thinking": lambda: Thinking(MARKS, begun=False),
     "begun": lambda: Thinking(MARKS, begun=True),
@@ -51,6 +55,9 @@ _FORMS = {
     "kimi_k2": [*KimiK2.markers, "functions.f:0", '{"a": 1}'],
     "glm45": [*Glm.markers, "f", "k", "1"],
     "qwen3_coder": [*QwenCoder.markers, "<function=f>", "</function>", "<parameter=k>", "</parameter>", "1", "\n"],
+    "seed_oss": [*SeedOss.markers, "<function=f>", "</function>", "<parameter=k>", "</parameter>", "1", "\n"],
+    "gemma4": [*Gemma4.markers, "call:f{", "k:", "1", ",", "[", "]", "true"],
+    "functiongemma": [*FunctionGemma.markers, "call:", "f{", "k:", "1", ",", '"a,b"'],
     "openai": [*Harmony.markers, "analysis", "final", "commentary to=functions.f", "assistant", '{"a": 1}'],
     "thinking": [*MARKS.open, *MARKS.close],
     "begun": [*MARKS.open, *MARKS.close],
@@ -180,6 +187,30 @@ FENCED = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\
             "</function>\n</tool_call>",
             call("f", '{"s": "12", "b": [1]}'),
         ),
+        (
+            "seed_oss",
+            "So.\n<seed:tool_call>\n<function=f>\n<parameter=s>12</parameter>\n</function>\n</seed:tool_call>",
+            [say("So."), *call("f", '{"s": "12"}')],
+        ),
+        (
+            "gemma4",
+            'Hm. <|tool_call>call:f{a:<|"|>1, "{x}"\n<|"|>,b:-1.5,c:[true,{d:None,e:[]}],f:word}<tool_call|>\n'
+            "<|tool_call>call:a.now{}<tool_call|>.",
+            [
+                say("Hm."),
+                *call("f", '{"a": "1, \\"{x}\\"\\n", "b": -1.5, "c": [true, {"d": null, "e": []}], "f": "word"}'),
+                *call("a.now", "{}"),
+                say("."),
+            ],
+        ),
+        ("gemma4", '<|tool_call>call:f{"a":"x, y","b":[1', call("f", '{"a": "x, y", "b": [')),
+        ("gemma4", "<|tool_call>call:f{a:{b:1<tool_call|>", call("f", '{"a": {"b": 1}}')),
+        ("gemma4", "<|tool_call>no{a:1}", [say("<|tool_call>no{a:1}")]),
+        (
+            "functiongemma",
+            "<start_function_call>call:weather{city:<escape>Paris<escape>}<end_function_call>",
+            call("weather", '{"city": "Paris"}'),
+        ),
         ("qwen3_coder", "<tool_call>\nno</tool_call>", [say("<tool_call>\nno</tool_call>")]),
         (
             "forced",
@@ -218,6 +249,7 @@ def test_forms(name: str, text: str, found: list[Piece]) -> None:
         ("pythonic", '[f(s="{}")]'),
         ("glm45", "<tool_call>f\n<arg_key>s</arg_key><arg_value>{}</arg_value></tool_call>"),
         ("qwen3_coder", "<tool_call><function=f><parameter=s>{}</parameter></function></tool_call>"),
+        ("gemma4", '<|tool_call>call:f{{s:<|"|>{}<|"|>}}<tool_call|>'),
     ],
 )
 def test_long_arguments_cost_no_more_a_token(name: str, form: str) -> None:

@@ -20,8 +20,9 @@ def test_the_settings_know_all_of_them() -> None:
         ("<tool_call>\n{'name': ...}\n</tool_call> {% if '</think>' in content %}", "hermes", "qwen3"),
         ("<tool_call>\n<function=example>", "qwen3_coder", "none"),
         ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),
-        ("<seed:think></seed:think>", "hermes", "seed_oss"),
-        ("<|turn>model\n<|channel>thought\n<channel|>", "hermes", "gemma4"),
+        ("<seed:think></seed:think><seed:tool_call><function=", "seed_oss", "seed_oss"),
+        ("<|turn>model\n<|channel>thought\n<channel|><|tool_call>call:", "gemma4", "gemma4"),
+        ("<start_function_call>call:", "functiongemma", "none"),
         ("Write your thoughts after 'Here is my thought process:' <|tool_call|>", "granite", "granite"),
         ("<|start|>assistant<|channel|>analysis", "openai", "openai_gptoss"),
         ("<｜tool▁calls▁begin｜> </think>", "deepseek_v3", "qwen3"),
@@ -58,5 +59,5 @@ def test_marks_as_their_models_write_them() -> None:
         pieces = [piece for character in said for piece in parser.feed(character)] + parser.finish()
         texts = {kind: "".join(p.text for p in pieces if p.kind == kind).strip() for kind in ("reasoning", "content")}
         assert texts == {"reasoning": "so" if "so" in said else "", "content": "Hi"}
-    assert registry.markers("gemma4") == {"<|channel>", "<channel|>"}
+    assert registry.markers("gemma4") >= {"<|channel>", "<channel|>", "<|tool_call>", '<|"|>'}
     assert registry.close_mark("gemma4") == "<channel|>" and registry.close_mark("granite") == ""
