@@ -13,6 +13,8 @@ from pd_serve.api.leniency import Leniency
 
 _B = TypeVar("_B", bound=Body)
 
+_TOO_DEEP = "the request body is nested too deeply: at most 200 levels are read"
+
 
 def parse(kind: type[_B], body: bytes, leniency: Leniency | None = None) -> _B:
     """Without ``leniency`` unknown fields are errors.
@@ -26,6 +28,8 @@ def parse(kind: type[_B], body: bytes, leniency: Leniency | None = None) -> _B:
         # NaN and Infinity are read so that the message can name the field instead of a column.
         document = pydantic_core.from_json(text, allow_inf_nan=True, cache_strings="keys")
     except ValueError as error:
+        if "recursion" in str(error):
+            raise bad_request(_TOO_DEEP, code="invalid_json") from None
         raise bad_request(f"the request body is not valid JSON: {error}", code="invalid_json") from None
     return checked(kind, document, leniency)
 
@@ -37,7 +41,7 @@ def checked(kind: type[_B], document: Any, leniency: Leniency | None = None) -> 
     except ValidationError as error:
         raise _explain(error) from None
     except RecursionError:
-        raise bad_request("the request body is nested too deeply") from None
+        raise bad_request(_TOO_DEEP, code="invalid_json") from None
 
 
 def _explain(error: ValidationError) -> APIError:

@@ -49,6 +49,13 @@ _TOO_SLOW = "it is too complex: finding the permitted tokens takes too long"
 _TOO_LARGE = f"it takes more than {COMPILE_S:g} s or {COMPILE_BYTES >> 30} GiB to compile: make it smaller"
 
 
+def _said(error: str) -> str:
+    """Of a matcher that cannot go on."""
+    if "NoExtensionBias" in error:
+        return "nothing that could be written has this form"
+    return f"it is too complex: {one_line(error)}"
+
+
 class Sequence:
     """Where in its grammar an output is."""
 
@@ -68,7 +75,7 @@ class Sequence:
         mask = self._matcher.compute_bitmask()
         self._allowed_s += MASK_S - (time.thread_time() - began_s)
         if self._matcher.is_error():
-            return Permitted(id, b"", error=f"it is too complex: {one_line(self._matcher.get_error())}")
+            return Permitted(id, b"", error=_said(self._matcher.get_error()))
         if self._allowed_s < 0:
             return Permitted(id, b"", error=_TOO_SLOW)
         return Permitted(id, mask[: self._mask_bytes], self._matcher.is_stopped(), forced=forced)

@@ -39,6 +39,7 @@ from pd_serve.router.line import Timer
 from pd_serve.router.links import Links
 from pd_serve.router.metrics import Metrics
 from pd_serve.router.middleware import Admin, Edge, request_id, wants_key
+from pd_serve.router.plain import nowhere
 from pd_serve.router.request import Requests, body, json_response
 from pd_serve.router.routes import TAGS, routes
 from pd_serve.router.siblings import Question, Siblings, gathered, joined_metrics, joined_status
@@ -309,7 +310,7 @@ def create_app(settings: RouterConfig, siblings: Siblings | None = None, tracing
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path, method = request.scope["path"][:200], request.scope["method"]
-        message = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}.get(
+        message = {404: nowhere(path, {route.path for route in served}), 405: f"{path} does not take {method}"}.get(
             error.status_code, error.detail
         )
         answer = _error(APIError(error.status_code, message), request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,3 +40,12 @@ async def not_served(request: Request) -> Response:
 def not_served_error(path: str) -> APIError:
     message = f"no model for {path} is served here: models of pd-serve make text alone, no embeddings or scores"
     return APIError(404, message, code="model_not_found")
+
+
+def nowhere(path: str, known: Set[str]) -> str:
+    """What a path that does not exist is told: base URLs with a ``/v1`` too few or too many are most of them."""
+    if "/v1" + path in known:
+        return f"there is no {path} here, but /v1{path}: the base URL of OpenAI's clients ends in /v1"
+    if path.startswith("/v1/v1/") and path[3:] in known:
+        return f"there is no {path} here, but {path[3:]}: leave /v1 out of the base URL"
+    return f"there is no {path} here: /docs lists what there is"

@@ -46,7 +46,7 @@ _MESSAGE_EVENTS = (
     '"delta": {"type": "text_delta", "text": "Hello"}}\n\n'
 )
 _OTHERS = (
-    *("/v1/embeddings", "/pooling", "/classify"),
+    *("/v1/embeddings", "/embeddings", "/pooling", "/classify"),
     *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
 )
 _EXAMPLES: dict[str, dict[str, Any]] = {

@@ -105,6 +105,7 @@ async def test_what_is_described_where_keys_and_an_admin_listener_are(start_rout
 async def test_what_has_no_model_here_says_so(running: Running) -> None:
     for path, body in (
         ("/v1/embeddings", {"model": "tiny", "input": "the fox"}),
+        ("/embeddings", {"input": "the fox"}),
         ("/score", {"text_1": "a", "text_2": "b"}),
         ("/v2/rerank", {"query": "a", "documents": ["b"]}),
         ("/invocations", {"input": "the fox"}),
@@ -120,6 +121,16 @@ async def test_one_path_for_chats_and_completions(running: Running) -> None:
     assert (await running.post("/invocations", prompt="the fox", **short)).json()["object"] == "text_completion"
     for body in (b"{}", b"[]", b"{", b"\xff"):
         assert (await running.http.post("/invocations", content=body)).status_code == 400
+
+
+async def test_base_urls_with_a_part_too_few_or_too_many_are_told(running: Running) -> None:
+    for path, told in (
+        ("/chat/completions", "/v1/chat/completions: the base URL of OpenAI's clients ends in /v1"),
+        ("/v1/v1/messages", "/v1/messages: leave /v1 out of the base URL"),
+        ("/", "/docs lists what there is"),
+    ):
+        answer = await running.http.post(path, json={})
+        assert answer.status_code == 404 and told in answer.json()["error"]["message"]
 
 
 async def test_methods(running: Running) -> None:

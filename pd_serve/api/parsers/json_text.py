@@ -106,8 +106,8 @@ class Calls:
 
     def finish(self) -> str | None:
         """The output has ended: text that never became a call; None: there is none."""
-        if self.done or (self._object is not None and self._object.told) or (self.told and not self._object):
-            return None
+        if self.done or self.told or (self._object is not None and self._object.told):
+            return None  # half a call behind others is no text
         return self._text
 
     def _close(self, call: _Call) -> None:

@@ -217,6 +217,7 @@ FENCED = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\
             f'[{{"name": "f", "parameters": {PARIS}}}, {{"name": "g", "parameters": {{}}}}]',
             [*call("f", PARIS), *call("g", "{}")],
         ),
+        ("forced", f'[{{"name": "f", "parameters": {PARIS}}}, {{"na', call("f", PARIS)),
         ("named", PARIS, call("f", PARIS)),
         (
             "openai",
