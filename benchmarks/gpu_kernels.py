@@ -163,6 +163,7 @@ def bench_kernels(rate: float) -> None:
 
 
 def bench_sampler(rate: float) -> None:
+    from pd_serve.compute.cuda.delivery import copy_now
     from pd_serve.compute.cuda.sampler import Rows
     from pd_serve.compute.step import SAMPLING
 
@@ -184,7 +185,7 @@ def bench_sampler(rate: float) -> None:
                 }.items():  # fmt: skip
                     sampling[name] = value
                 host.fill(sampling, rows)
-                sampler.rows.copy_from(host)
+                sampler.rows.take(host, copy_now)
                 us = graph_us(lambda: sampler.sample(logits))  # noqa: B023
                 share = 2 * 4 * rows * VOCAB / us / rate
                 result(f"sampler {kind} rows={rows} spread={spread:g} us={us:.1f} share={share:.2f}")

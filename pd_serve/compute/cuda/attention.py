@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pd_serve.compute.cuda.delivery import Send, copy_now
 from pd_serve.compute.cuda.plain import PlainRows, attend
 from pd_serve.compute.cuda.unpack import pages_of, unpack
 from pd_serve.models.fp8 import FP8
@@ -157,8 +158,10 @@ class Workspaces:
 class Decode(Protocol):
     """Attention of sequences with one new token each, whose K and V are in the pool already."""
 
-    def prepare(self, tables: Tensor, lens: Tensor) -> None:
-        """For a step without a graph. ``tables [B, blocks]``, ``lens [B]`` int32: tokens, the new ones included."""
+    def prepare(self, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
+        """For a step without a graph. ``tables [B, blocks]``, ``lens [B]`` int32: tokens, the new ones included.
+        ``send``: what may bring them to the device.
+        """
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, scales: Scales = UNSCALED) -> None:
         """``q``, ``out [B, Hq, D]`` contiguous; ``k_cache``, ``v_cache [blocks, Hkv, block_size, D]``, one layer's."""
@@ -169,7 +172,7 @@ class Decode(Protocol):
     def capture(self, size: int) -> None:
         """Before the graph for ``size`` rows is warmed up and captured: :meth:`run` is then called in it."""
 
-    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+    def replay(self, size: int, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
         """Before the graph for ``size`` rows is replayed, with B <= ``size`` sequences, as :meth:`prepare` has them."""
 
 
@@ -192,8 +195,8 @@ class _DeviceTables:
         self.lens = torch.ones(max_batch, dtype=torch.int32, device=device)
         self._size = 0
 
-    def prepare(self, tables: Tensor, lens: Tensor) -> None:
-        self.replay(len(lens), tables, lens)
+    def prepare(self, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
+        self.replay(len(lens), tables, lens, send)
         self._size = len(lens)
 
     def begin_capture(self, sizes: Sequence[int]) -> None:
@@ -203,10 +206,10 @@ class _DeviceTables:
     def capture(self, size: int) -> None:
         self._size = size
 
-    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+    def replay(self, size: int, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
         used, blocks = tables.shape
-        self.tables[:used, :blocks].copy_(tables, non_blocking=True)
-        self.lens[:used].copy_(lens, non_blocking=True)
+        send(self.tables[:used, :blocks], tables)
+        send(self.lens[:used], lens)
         if used < size:
             self.tables[used:size, 0] = 0
             self.lens[used:size] = 1
@@ -266,7 +269,7 @@ class PlannedDecode:
         self._current = self._eager
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def prepare(self, tables: Tensor, lens: Tensor) -> None:
+    def prepare(self, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
         self._current = self._eager
         self._plan(self._eager, tables, lens)
 
@@ -283,7 +286,7 @@ class PlannedDecode:
         lens = torch.full((size,), self._max_blocks * self._shape.block_size, dtype=torch.int32)
         self._plan(self._current, torch.zeros((size, self._max_blocks), dtype=torch.int32), lens)
 
-    def replay(self, size: int, tables: Tensor, lens: Tensor) -> None:
+    def replay(self, size: int, tables: Tensor, lens: Tensor, send: Send = copy_now) -> None:
         missing = size - len(lens)
         if missing:
             tables = torch.cat((tables, tables.new_zeros((missing, tables.shape[1]))))

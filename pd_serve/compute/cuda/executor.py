@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pd_serve.compute.backend import Meet
 from pd_serve.compute.cuda import attention
+from pd_serve.compute.cuda.delivery import Delivery
 from pd_serve.compute.cuda.inputs import Inputs
 from pd_serve.compute.cuda.ops import CudaOps, multiplies_fp8
 from pd_serve.compute.cuda.paged import PagedAttention, shapes
@@ -110,6 +112,8 @@ class CudaExecutor:
         driver.synchronize(settings.device)
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        # of results; as many as steps are on their way at once
+        self._deliveries = deque(Delivery(self._device) for _ in range(self.depth + 1))
         self._memory: DeviceMemory | PlainDeviceMemory
         if settings.cumem:
             self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
@@ -284,13 +288,17 @@ class CudaExecutor:
 
     def launch(self, step: Step) -> Launched:
         queued = self._runner.queue(step)
+        delivery = self._deliveries[0]
+        self._deliveries.rotate()
+        delivery.begin()
         launched = Launched(
             torch.cuda.Event(blocking=True),  # type: ignore[no-untyped-call]
             step,
-            queued.tokens.to("cpu", non_blocking=True),
-            None if queued.logprobs is None else _to_host(queued.logprobs),
-            [_to_host(values) for values in queued.prompts],
+            delivery.bring(queued.tokens),
+            None if queued.logprobs is None else _to_host(queued.logprobs, delivery),
+            [_to_host(values, delivery) for values in queued.prompts],
         )
+        delivery.go()
         launched.arrived.record()
         return launched
 
@@ -362,8 +370,8 @@ class CudaExecutor:
         self._memory.close()
 
 
-def _to_host(values: Logprobs) -> Logprobs:
-    return Logprobs(*(value.to("cpu", non_blocking=True) for value in values))
+def _to_host(values: Logprobs, delivery: Delivery) -> Logprobs:
+    return Logprobs(*(delivery.bring(value.contiguous()) for value in values))
 
 
 def _rows(tokens: list[int], values: Logprobs, numbers: list[int]) -> list[TokenLogprob]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 I64 = npt.NDArray[np.int64]
 
 MAX_COPIES = 8192  # of one call: drivers have been seen to crash with tens of thousands
+# Of one call; two are on their way at a time. What else crosses the bus by a copy engine, such as the plan of a prompt's
+# attention, waits behind them: half a millisecond each.
+PART_BYTES = 24 << 20
 CHUNK_BYTES = 1 << 30  # of host memory that is registered at a time
 
 
@@ -79,13 +83,16 @@ class CudaHostMover:
             self._one_by_one(device, host, sizes, to_host=to_host)
             return
         device, host, sizes = pieces(device, host, sizes, self._memory.address, CHUNK_BYTES)
-        for at in range(0, len(sizes), MAX_COPIES):
-            part = slice(at, at + MAX_COPIES)
+        queued: deque[torch.cuda.Event] = deque()
+        for part in parts(sizes):
             targets, sources = (host[part], device[part]) if to_host else (device[part], host[part])
+            if len(queued) == 2:
+                queued.popleft().synchronize()
             batch(targets, sources, sizes[part], stream.cuda_stream)
-        ended = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        ended.record(stream)
-        ended.synchronize()
+            queued.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]
+            queued[-1].record(stream)
+        for ended in queued:
+            ended.synchronize()
 
     def _one_by_one(self, device: I64, host: I64, sizes: I64, *, to_host: bool) -> None:
         for there, here, size in zip(device.tolist(), host.tolist(), sizes.tolist(), strict=True):
@@ -132,6 +139,18 @@ def _batches() -> Callable[[I64, I64, I64, int], None] | None:
     except DriverError as error:
         log.warning("KV blocks are copied to and from the host one by one: %s", error)
         return None
+
+
+def parts(sizes: I64) -> Iterator[slice]:
+    """Of copies, in order: those of one call."""
+    first = size = 0
+    for at, each in enumerate(sizes.tolist()):
+        if at > first and (size + each > PART_BYTES or at - first == MAX_COPIES):
+            yield slice(first, at)
+            first, size = at, 0
+        size += each
+    if first < len(sizes):
+        yield slice(first, len(sizes))
 
 
 def pieces(device: I64, host: I64, sizes: I64, base: int, chunk_bytes: int) -> tuple[I64, I64, I64]:

@@ -100,7 +100,8 @@ class PagedAttention:
         starts = torch.from_numpy(step.query_start[decodes:] - step.query_start[decodes])
         for group, tables in zip(self._groups, staged.tables, strict=True):
             if decodes:
-                group.decode.prepare(tables[:decodes], staged.lens[:decodes])
+                own = tables[:decodes, : staged.num_blocks]
+                group.decode.prepare(own, staged.lens[:decodes], staged.delivery.add)
             if decodes < seqs:
                 lens = staged.lens[decodes:seqs]
                 group.prefill.prepare(starts, lens, tables[decodes:seqs], pool_only=pieces)
@@ -119,7 +120,7 @@ class PagedAttention:
     def replay(self, size: int, staged: Staging) -> None:
         """Before the graph of ``size`` rows is replayed: all of them are staged."""
         for group, tables in zip(self._groups, staged.tables, strict=True):
-            group.decode.replay(size, tables[:size], staged.lens[:size])
+            group.decode.replay(size, tables[:size, : staged.num_blocks], staged.lens[:size], staged.delivery.add)
 
     @contextmanager
     def recording(self, pieces: Pieces, tokens: int) -> Iterator[None]:

@@ -66,7 +66,8 @@ class Runner:
         self._device = model.device
         self._limits = limits
         groups = len(inputs.slots)
-        self._stagings = [Staging(limits.tokens, limits.seqs, limits.blocks, groups) for _ in range(_STAGINGS)]
+        sizes = (limits.tokens, limits.seqs, limits.blocks, groups, self._device)
+        self._stagings = [Staging(*sizes) for _ in range(_STAGINGS)]
         self._turn = 0
         self._sampler = Sampler(
             model.config.vocab_size, limits.seqs, self._device, histories=limits.seqs, biases=limits.seqs
@@ -84,7 +85,7 @@ class Runner:
         if size := self._decode_size(step):
             staged = self._stage(step, size, size)
             self._attention.replay(size, staged)
-            staged.leaves()
+            staged.delivery.go()
             self._graphs[size].graph.replay()
             adjusted, prompts = self._graphs[size].adjusted[:count], []
         else:
@@ -110,21 +111,19 @@ class Runner:
         if not size or wanted > min(size, self._limits.seqs):
             staged = self._stage(step)
             self._attention.prepare(step, staged)
-            staged.leaves()
+            staged.delivery.go()
             return self._forward(tokens, step.num_decode, None if wanted == tokens else max(1, wanted))
         staged = self._stage(step, 0, size)
         self._attention.prepare(step, staged, pieces=True)
-        staged.leaves()
+        staged.delivery.go()
         return self._pieces[size].replay(lambda layer: self._attention.attend(layer, tokens))
 
     def _stage(self, step: Step, seqs: int = 0, tokens: int = 0) -> Staging:
         staged = self._stagings[self._turn]
         self._turn = (self._turn + 1) % _STAGINGS
+        """On the host, ready to be delivered with what attention adds."""
         staged.fill(step, seqs, tokens)
-        self._inputs.copy_from(staged.inputs)
-        self._sampler.rows.copy_from(staged.rows)
-        if len(staged.masks):
-            self._sampler.masks.view(-1)[: len(staged.masks)].copy_(staged.masks, non_blocking=True)
+        staged.send(self._inputs, self._sampler.rows, self._sampler.masks)
         return staged
 
     def _tell_sampler(self, step: Step) -> None:
@@ -165,7 +164,7 @@ class Runner:
         nobodys = _nobodys(len(self._inputs.slots))
         self._attention.begin_capture(sizes)
         for size in sizes:
-            self._stage(nobodys, size, size)
+            self._stage(nobodys, size, size).delivery.go()
             self._attention.capture(size)
             self._decode(size)
             torch.cuda.synchronize()
@@ -177,7 +176,7 @@ class Runner:
         ordered = sorted(self._graphs)
         self._sizes = [0, *(next(size for size in ordered if size >= rows) for rows in range(1, ordered[-1] + 1))]
         for size in pieces:
-            self._stage(nobodys, 0, size)
+            self._stage(nobodys, 0, size).delivery.go()
             self._pieces[size] = made = Pieces(pool)
             rows = min(size, self._limits.seqs)
             with self._attention.recording(made, size):

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pd_serve.compute import step
+from pd_serve.compute.cuda.delivery import Send
 from pd_serve.compute.cuda.noise import arrival, noise_key
 from pd_serve.compute.step import NO_LINE
 
@@ -44,7 +45,7 @@ _GREEDY = {"top_p": 1, "repetition_penalty": 1, "history": NO_LINE, "bias": NO_L
 
 
 class Rows:
-    """Parameters of up to ``max_rows`` rows, in one allocation: one copy brings them to the device."""
+    """Parameters of up to ``max_rows`` rows, in one allocation."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         """On the host the memory is pinned where there is a GPU. All rows are greedy at first."""
@@ -53,7 +54,8 @@ class Rows:
         pinned = device.type == "cpu" and torch.cuda.is_available()
         self.buffer = torch.zeros(words, dtype=torch.int32, device=device, pin_memory=pinned)
         self.seed = self.buffer[: 2 * max_rows].view(torch.int64)
-        fields = self.buffer[2 * max_rows :].view(-1, max_rows)
+        self._filled = max_rows
+        self._by_field = fields = self.buffer[2 * max_rows :].view(-1, max_rows)
         floats = {name: fields[i].view(torch.float32) for i, name in enumerate(_FLOATS)}
         ints = {name: fields[len(_FLOATS) + i] for i, name in enumerate(_INTS)}
         self.fields = floats | ints
@@ -63,15 +65,18 @@ class Rows:
     def fill(self, sampling: step.Rows, rows: int) -> None:
         """On the host: the first rows are ``sampling`` (of dtype SAMPLING), those up to ``rows`` greedy again."""
         used = len(sampling)
+        self._filled = max(used, rows)
         self.seed[:used] = torch.from_numpy(sampling["seed"].astype(np.uint64).view(np.int64))
         for name, field in self.fields.items():
             values = field.numpy()
             values[:used] = sampling[name]
             values[used:rows] = _GREEDY.get(name, 0)
 
-    def copy_from(self, host: Rows) -> None:
-        """Queued on the current stream: ``host`` may not be changed before the device has come that far."""
-        self.buffer.copy_(host.buffer, non_blocking=True)
+    def take(self, other: Rows, send: Send) -> None:
+        """What was filled of ``other``, which may not be changed before it has arrived."""
+        rows = other._filled
+        send(self.seed[:rows], other.seed[:rows])
+        send(self._by_field[:, :rows], other._by_field[:, :rows])
 
 
 @dataclass(frozen=True)

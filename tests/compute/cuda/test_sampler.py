@@ -18,6 +18,7 @@ from tests.compute.cuda.device import DEVICE, INTERPRETED, error, same, skip_wit
 
 skip_without_gpu()
 
+from pd_serve.compute.cuda.delivery import copy_now  # noqa: E402
 from pd_serve.compute.cuda.sampler import LOWEST_LOGPROB, Rows, Sampler, logprobs  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +73,7 @@ def row_of(p: SamplingParams, index: int, **lines: int) -> SamplingRow:
 def load(sampler: Sampler, rows: list[SamplingRow]) -> None:
     host = Rows(sampler.rows.max_rows, torch.device("cpu"))
     host.fill(np.array([tuple(row) for row in rows], SAMPLING), len(rows))
-    sampler.rows.copy_from(host)
+    sampler.rows.take(host, copy_now)
 
 
 def sampler_for(rows: list[SamplingParams], vocab: int, indices: list[int] | None = None, **tables: int) -> Sampler:
@@ -283,7 +284,7 @@ def test_in_a_graph() -> None:
     for step in range(3):
         rows = [params(**{"seed": 100 * step + i, **f}) for i, f in enumerate(FILTERS)]
         eager = sampler_for(rows, vocab)
-        sampler.rows.copy_from(eager.rows)
+        sampler.rows.take(eager.rows, copy_now)
         values = torch.randn(n, vocab, device=DEVICE)
         logits.copy_(values)
         graph.replay()
