@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 I64 = npt.NDArray[np.int64]
 
 MAX_COPIES = 8192  # of one call: drivers have been seen to crash with tens of thousands
-# Of one call; two are on their way at a time. What else crosses the bus by a copy engine, such as the plan of a prompt's
-# attention, waits behind them: half a millisecond each.
+# Of one call; two are on their way at a time. What else crosses the bus by a copy engine, such as the plan of a
+# prompt's attention, waits behind them: half a millisecond each.
 PART_BYTES = 24 << 20
 CHUNK_BYTES = 1 << 30  # of host memory that is registered at a time
 
