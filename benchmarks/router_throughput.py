@@ -9,7 +9,11 @@ once and the others at the steps of a clock, one of every stream a step, as an e
 A pd-serve command under a name with "pair" is in front of a prefill and a decode node that share each stream; its
 requests are of two tokens, of others one, as one has nothing to decode.
 
-CPU seconds are all of the router's processes, from the kernel's books: they hold on a busy machine, where rates do not.
+pd-serve-NAME@DIRECTORY is the pd-serve of a checkout in DIRECTORY, with its own backends: commits differ in what
+routers and nodes say to each other.
+
+CPU seconds are all of the router's processes, by the kernel's clocks: they hold on a busy machine, where rates do
+not.
 *late* is when events reach the client after the step that made them; "direct" is the client at the backend itself.
 """
 
@@ -40,7 +44,7 @@ from pd_serve.processes import Child
 from pd_serve.wire import link
 from tests.router.scripted_node import FIRST, Fabric, ScriptedNode
 
-_TICKS = os.sysconf("SC_CLK_TCK")
+_HERE = Path(__file__).parents[1]
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 _ID = b'data: {"id":"cmpl-3f0b7c1d2a944f6c8e5d-90ab","object":"text_completion","created":1790000000,"model":"tiny"'
@@ -264,10 +268,9 @@ def free_ports(count: int) -> list[int]:
 
 def cpu_s(pid: int) -> float:
     """User and system time of a process and its living children."""
-    process = Path(f"/proc/{pid}")
-    fields = (process / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    children = (process / f"task/{pid}/children").read_text(encoding="ascii").split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS + sum(map(cpu_s, map(int, children)))
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    clock = ~pid << 3 | 2  # of all its threads, in ns: clock_getcpuclockid(3)
+    return time.clock_gettime(clock) + sum(map(cpu_s, map(int, children)))
 
 
 class System:
@@ -275,11 +278,14 @@ class System:
 
     def __init__(self, name: str, program: str, step_s: float, options: list[str]) -> None:
         self.name = name
+        self.label, _, directory = name.partition("@")
         ports = free_ports(3 if program else 2)
-        kind = "openai" if not name.startswith("pd-serve") else "pair" if "pair" in name else "link"
+        kind = "openai" if not name.startswith("pd-serve") else "pair" if "pair" in self.label else "link"
         # A request for one token has nothing to decode.
         self.tokens = 2 if kind == "pair" else 1
-        own = [sys.executable, __file__, "--backends", kind, "--step", str(step_s), "--ports", *map(str, ports[-2:])]
+        python = ["env", f"PYTHONPATH={directory}", sys.executable] if directory else [sys.executable]
+        file = str(Path(directory or _HERE, "benchmarks", Path(__file__).name))
+        own = [*python, file, "--backends", kind, "--step", str(step_s), "--ports", *map(str, ports[-2:])]
         self._children = [Child(own)]
         self.port = ports[0]
         urls = [f"http://127.0.0.1:{port}" for port in ports[-2:]]
@@ -339,12 +345,12 @@ def measure(system: System, connections: int, options: argparse.Namespace) -> tu
             0 if stream else options.seconds,
         )
         seen = uvloop.run(work)
-        took_s, used_s = time.monotonic() - started_s, max(system.cpu_s - before_s, 1 / _TICKS)
+        took_s, used_s = time.monotonic() - started_s, system.cpu_s - before_s
         count = seen.tokens if stream else seen.requests
         times = seen.late_s if stream else seen.took_s
         results.append(count / used_s)
         print(
-            f"{system.name:12} {connections:4} {'tokens' if stream else 'requests':8} {count / used_s:9.0f} a CPU s"
+            f"{system.label:12} {connections:4} {'tokens' if stream else 'requests':8} {count / used_s:9.0f} a CPU s"
             f" {1e6 * used_s / count:7.1f} us each {count / took_s:8.0f} a second,"
             f" {'late' if stream else 'took'} p50 {1e3 * statistics.median(times):6.2f} p99 {p99(times):6.2f} ms",
             flush=True,
@@ -354,7 +360,9 @@ def measure(system: System, connections: int, options: argparse.Namespace) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("others", nargs="*", metavar="NAME=PROGRAM", help="NAME pd-serve...: another pd-serve command")
+    parser.add_argument(
+        "others", nargs="*", metavar="NAME=PROGRAM", help="NAME pd-serve...: another pd-serve command, or @DIRECTORY"
+    )
     parser.add_argument("--connections", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--step", type=float, default=0.05, help="seconds between two tokens of a stream")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
@@ -366,7 +374,10 @@ def main() -> None:
     if options.backends:
         uvloop.run(backends(options.backends, options.ports, options.step))
     programs = {"direct": "", "pd-serve": f"{sys.executable} -m pd_serve.cli"}
-    programs |= dict(other.split("=", 1) for other in options.others)
+    for other in options.others:
+        name, equals, program = other.partition("=")
+        directory = name.partition("@")[2]
+        programs[name] = program if equals else f"env PYTHONPATH={directory} {sys.executable} -P -m pd_serve.cli"
     systems: list[System] = []
     try:
         for name, program in programs.items():
@@ -380,8 +391,9 @@ def main() -> None:
                     found[system.name].append(measure(system, connections, options))
             for name in list(found)[2:]:
                 pairs = list(zip(found["pd-serve"], found[name], strict=True))
-                ratios = [statistics.median(ours[n] / theirs[n] for ours, theirs in pairs) for n in (0, 1)]
-                print(f"{connections} connections: pd-serve / {name}: {ratios[0]:.2f} tokens, {ratios[1]:.2f} requests")
+                ratios = [sorted(ours[n] / theirs[n] for ours, theirs in pairs) for n in (0, 1)]
+                tokens, requests = (f"{statistics.median(r):.3f} ({r[0]:.2f} to {r[-1]:.2f})" for r in ratios)
+                print(f"{connections} connections: pd-serve / {name}: {tokens} tokens, {requests} requests")
     finally:
         for system in systems:
             system.close()
