@@ -83,14 +83,13 @@ def _config_parameter() -> inspect.Parameter:
 
 def _parameters(setting: Setting) -> list[inspect.Parameter]:
     """One option; a flag has a second, hidden one that turns it off, named in the help of the first."""
-    note = f" {setting.reason}" if setting.reason else ""
+    about = f"{setting.help} {setting.reason}" if setting.reason else setting.help
+    about = about.replace("[", "\\[")  # rich would take it for a style
     options: dict[str, Any] = {"show_default": False, "rich_help_panel": setting.group}
     if not setting.kind.is_flag:
         unit = f" {setting.unit}" if setting.unit else ""
         default = f" [dim]\\[default: {setting.default_text}{unit}][/dim]" if setting.default_text else ""
-        option = typer.Option(
-            setting.flag, metavar=setting.kind.shape, help=f"{setting.help}{note}{default}", **options
-        )
+        option = typer.Option(setting.flag, metavar=setting.kind.shape, help=about + default, **options)
         # a list may also come an item a flag
         kind = list[str] if setting.kind.is_list else str
         return [_keyword(setting.name, Annotated[kind | None, option])]
@@ -99,7 +98,7 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
         default = f"{off}: never"
     else:
         default = f"default: on; {off} turns it off" if setting.default else "default: off"
-    shown = typer.Option(setting.flag, metavar="", help=f"{setting.help}{note} [dim]\\[{default}][/dim]", **options)
+    shown = typer.Option(setting.flag, metavar="", help=f"{about} [dim]\\[{default}][/dim]", **options)
     hidden = typer.Option(off, hidden=True)
     return [
         _keyword(setting.name, Annotated[bool | None, shown]),

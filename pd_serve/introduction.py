@@ -30,7 +30,7 @@ Try:
 
 {_curl(config, url, chat)}
 
-In Python:
+In Python (pip install openai):
 
 {_python(config, url, chat)}
 

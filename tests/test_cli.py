@@ -48,6 +48,7 @@ def test_help_names_every_setting(command: str) -> None:
     assert answer.returncode == 0, answer.stderr
     for setting in config.settings(command):
         assert re.search(rf"{setting.flag}\b", answer.stdout), setting.flag
+        assert all(word in answer.stdout for word in re.findall(r"\[\w+", setting.help)), setting.help
     assert f"pd-serve {command}" in answer.stdout  # an example
     assert "--config" in answer.stdout and "PD_SERVE_" in answer.stdout
 
