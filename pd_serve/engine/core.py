@@ -195,6 +195,8 @@ class Engine:
                 seq.prompt_logprobs = [*((work.start and seq.prompt_logprobs) or [None]), *found]
             if token is None:
                 self._role.computed(seq, None)
+            elif (failure := self._grammars.refused(seq, token)) is not None:
+                self._fail(seq, failure)
             else:
                 self._token(seq, token, logprob)
 

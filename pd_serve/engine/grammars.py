@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 from pd_serve.engine.sequence import Sequence, State
 from pd_serve.grammar.constraints import Constraint, Constraints
-from pd_serve.grammar.forms import missing
+from pd_serve.grammar.forms import NONE_LEFT, missing
 from pd_serve.wire.link import Failure, Grammar
+
+_CANNOT = "the grammar of the output cannot be followed"
 
 
 class Grammars:
@@ -70,7 +72,13 @@ class Grammars:
         for seq, constraint in list(self._open.items()) if failed else ():
             if constraint in failed and seq.state is not State.FINISHED:
                 kind = "internal" if constraint.lost else "invalid"
-                yield seq, Failure(kind, f"the grammar of the output cannot be followed: {constraint.error}")
+                yield seq, Failure(kind, f"{_CANNOT}: {constraint.error}")
+
+    def refused(self, seq: Sequence, token: int) -> Failure | None:
+        """Of a token that was sampled: one that the grammar does not permit is sampled where nothing can be."""
+        if seq.constraint is None or seq.constraint.permits(token):
+            return None
+        return Failure("invalid", f"{_CANNOT}: {NONE_LEFT}")
 
     def close(self) -> None:
         if self._constraints is not None:

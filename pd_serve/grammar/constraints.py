@@ -70,6 +70,10 @@ class Constraint:
     def ready(self, num_output: int) -> bool:
         return self.heard and not self.forced and self.told == num_output
 
+    def permits(self, token: int) -> bool:
+        """After ``told`` output tokens."""
+        return self.mask is None or bool(int(self.mask[token >> 5]) >> (token & 31) & 1)
+
     def take_forced(self) -> list[int]:
         """They are output now, which the grammar knows of."""
         forced, self.forced = self.forced, []

@@ -15,6 +15,7 @@ from pd_serve.grammar.tags import Special, or_calls, structural
 from pd_serve.wire.link import Grammar
 
 LOWERED = "lowered"  # the kind of what :func:`lower` has made
+NONE_LEFT = "other fields of the request permit none of the tokens that it does"
 MAX_TEXT = 128 << 10  # characters of a grammar
 
 # Between the parts of a JSON text: enough for any layout, and an end to what weak models go on with for ever.

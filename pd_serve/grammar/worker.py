@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from pd_serve.grammar.forms import LOWERED, GrammarError, lower, one_line
+from pd_serve.grammar.forms import LOWERED, NONE_LEFT, GrammarError, lower, one_line
 from pd_serve.grammar.messages import (
     Check,
     Checked,
@@ -68,7 +68,7 @@ class Sequence:
         """After ``tokens``, which came since, and with ``jumps`` after those that are forced then."""
         began_s = time.thread_time()
         if not self._matcher.consume_tokens(tokens):
-            return Permitted(id, b"", error="other fields of the request permit none of the tokens that it does")
+            return Permitted(id, b"", error=NONE_LEFT)
         forced = self._matcher.compute_ff_tokens()[:MAX_FORCED] if jumps else []
         if forced and not self._matcher.consume_tokens(forced):
             return Permitted(id, b"", error="llguidance forces tokens that it does not permit")

@@ -48,4 +48,6 @@ def nowhere(path: str, known: Set[str]) -> str:
         return f"there is no {path} here, but /v1{path}: the base URL of OpenAI's clients ends in /v1"
     if path.startswith("/v1/v1/") and path[3:] in known:
         return f"there is no {path} here, but {path[3:]}: leave /v1 out of the base URL"
+    if path.startswith("/v1/responses/"):
+        return f"there is no {path} here: responses are not stored"
     return f"there is no {path} here: /docs lists what there is"

@@ -67,6 +67,8 @@ def test_a_model_that_knows_nothing_answers_in_form(tmp_path: Path) -> None:
             texts += map(event_text, lines)
         assert 40 <= len(json.loads("".join(texts))) <= 45
         assert sum(node.get("/v1/status")["counters"].get("failures_invalid", 0) for node in nodes.prefills) == 0
+        nothing = ask(nodes, guided_choice=["left"], bad_words=["left"], allowed_token_ids=[5, 6], stream=True)
+        assert nothing.status_code == 400 and "permit none" in nothing.text
 
 
 def one(answer: Any) -> str:
@@ -96,7 +98,7 @@ def check_refusals(nodes: Cluster) -> None:
         ("guided_json", {"if": {}}, "Unimplemented"),
         ("guided_regex", "(", "unclosed group"),
         ("guided_grammar", "root := nothing", "Expected ::="),
-        ("guided_json", many, "takes more than 1 s"),
+        ("guided_json", many, "takes "),  # more than 1 s to compile, or too long to find the first tokens
     ):
         answer = ask(nodes, **{field: value})
         assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
