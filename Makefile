@@ -13,7 +13,8 @@ RUN := $(VENV)/.installed
 RUN_DEV := $(VENV)/.installed-dev
 
 # Of pip's output what says how far it is.
-SHORT := sed -u -n -E 's/^(Collecting|Obtaining|Downloading|Installing|Building|Successfully|  Downloading)/  &/p'
+SHORT := sed -u -n -E -e 's/^(Installing collected packages|Successfully installed).*/  \1/p; t' \
+	-e 's/^(Collecting|Obtaining|Downloading|Building|Successfully|  Downloading)/  &/p'
 # Runs beside pip, which is silent for a minute while it unpacks: how long it has been at it, and how much is there.
 TICK = begun=$$SECONDS; (while sleep 10 >/dev/null; do \
 	echo "  ... $$((SECONDS - begun)) s, $$(du -sm $(VENV) 2>/dev/null | cut -f1) MB in $(VENV)"; done) & \
