@@ -36,9 +36,7 @@ _LINGER_S = 2.0  # after a refusal what still arrives is dropped for so long, so
 _LOOK_S = 0.5  # time-outs are up to twice this late
 _MOST_FILES = 65_536
 _FEWEST_CONNECTIONS = 16
-_ABORT = "pd_serve.abort"
-_CHUNK = "pd_serve.chunk"
-_BODY = "pd_serve.body"
+_CONNECTION = "pd_serve.connection"
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Weak: connection and request must not hold each other, or every request would be the garbage collector's.
+        self._extensions: dict[str, dict[object, object]] = {_CONNECTION: {"weak": weakref.ref(self)}}
+        self._told: Callable[[], None] | None = None  # what is to be called when the client leaves
         self._proven = False  # a whole request came over it
         self.cycle: RequestResponseCycle | None  # type: ignore[assignment]  # uvicorn's annotation leaves None out
         self._closed = False  # refused or ended: what comes is dropped
@@ -115,6 +116,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.owing.pop(self, None)
         self.idle.pop(self, None)
         super().connection_lost(exc)
+        self._left()
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
@@ -172,13 +174,7 @@ class BoundedHttp(HttpToolsProtocol):
         if len(self.headers) > self.bounds.max_headers:
             raise _Refused(431, f"more than {self.bounds.max_headers} headers: send fewer", "too_many_headers")
         super().on_headers_complete()
-        # Weak: connection and request must not hold each other, or every request would be the garbage collector's.
-        chunk = weakref.WeakMethod(self._chunk)
-        self.scope["extensions"] = {
-            _ABORT: {"call": self.transport.abort},
-            _CHUNK: {"call": chunk},
-            _BODY: {"call": weakref.WeakMethod(self._whole_body)},
-        }
+        self.scope["extensions"] = self._extensions
 
     def on_body(self, body: bytes) -> None:
         self._carried = True
@@ -215,17 +211,22 @@ class BoundedHttp(HttpToolsProtocol):
         elif not self.pipeline and not self._in_head and self._answered():
             self.idle[self] = None
 
-    def _chunk(self, scope: Scope, body: bytes) -> bool:
+    def chunk(self, scope: Scope, body: bytes) -> bool:
         """See :func:`chunks`. Of the last request that came: others of a pipeline go the usual way."""
         cycle = self.cycle
-        if cycle is None or cycle.scope is not scope or self.flow.write_paused or cycle.disconnected:
-            return False
-        if not cycle.chunked_encoding or cycle.response_complete:
+        if (
+            cycle is None
+            or cycle.scope is not scope
+            or not cycle.chunked_encoding
+            or cycle.disconnected
+            or cycle.response_complete
+            or self.flow.write_paused
+        ):
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
         return True
 
-    def _whole_body(self, scope: Scope) -> bytes | None:
+    def whole_body(self, scope: Scope) -> bytes | None:
         """See :func:`body_of`."""
         cycle = self.cycle
         if cycle is None or cycle.scope is not scope or cycle.more_body or cycle.disconnected:
@@ -233,6 +234,20 @@ class BoundedHttp(HttpToolsProtocol):
         body, cycle.body = bytes(cycle.body), bytearray()
         self.flow.resume_reading()
         return body
+
+    def tell(self, scope: Scope, left: Callable[[], None] | None) -> bool:
+        """See :func:`leaves`."""
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not scope or cycle.disconnected:
+            return False
+        self._told = left
+        self.flow.resume_reading()  # the end of what the client sends is to be seen
+        return True
+
+    def _left(self) -> None:
+        told, self._told = self._told, None
+        if told is not None:
+            told()
 
     # --- bounds ---------------------------------------------------------------------------------------
 
@@ -290,6 +305,7 @@ class BoundedHttp(HttpToolsProtocol):
             if self.cycle is not None:
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
+                self._left()
             self._linger()
         else:
             self._abort()
@@ -337,10 +353,10 @@ def abort(scope: Scope) -> bool:
 
     Whether there is one: ``http.disconnect`` follows. In tests there may be none.
     """
-    found = (scope.get("extensions") or {}).get(_ABORT)
-    if found is not None:
-        found["call"]()
-    return found is not None
+    connection = _connection(scope)
+    if connection is not None:
+        connection.transport.abort()
+    return connection is not None
 
 
 def chunks(scope: Scope) -> Callable[[bytes], bool] | None:
@@ -348,19 +364,30 @@ def chunks(scope: Scope) -> Callable[[bytes], bool] | None:
     of the layers between. False where nothing was written, for now (the client does not read) or for ever; the usual
     way tells which. In tests there may be none.
     """
-    found = (scope.get("extensions") or {}).get(_CHUNK)
-    write = None if found is None else found["call"]()
-    return None if write is None else functools.partial(write, scope)
+    connection = _connection(scope)
+    return None if connection is None else functools.partial(connection.chunk, scope)
 
 
 def body_of(scope: Scope) -> bytes | None:
     """The body of a request where all of it is here, as it mostly is: had without a time-out and a turn of the loop.
 
     None where some is still to come, or where it has to be asked for the usual way. Once."""
-    found = (scope.get("extensions") or {}).get(_BODY)
-    take = None if found is None else found["call"]()
-    body: bytes | None = None if take is None else take(scope)
-    return body
+    connection = _connection(scope)
+    return None if connection is None else connection.whole_body(scope)
+
+
+def leaves(scope: Scope, left: Callable[[], None] | None) -> bool:
+    """Has ``left`` called, once, when the client of a request that came whole leaves before its answer ended: without a
+    task that waits for it. None: no more. False where that has to be waited for the usual way.
+    """
+    connection = _connection(scope)
+    return connection is not None and connection.tell(scope, left)
+
+
+def _connection(scope: Scope) -> BoundedHttp | None:
+    found = (scope.get("extensions") or {}).get(_CONNECTION)
+    connection: BoundedHttp | None = None if found is None else found["weak"]()
+    return connection
 
 
 def bounded(settings: Common) -> type[asyncio.Protocol]:

@@ -19,7 +19,7 @@ _CONTEXT_TOKENS = 8  # enough for any decoder that looks at neighbours
 class Detokenizer:
     """``prompt_tail`` gives the last prompt tokens, for tokenizers whose words depend on what comes before."""
 
-    __slots__ = ("_decoder", "_ids", "_read", "_shown", "_skip", "_table", "_tokenizer")
+    __slots__ = ("_decoder", "_ids", "_read", "_shown", "_skip", "_table", "_texts", "_tokenizer")
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._table = tokenizer.token_bytes
+        self._texts = tokenizer.texts
         self._decoder = _UTF8("replace") if tokenizer.exact else None
         # Only for tokenizers that are not exact: ids[_shown:_read] were decoded and delivered.
         self._ids: list[int] = list(prompt_tail[-_CONTEXT_TOKENS:]) if not tokenizer.exact else []
@@ -48,7 +49,10 @@ class Detokenizer:
         table = self._table
         if len(tokens) == 1:
             token = tokens[0]
-            return "" if token in skip else self._decoder.decode(table(token))
+            if token in skip:
+                return ""
+            text = self._texts.get(token)
+            return self._decoder.decode(table(token)) if text is None or self._decoder.buffer else text
         return self._decoder.decode(b"".join([table(token) for token in tokens if token not in skip]))
 
     def finish(self) -> str:

@@ -13,11 +13,10 @@ from pd_serve.wire.link import SamplingParams
 DEFAULT_COMPLETION_TOKENS = 16
 _GREEDY_BELOW = 1e-5  # dividing logits by less would overflow; the text is greedy by then
 _SEEDS = 2**64
-_draw = random.SystemRandom().getrandbits
 
 
 def draw_seed() -> int:
-    return _draw(64)
+    return random.getrandbits(64)
 
 
 def sampling_params(

@@ -6,6 +6,7 @@ router; ``encode`` and ``decode`` may be called from any thread. Never trims, pa
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -32,6 +33,7 @@ class TextTokenizer:
         self._kind = _decoder_kind(self._fast)
         self.exact = self._kind is not None
         self._bytes: dict[int, bytes] = {}
+        self.texts: dict[int, str] = {}  # of tokens that are whole characters; filled by :meth:`token_bytes`
         self.size: int = self._fast.get_vocab_size(with_added_tokens=True)
         bos = self._fast.token_to_id(bos_token) if bos_token is not None else None
         probe = self._fast.encode("a").ids
@@ -57,6 +59,8 @@ class TextTokenizer:
         found = self._bytes.get(id)
         if found is None:
             found = self._bytes[id] = self._make_bytes(id)
+            with contextlib.suppress(UnicodeDecodeError):
+                self.texts[id] = found.decode()
         return found
 
     def token_text(self, id: int) -> str:

@@ -22,6 +22,9 @@ class Owner(Protocol):
 
     def on_output(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None: ...
 
+    def on_next(self, output: link.Output, now_s: float) -> bool:
+        """A steady attempt's one token and nothing else; False where it is to be looked at as others are."""
+
     def on_lost(self, attempt: Attempt, node: Node, why: str) -> None: ...
 
     def broken(self, what: str) -> None:
@@ -52,6 +55,19 @@ class Attempt:
 
     def output(self, node: Node, output: link.Output, now_s: float) -> None:
         try:
+            # What nearly all outputs are: one token and nothing else.
+            if (
+                self.steady
+                and output.finish is None
+                and output.event is None
+                and output.failure is None
+                and output.logprobs is None
+                and output.prompt_logprobs is None
+                and len(output.tokens) == 1
+                and node is self.decode
+                and self._owner.on_next(output, now_s)
+            ):
+                return
             self._owner.on_output(self, node, output, now_s)
         except Exception:
             # One broken request must not end the link, and with it all others.
@@ -82,21 +98,6 @@ class Attempt:
     def settle(self, count: int) -> None:
         """``count`` output tokens are known: whether anything else than tokens of the decode node can matter."""
         self.steady = self.prefill is None and self.accepted and count > self.base and not self._early
-
-    def follows(self, node: Node, output: link.Output, count: int) -> bool:
-        """Whether it is what nearly all outputs are: the one token after ``count`` known ones, and nothing else. There
-        is nothing to join then, and nothing to check but its place."""
-        return (
-            self.steady
-            and node is self.decode
-            and output.index == count
-            and len(output.tokens) == 1
-            and output.finish is None
-            and output.failure is None
-            and output.event is None
-            and output.logprobs is None
-            and output.prompt_logprobs is None
-        )
 
     def absurd(self, output: link.Output, max_tokens: int, vocab_size: int) -> str | None:
         """What no sound node says: it would break the join, or the client's text."""

@@ -31,16 +31,16 @@ class Breakers:
 
     def __init__(self, now_s: Callable[[], float]) -> None:
         self._now_s = now_s
-        self._states: dict[Hashable, _State] = {}
+        self.states: dict[Hashable, _State] = {}  # looked at for every token: empty while all is well
 
     def __bool__(self) -> bool:
-        return bool(self._states)
+        return bool(self.states)
 
     def failed(self, key: Hashable, why: str) -> bool:
         """Whether this blocks it, for the first time or again."""
-        if key not in self._states and len(self._states) >= _MANY:
-            self._states.clear()
-        state = self._states.setdefault(key, _State())
+        if key not in self.states and len(self.states) >= _MANY:
+            self.states.clear()
+        state = self.states.setdefault(key, _State())
         state.failures += 1
         state.why = why
         if state.failures < _FAILURES or (state.failures > _FAILURES and not state.on_trial):
@@ -54,13 +54,13 @@ class Breakers:
         return True
 
     def succeeded(self, key: Hashable) -> None:
-        state = self._states.pop(key, None)
+        state = self.states.pop(key, None)
         if state is not None and state.failures >= _FAILURES:
             log.info("%s works again", _name(key))
 
     def tried(self, key: Hashable) -> None:
         """A request goes there: where it is a trial, no other follows until it has ended or a pause has passed."""
-        state = self._states.get(key)
+        state = self.states.get(key)
         if state is not None and state.failures >= _FAILURES:
             state.on_trial = True
             state.until_s = self._now_s() + _pause_s(state)
@@ -70,7 +70,7 @@ class Breakers:
         now_s = self._now_s()
         return {
             key: f"it failed {state.failures} times in a row, the last: {state.why}"
-            for key, state in self._states.items()
+            for key, state in self.states.items()
             if state.failures >= _FAILURES and (due or now_s < state.until_s)
         }
 

@@ -91,6 +91,7 @@ class Choice:
         self._running_usage = answer.streamed and request.wants_running_usage
         self._plain = answer.streamed and sampling.logprobs < 0 and not self._return_ids and not self._running_usage
         self._fresh = True  # nothing was emitted yet
+        self._quick = False  # what comes next is text and nothing else, unless it ends
         self._last_s = 0.0
         self._texts: list[str] = []
         self._ids: list[int] = []
@@ -123,6 +124,10 @@ class Choice:
             return self._prompt.text
         return self._tokenizer.decode(self._prompt.ids, skip_special_tokens=request.skip_special_tokens is not False)
 
+    def let_go(self) -> None:
+        """It and its stream, which has ended, hold each other no more."""
+        del self.stream
+
     # --- sink -----------------------------------------------------------------------------------------
 
     @property
@@ -140,6 +145,10 @@ class Choice:
             answer.first_token(now_s)
         self._last_s = now_s
         tokens, logprobs = output.tokens, output.logprobs
+        if self._quick and output.finish is None:
+            self.num_tokens += len(tokens)
+            answer.emit(answer.format.text(self._index, self._detokenizer.push(tokens)))
+            return
         end = None if output.finish is None else Finish(output.finish, output.stop_token)
         if self._discard:
             tokens, logprobs, end = [], [] if logprobs is not None else None, Finish("length", None)
@@ -176,11 +185,12 @@ class Choice:
                 delta += matcher.finish()
         if self._parser is not None:
             self._parsed(self._parser, delta, tokens, logprobs, finish)
-        elif self._plain and finish is None and not self._fresh:
+        elif self._plain and finish is None and not self._fresh:  # with stop strings: see received
             self._answer.emit(self._answer.format.text(self._index, delta))
             return
         else:
             self._keep_or_emit(delta, tokens, logprobs, finish)
+            self._quick = self._plain and matcher is None and not self._discard
         if finish is not None:
             self._finish = finish
             self._answer.choice_ended()

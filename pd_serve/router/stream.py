@@ -357,12 +357,6 @@ class Stream:
     def on_output(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
         if attempt is not self._attempt or (node is not attempt.prefill and node is not attempt.decode):
             return
-        made = len(self.outputs)
-        if attempt.follows(node, output, made) and made < self._sampling.max_tokens and not self._group.breakers:
-            self.last_progress_s = now_s
-            self.outputs += output.tokens
-            self._deliver(output, now_s)
-            return
         if output.failure is not None:
             self._on_failure(attempt, node, output.failure)
             return
@@ -381,6 +375,17 @@ class Stream:
             if attempt.prefill_is_done(len(self.outputs)):
                 self._detach_prefill(attempt, abort=False)
             attempt.settle(len(self.outputs))
+
+    def on_next(self, output: link.Output, now_s: float) -> bool:
+        """One token of the decode node, when nothing else is left of the attempt: there is nothing to join then, and
+        nothing to check but its place. False where it is not the next one, or breakers have to hear of it."""
+        outputs = self.outputs
+        if output.index != len(outputs) or output.index >= self._sampling.max_tokens or self._group.breakers.states:
+            return False
+        self.last_progress_s = now_s
+        outputs += output.tokens
+        self._sink.received(output, now_s)
+        return True
 
     def _on_event(self, attempt: Attempt, node: Node, output: link.Output, now_s: float) -> None:
         """A decode node's word that is no refusal: it has accepted, whatever else it says."""

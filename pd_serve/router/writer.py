@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 import time
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.api.translated import MakeFormat
-from pd_serve.http import abort, chunks
+from pd_serve.http import abort, chunks, leaves
 from pd_serve.router.choice import Choice
 from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
@@ -75,7 +75,7 @@ class Writer:
         self.streamed = bool(request.stream)
         self.started = False  # the client has a status, or will at once
         # Clients may send one X-Request-Id with many requests.
-        id, now_s = f"{request_id[:48]}-{secrets.token_hex(8)}", int(time.time())
+        id, now_s = f"{request_id[:48]}-{random.getrandbits(64):016x}", int(time.time())
         if format_of is None:
             self.format = _format(request, id=id, created_s=now_s, model=text.info.name)
         else:
@@ -156,8 +156,7 @@ class Writer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._task = asyncio.current_task()
-        watch = asyncio.create_task(_until_disconnect(receive))
-        watch.add_done_callback(self._client_left)
+        watch = None if leaves(scope, self._client_left) else self._watch(receive)
         self._own.in_flight += 1
         status = 500
         try:
@@ -171,14 +170,17 @@ class Writer:
             self._task.uncancel()
             status = self._error.status
             if abort(scope):
-                await asyncio.wait({watch})  # returning before, uvicorn would miss the end of the answer
+                await self._gone()  # returning before, uvicorn would miss the end of the answer
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             self._stop("client")
-            watch.cancel()
+            leaves(scope, None)
+            if watch is not None:
+                watch.cancel()
             self._own.in_flight -= 1
             self._finish(499 if self._left and not self._cut else status, scope)
+            self._let_go()
 
     async def _stream(self, send: Send, chunk: Callable[[bytes], bool] | None) -> int:
         self._look_later(self._events)
@@ -289,11 +291,22 @@ class Writer:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _client_left(self, watch: asyncio.Task[None]) -> None:
-        if not watch.cancelled():
-            self._left = True
-            self._stop("client")
-            self._wake()
+    async def _gone(self) -> None:
+        """Returns when the client is."""
+        while not self._left:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def _watch(self, receive: Receive) -> asyncio.Task[None]:
+        """For the client's leaving, where the connection does not tell of it."""
+        watch = asyncio.create_task(_until_disconnect(receive))
+        watch.add_done_callback(lambda done: None if done.cancelled() else self._client_left())
+        return watch
+
+    def _client_left(self) -> None:
+        self._left = True
+        self._stop("client")
+        self._wake()
 
     def _start_next(self) -> None:
         if self._next < len(self.choices) and self._error is None and not self._left:
@@ -304,6 +317,13 @@ class Writer:
     def _stop(self, reason: str) -> None:
         for choice in self.choices:
             choice.stream.stop(reason)
+
+    def _let_go(self) -> None:
+        """Of all that holds it: no request is left to the garbage collector."""
+        self._task = self._waiter = None
+        for choice in self.choices:
+            choice.let_go()
+        self.choices = []
 
     def usage(self) -> Usage:
         """So far."""

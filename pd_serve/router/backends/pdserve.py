@@ -186,6 +186,8 @@ def _check_outputs(items: list[wire.Output], vocab_size: int) -> None:
             raise _Impossible(f"token {max(item.tokens)} of a vocabulary of {vocab_size}")
         if item.stop_token is not None and item.stop_token >= vocab_size:
             raise _Impossible(f"stop token {item.stop_token} of a vocabulary of {vocab_size}")
+        if item.logprobs is None and item.prompt_logprobs is None:
+            continue
         for entries in (item.logprobs, item.prompt_logprobs):
             for entry in entries or ():
                 if entry is not None and max((entry.token, *(id for id, _ in entry.top))) >= vocab_size:
