@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,17 @@ TIMES = {
 _REQUEST_ID = re.compile(r"""("?(?:request_id|id|created)"?\s*[:=]\s*)("[^"]*"|\d+)""")
 
 
-def kind_of(error: str) -> str:
-    """An error without what is different in each request, so that equal ones are counted together."""
-    return _REQUEST_ID.sub(r"\1...", error)
+_NUMBER = re.compile(r"(?<!HTTP )\b\d+")  # a status stays what it is
+
+
+def counted(errors: Iterable[str]) -> dict[str, int]:
+    """The most frequent ten. Those that differ in numbers or ids alone are counted as the first of them."""
+    first: dict[str, str] = {}
+    counts = Counter[str]()
+    for error in errors:
+        text = _REQUEST_ID.sub(r"\1...", error)
+        counts[first.setdefault(_NUMBER.sub("0", text), text)] += 1
+    return dict(counts.most_common(10))
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
@@ -47,9 +55,7 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "completed": len(good),
         "failed": len(records) - len(good),
-        "errors": dict(
-            Counter(kind_of(record.error) for record in records if record.error is not None).most_common(10)
-        ),
+        "errors": counted(record.error for record in records if record.error is not None),
     }
     if not good:
         return result

@@ -21,7 +21,7 @@ from pd_serve import config
 from pd_serve.bench import load, serve
 from pd_serve.bench.datasets import Ask, choose, read
 from pd_serve.bench.prompts import BLOCK_TOKENS, Bodies
-from pd_serve.bench.report import kind_of, summary
+from pd_serve.bench.report import counted, summary
 from pd_serve.config import BenchConfig
 from pd_serve.errors import ConfigError
 
@@ -238,9 +238,9 @@ def test_summaries() -> None:
 
 
 def test_equal_errors_are_one_kind() -> None:
-    errors = [f'HTTP 429: {{"error":{{"message":"full","code":null,"request_id":"{id}"}}}}' for id in ("a1", "b2")]
-    assert kind_of(errors[0]) == kind_of(errors[1])
-    assert "full" in kind_of(errors[0])
+    errors = [f'HTTP 429: {{"message":"full of {n}","request_id":"{id}"}}' for n, id in ((7, "a1"), (81, "b2"))]
+    found = counted([*errors, "HTTP 503: full", "HTTP 502: full"])
+    assert list(found.values()) == [2, 1, 1] and "full of 7" in next(iter(found))
 
 
 @pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
