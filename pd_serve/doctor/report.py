@@ -57,4 +57,8 @@ def show(sections: list[Section]) -> None:
     problems, notes = count(sections, Level.PROBLEM), count(sections, Level.NOTE)
     broken = any(finding.broken for section in sections for finding in section.findings)
     verdict = "pd-serve cannot work here as it is" if broken else "pd-serve works here"
-    console.print(Text(f"{verdict}; {problems} problems, {notes} notes", style="bold"))
+    console.print(Text(f"{verdict}; {_many(problems, 'problem')}, {_many(notes, 'note')}", style="bold"))
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -88,13 +88,13 @@ def _job(lane: str, place: Place) -> Job:
     return Job(lane, True, place.devices, place.cumem, GPU_BYTES, (GPU_BLOCK_BYTES,))
 
 
-def judge(rates: list[Rate], wanted: str, place: Place) -> list[Finding]:
-    """``wanted``: the setting ``transport``."""
+def judge(rates: list[Rate], wanted: str, place: Place, *, busy: bool = False) -> list[Finding]:
+    """``wanted``: the setting ``transport``. ``busy``: more threads wanted to run than there are cores."""
     best = max((rate.gb_per_s or 0.0 for rate in rates), default=0.0)
-    return [*(_judge(rate, wanted, place, best) for rate in rates), _choice(rates, wanted, place)]
+    return [*(_judge(rate, wanted, place, best, busy) for rate in rates), _choice(rates, wanted, place)]
 
 
-def _judge(rate: Rate, wanted: str, place: Place, best: float) -> Finding:
+def _judge(rate: Rate, wanted: str, place: Place, best: float, busy: bool) -> Finding:
     if rate.gb_per_s is None:
         if rate.too_late:
             return note(rate.lane, f"not measured: {rate.why_not}", _AGAIN)
@@ -103,6 +103,8 @@ def _judge(rate: Rate, wanted: str, place: Place, best: float) -> Finding:
     floor = NVLINK_FLOOR_GB_PER_S if rate.lane == "nvlink" and place.nvlinked else FLOOR_GB_PER_S
     if rate.gb_per_s >= floor:
         return ok(rate.lane, f"{rate.gb_per_s:.1f} GB/s")
+    if place.devices is None and busy:  # cores copy there
+        return note(rate.lane, f"{rate.gb_per_s:.2f} GB/s, on a machine whose cores are busy", _AGAIN)
     if rate.lane == "nvlink":
         fix = "end what else uses the GPUs; nvidia-smi nvlink -s and -e show links that are down or make errors"
     elif place.devices is not None:

@@ -143,10 +143,10 @@ def test_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     fine = Section("host", "Machine", [ok("a [b]", "1"), note("c", "2", "do this")], 0.1)
     show([fine, Section("empty", "Nothing", [], 0.0)])
     text = capsys.readouterr().out
-    assert "a [b]" in text and "do this" in text and "0 problems, 1 notes" in text and "Nothing" not in text
+    assert "a [b]" in text and "do this" in text and "0 problems, 1 note" in text and "Nothing" not in text
     bad = Section("nixl", "NIXL", [broken("NIXL", "gone", "pip install nixl")], 0.1)
     show([fine, bad])
-    assert "pd-serve cannot work here as it is; 1 problems, 1 notes" in capsys.readouterr().out
+    assert "pd-serve cannot work here as it is; 1 problem, 1 note" in capsys.readouterr().out
     data = as_json([fine, bad], [Rate("nixl", None, "gone")])
     assert data["broken"] and data["counts"] == {"ok": 1, "note": 1, "problem": 1}
     assert data["lanes"] == [{"lane": "nixl", "gb_per_s": None, "why_not": "gone", "too_late": False}]

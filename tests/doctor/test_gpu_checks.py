@@ -226,6 +226,8 @@ def test_the_choice_follows_from_the_figures() -> None:
     assert by_name(judge(rates, "ucx", gpus))["pd-serve would use"].broken
     slow = by_name(judge([Rate("nvlink", 20.0)], "auto", gpus))["nvlink"]
     assert slow.level is Level.PROBLEM and "nvidia-smi nvlink" in slow.fix
+    for busy, level in ((False, Level.PROBLEM), (True, Level.NOTE)):
+        assert by_name(judge([Rate("nixl", 0.8)], "auto", Place(), busy=busy))["nixl"].level is level
     host = by_name(judge([Rate("nixl", 5.0), Rate("ucx", 6.0)], "auto", Place()))
     assert host["pd-serve would use"].value.startswith("nixl between nodes of this machine")
     nothing = by_name(judge([Rate("nixl", None, "gone")], "auto", Place()))["pd-serve would use"]
