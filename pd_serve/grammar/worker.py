@@ -44,7 +44,8 @@ KEPT = 64  # compiled grammars
 # What masks of a sequence may take of a processor: most take 50 microseconds, and the first of a grammar milliseconds.
 SPENT_S, MASK_S = 1.0, 2e-3
 MAX_FORCED = 32  # tokens at once
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# An object with a thousand properties that may be left out has 4,000 items in a row; time is what bounds them.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, max_items_in_row=20_000, verbose_errors=False)
 _TOO_SLOW = "it is too complex: finding the permitted tokens takes too long"
 _TOO_LARGE = f"it takes more than {COMPILE_S:g} s or {COMPILE_BYTES >> 30} GiB to compile: make it smaller"
 
@@ -68,7 +69,8 @@ class Sequence:
         """After ``tokens``, which came since, and with ``jumps`` after those that are forced then."""
         began_s = time.thread_time()
         if not self._matcher.consume_tokens(tokens):
-            return Permitted(id, b"", error=NONE_LEFT)
+            said = self._matcher.get_error()
+            return Permitted(id, b"", error=NONE_LEFT if "satisfy the grammar" in said else _said(said))
         forced = self._matcher.compute_ff_tokens()[:MAX_FORCED] if jumps else []
         if forced and not self._matcher.consume_tokens(forced):
             return Permitted(id, b"", error="llguidance forces tokens that it does not permit")

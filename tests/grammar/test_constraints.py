@@ -123,6 +123,12 @@ def test_what_cannot_go_on_says_why(constraints: Constraints) -> None:
     assert set(constraints.failed()) == {wrong, broken}
 
 
+def test_an_object_of_a_thousand_properties_that_may_be_left_out(constraints: Constraints) -> None:
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1000)}}
+    output = TEXT.encode('{"p7": 1, "p70', add_special_tokens=False)
+    assert heard(constraints, constraints.open(Grammar("json_schema", json.dumps(wide)), output))
+
+
 def test_masks_that_take_long_end_their_sequence(constraints: Constraints) -> None:
     tokenizer = LLTokenizer(tiny.byte_level().decode(), n_vocab=VOCAB, eos_token=[EOS])
     grammar = LLMatcher.grammar_from_regex("a+")
