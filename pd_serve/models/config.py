@@ -130,6 +130,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     rank: int = 0  # under tensor parallelism sizes are this rank's (:mod:`pd_serve.models.shard`)
     ranks: int = 1
+    total_kv_heads: int = 0  # of the whole model, on a rank of several
 
     @property
     def head_rows(self) -> int:
@@ -224,7 +225,7 @@ class ModelConfig:
 
     def for_rank(self, rank: int, ranks: int) -> ModelConfig:
         """The model as this rank computes it, which has its part of heads and of MLPs. Raises ConfigError where it
-        cannot be dealt evenly.
+        cannot be dealt evenly. Where there are fewer KV heads than ranks, ranks next to each other have the same one.
         """
         if ranks == 1:
             return self
@@ -235,17 +236,19 @@ class ModelConfig:
         if experts is not None:
             sizes["intermediate size of experts"] = experts.intermediate_size
         for what, size in sizes.items():
-            if size % ranks:
+            dealt = min(size, ranks) if what == "KV heads" else ranks
+            if size % dealt or ranks % dealt:
                 raise ConfigError(f"--tp {ranks} does not divide the model's {what}, {size}")
             rows = size * self.head_dim if "heads" in what else size
-            if self.quantization is not None and self.quantization.blocks and rows // ranks % BLOCK:
+            if self.quantization is not None and self.quantization.blocks and rows // dealt % BLOCK:
                 raise ConfigError(f"--tp {ranks} would cut FP8 blocks of {BLOCK} rows in two ({what}: {size})")
         return replace(
             self,
             rank=rank,
             ranks=ranks,
             num_heads=self.num_heads // ranks,
-            num_kv_heads=self.num_kv_heads // ranks,
+            num_kv_heads=max(1, self.num_kv_heads // ranks),
+            total_kv_heads=self.num_kv_heads,
             intermediate_size=self.intermediate_size // ranks,
             experts=experts and replace(experts, intermediate_size=experts.intermediate_size // ranks),
         )
@@ -255,8 +258,8 @@ class ModelConfig:
         spans: dict[int | None, list[int]] = {}
         for layer, window in enumerate(self.windows):
             spans.setdefault(window, []).append(layer)
-        heads = self.num_kv_heads
-        first, total = (self.rank * heads, self.ranks * heads) if self.ranks > 1 else (0, 0)
+        heads, total = self.num_kv_heads, self.total_kv_heads
+        first = self.rank * total // self.ranks
         return tuple(
             kv_group(tuple(layers), heads, self.head_dim, window, first, total) for window, layers in spans.items()
         )

@@ -2,7 +2,8 @@
 
 Heads, and the inner rows of MLPs and experts, are dealt evenly; what makes them (q, k, v, gate, up) is cut by rows,
 what sums over them (o, down) by columns, and the sum over ranks follows. Logits are cut by vocabulary where that
-divides. Norms, embeddings and the routers of experts are whole on every rank.
+divides. Norms, embeddings and the routers of experts are whole on every rank, and so is a KV head on each of the ranks
+whose heads look at it, where there are fewer of them than ranks.
 
 :class:`Shard` stands between a checkpoint and the loader: it answers with the rank's part of a tensor, a view of the
 mapped file, so that a rank reads its own bytes only.
@@ -19,6 +20,7 @@ from torch import Tensor
 from pd_serve.models.config import ModelConfig
 
 _PART = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.(weight|bias|weight_scale|weight_scale_inv)$")
+_KV = re.compile(r"\.[kv]_proj\.")
 _BY_ROWS = frozenset(("q", "k", "v", "gate", "up"))
 _FUSED_GATE_UP, _FUSED_DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
@@ -43,27 +45,29 @@ class Shard:
         self.names = source.names
         self._source = source
         self._rank, self._ranks = config.rank, config.ranks
+        self._kv_parts = min(config.ranks, config.total_kv_heads or config.ranks)
         self._head_rows = config.head_rows < config.vocab_size
         self._blocks = config.quantization is not None and config.quantization.blocks
 
     def get(self, name: str, shape: tuple[int, ...], *, in_fp8: bool = False) -> Tensor:
         dim = self._cut(name)
-        whole = tuple(size * (self._ranks if at == dim else 1) for at, size in enumerate(shape))
+        parts = self._kv_parts if _KV.search(name) else self._ranks
+        whole = tuple(size * (parts if at == dim else 1) for at, size in enumerate(shape))
         tensor = self._source.get(name, whole, in_fp8=in_fp8)
         if dim is None:
             # the bias of a sum over ranks is added once
             once = name.endswith(("o_proj.bias", "down_proj.bias"))
             return torch.zeros_like(tensor) if once and self._rank else tensor
-        if tensor.dim() <= dim or tensor.shape[dim] % self._ranks:
+        if tensor.dim() <= dim or tensor.shape[dim] % parts:
             return tensor  # a scale of all rows, or what is refused for its shape
         if name.endswith(_FUSED_GATE_UP):
             halves = tensor.view(len(tensor), 2, -1, tensor.shape[-1])
-            return self._part(halves, 2).reshape(len(tensor), -1, tensor.shape[-1])
-        return self._part(tensor, dim)
+            return self._part(halves, 2, parts).reshape(len(tensor), -1, tensor.shape[-1])
+        return self._part(tensor, dim, parts)
 
-    def _part(self, tensor: Tensor, dim: int) -> Tensor:
-        size = tensor.shape[dim] // self._ranks
-        return tensor.narrow(dim, self._rank * size, size)
+    def _part(self, tensor: Tensor, dim: int, parts: int) -> Tensor:
+        size = tensor.shape[dim] // parts
+        return tensor.narrow(dim, self._rank * parts // self._ranks * size, size)
 
     def _cut(self, name: str) -> int | None:
         """Along which dimension; None: not at all."""

@@ -107,14 +107,16 @@ def test_made_up_weights_are_parts_of_the_same(tmp_path: Path) -> None:
     same_as_whole(tmp_path, load_format="dummy")
 
 
-def test_four_ranks(tmp_path: Path) -> None:
-    same_as_whole(tiny_model.write(tmp_path, tiny_model.Size(64, 2, 8, 4, 16, 96, 256)), 4)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_four_ranks(kv_heads: int, tmp_path: Path) -> None:
+    same_as_whole(tiny_model.write(tmp_path, tiny_model.Size(64, 2, 8, kv_heads, 16, 96, 256)), 4)
 
 
 @pytest.mark.parametrize("form", ["compressed-rows", "compressed-tensor"])
 def test_scales_of_rows_go_with_them(form: str, tmp_path: Path) -> None:
     quantise(tiny_model.write(tmp_path / "source", SPARSE), form, tmp_path / "fp8", tmp_path / "plain")
     same_as_whole(tmp_path / "fp8")
+    same_as_whole(tmp_path / "fp8", 4)  # there are two KV heads
 
 
 def test_blocks_with_a_scale_are_not_cut_in_two(tmp_path: Path) -> None:
@@ -130,9 +132,14 @@ def test_what_does_not_divide_is_named(tmp_path: Path) -> None:
     config = ModelConfig.from_directory(tiny_model.write(tmp_path), "")
     with pytest.raises(ConfigError, match="--tp 3 does not divide the model's KV heads, 2"):
         config.for_rank(0, 3)
+    with pytest.raises(ConfigError, match="--tp 8 does not divide the model's attention heads, 4"):
+        config.for_rank(0, 8)
 
 
 def test_a_rank_has_its_share_of_the_cache(tmp_path: Path) -> None:
     config = ModelConfig.from_directory(tiny_model.write(tmp_path), "")
     planes = [config.for_rank(rank, 2).layer_groups()[0].planes[0] for rank in range(2)]
     assert [(plane.first_head, plane.heads, plane.total_heads) for plane in planes] == [(0, 1, 2), (1, 1, 2)]
+    planes = [config.for_rank(rank, 4).layer_groups()[0].planes[0] for rank in range(4)]
+    assert [plane.first_head for plane in planes] == [0, 0, 1, 1]
+    assert {(plane.heads, plane.total_heads) for plane in planes} == {(1, 2)}
