@@ -13,15 +13,31 @@ PROBE_BLOCKS = 64
 
 @dataclass(frozen=True)
 class Region:
-    """One layer group's blocks in this node's pool: ``num_blocks`` ranges of ``block_bytes`` at ``address``."""
+    """One layer group's blocks in this node's pool: ``num_blocks`` ranges of ``block_bytes`` at ``address``.
+
+    ``places``: where another engine keeps each layer of a group by itself, a block lies in parts, ``block_bytes`` at
+    each of these distances from ``address``, in the order of layers; ``address`` is the lowest.
+    """
 
     address: int
     block_bytes: int
     num_blocks: int
+    places: tuple[int, ...] = (0,)
 
     @property
     def size_bytes(self) -> int:
+        """At one place."""
         return self.block_bytes * self.num_blocks
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of a block, at all places together."""
+        return self.block_bytes * len(self.places)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Address and size of each place."""
+        return [(self.address + place, self.size_bytes) for place in self.places]
 
 
 @dataclass(frozen=True)

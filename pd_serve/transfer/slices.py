@@ -94,6 +94,23 @@ def slicings(source: KVLayout, reader: KVLayout) -> tuple[Slicing, ...]:
     return (*found, _whole_block(PROBE_BLOCK_BYTES))
 
 
+def placed(slicing: Slicing, source: Region, reader: Region) -> Slicing:
+    """Of whole blocks whose parts lie in several places: a row for each. Raises HandshakeError."""
+    if len(source.places) == len(reader.places) == 1:
+        return slicing
+    sizes, places = (source.block_bytes, reader.block_bytes), (len(source.places), len(reader.places))
+    if not slicing.whole or sizes[0] != sizes[1] or places[0] != places[1]:
+        raise HandshakeError(
+            f"blocks lie in {places[0]} places of {sizes[0]} bytes at the prefill node, in {places[1]} of {sizes[1]} "
+            "at the decode node; start both with the same engine and the same settings"
+        )
+    sides = (
+        Side(region.block_bytes, 1, region.block_bytes, np.array(region.places, dtype=np.int64))
+        for region in (source, reader)
+    )
+    return Slicing(source.block_bytes, *sides)
+
+
 def counterparts(rank: int, ranks: int, others: int) -> range:
     """The ranks, of a node with ``others``, that hold heads of ``rank`` of another with ``ranks``.
 

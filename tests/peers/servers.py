@@ -25,6 +25,12 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
+def scale_out() -> list[str]:
+    """What opens /inference/v1/generate, where vLLM has to be asked to: 0.24 has it open."""
+    routers = Path(os.environ["PEER_VENV"]).glob("lib/python3*/site-packages/vllm/entrypoints/scale_out/factories.py")
+    return ["--enable-scale-out"] if any("--enable-scale-out" in file.read_text() for file in routers) else []
+
+
 class Server:
     """``connector``: of ``--kv-transfer-config``; its side channel gets a port of its own."""
 

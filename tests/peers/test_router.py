@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pd_serve.config import RouterConfig
-from tests.peers.servers import NAME, NIXL, Server
+from tests.peers.servers import NAME, NIXL, Server, scale_out
 from tests.router.conftest import Running, until
 
 pytestmark = pytest.mark.peer
@@ -36,9 +36,9 @@ class Servers(NamedTuple):
 def servers(
     request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    """With ``generate``, tokens go over /inference/v1/generate, which 0.32 has to be asked to open."""
+    """With ``generate``, tokens go over /inference/v1/generate."""
     logs = tmp_path_factory.mktemp("vllm")
-    opened = ["--enable-scale-out"] if request.param == "generate" else []
+    opened = scale_out() if request.param == "generate" else []
     chunks = ["--max-num-batched-tokens", "512"]
     count = 2 if request.param == "generate" else 1
     found = Servers([], [], smollm2)

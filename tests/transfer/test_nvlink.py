@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pd_serve.errors import HandshakeError, TransferError
+from pd_serve.kv.layout import KVLayout, LayerGroup
 from pd_serve.memory.driver import HandleType
 from pd_serve.memory.region import PoolMemory, Region
 from pd_serve.transfer.base import PullState
@@ -18,12 +19,14 @@ from pd_serve.transfer.movers.host import HostMover
 from pd_serve.transfer.nvlink import NvlinkTransport, messages, sources
 from pd_serve.transfer.nvlink import peer as peer_module
 from pd_serve.transfer.nvlink import transport as transport_module
+from pd_serve.transfer.session.handshake import pair_of as session_pair
 from tests.memory.memfd import MemfdDriver
 from tests.transfer.namespaces import PID, USER_AND_PID, unshare
 from tests.transfer.nvlink_ends import (
     End,
     Link,
     NumpyMover,
+    Pool,
     SourceProcess,
     as_kv,
     blocks,
@@ -78,6 +81,48 @@ def test_random_maps_bring_the_right_bytes_from_another_process(served: tuple[So
     peer.close()
     end.close()
     assert open_fds() == before
+
+
+class Scattered:
+    """A pool as another engine makes it: each of three layers by itself, in the order of ``places``."""
+
+    def __init__(self, directory: Path, num_blocks: int, places: tuple[int, ...], seed: int) -> None:
+        self.kv = KVLayout(16, "float32", (LayerGroup((0,), opaque_bytes=3 * 4096),), "another engine")
+        self.driver = MemfdDriver()
+        pools = [Pool(self.driver, layout(layers=1), 64, seed=seed + i) for i in range(4)]  # only their memory is used
+        *self.pools, probe = sorted(pools, key=lambda pool: pool.base)
+        low = self.pools[0].base
+        region = Region(low, 4096, num_blocks, tuple(self.pools[i].base - low for i in places))
+        self.layers = [self.pools[i].bytes[: num_blocks * 4096].reshape(num_blocks, 4096) for i in places]
+        self.regions = [region, probe.regions[-1]]
+        self.transport = NvlinkTransport(self.driver, HostMover(), directory)
+        segments = tuple(segment for pool in (*self.pools, probe) for segment in pool.segments)
+        self.transport.register(PoolMemory(0, tuple(self.regions), segments))
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def test_blocks_of_another_engine_lie_in_several_places(tmp_path: Path) -> None:
+    source, reader = Scattered(tmp_path, 20, (2, 0, 1), 7), Scattered(tmp_path, 30, (0, 1, 2), 17)
+    pair = session_pair((source.kv, tuple(source.regions)), (reader.kv, tuple(reader.regions)))
+    session = Link(reader.transport, source.transport, pair).pump()
+    remote, local = [19, 3, 4], [2, 29, 1]
+    pull = reader.transport.pull(session.peer, [blocks(0, remote, local)])
+    assert finished(pull) is PullState.DONE and pull.close()
+    assert pull.size_bytes == 3 * 3 * 4096
+    for theirs, ours in zip(source.layers, reader.layers, strict=True):
+        assert np.array_equal(ours[local], theirs[remote])
+    slicing, ids = pair.slicings[0], (np.array(remote, dtype=np.int64), np.array(local, dtype=np.int64))
+    sums = [
+        HostMover().checksums(rows)
+        for rows in (slicing.source_rows(source.regions[0], ids[0]), slicing.reader_rows(reader.regions[0], ids[1]))
+    ]
+    until(lambda: all(each.done() for each in sums))
+    assert np.array_equal(*(each.result() for each in sums))
+    session.close()
+    for end in (reader, source):
+        end.close()
 
 
 HETERO = [

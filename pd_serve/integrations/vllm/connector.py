@@ -47,11 +47,11 @@ class Address(KVConnectorHandshakeMetadata):
 class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_with_vllm()
-        engine.check(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         self._sends, self._receives = transfer.is_kv_producer, transfer.is_kv_consumer
         self._settings = settings.load(transfer.kv_connector_extra_config, sends=self._sends, receives=self._receives)
+        _log_with_vllm(self._settings.log_level)
+        engine.check(vllm_config, kv_cache_config)
         self._groups = engine.groups_of(kv_cache_config)
         self._scheduler: SchedulerSide | None = None
         self._ends: RankEnds | None = None
@@ -59,6 +59,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         self._address = ""
         self._memory: Memory | None = None
         self._failed_blocks: set[int] = set()
+        self._computes = False  # in this step
         if role is KVConnectorRole.SCHEDULER:
             windows = tuple(group.window for group in self._groups)
             self._scheduler = SchedulerSide(self._groups[0].block_size, windows, receives=self._receives)
@@ -155,11 +156,11 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
             (self._address,) = ends.outbox.listen(self._settings.transport_timeout_s)
         self._worker = WorkerSide(ends.outbox, ends.inbox, found.groups, offer_s=self._settings.pull_timeout_s)
         log.info(
-            "pd-serve's transfer is ready%s over %s: %d regions of %d blocks, '%s'",
+            "pd-serve's transfer is ready%s over %s: %d blocks in %d places, '%s'",
             f" at {self._address}" if self._address else "",
             ends.worker.transport,
-            len(found.regions),
             found.regions[0].num_blocks,
+            sum(len(region.places) for region in found.regions),
             found.layout.foreign,
         )
 
@@ -168,6 +169,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
+        self._computes = False
         if self._worker is not None:
             self._worker.withdraw(connector_metadata.orders)
 
@@ -182,6 +184,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks are announced when a step has computed all layers."""
 
     def wait_for_save(self) -> None:
+        self._computes = True
         if self._worker is None or self._memory is None or not self.has_connector_metadata():
             return
         if self._orders.announced:
@@ -195,6 +198,8 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _results(self) -> Results:
         """Of this step. Where failed requests have no names, their blocks are told."""
+        if self._worker is not None and not self._computes:
+            self._worker.rest()
         results = self._worker.results() if self._worker is not None else Results()
         self._failed_blocks = set() if engine.NAMES_FAILED_REQUESTS else results.failed_blocks
         return results
@@ -219,9 +224,9 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
             self._ends = self._worker = None
 
 
-def _log_with_vllm() -> None:
-    """What pd-serve has to say comes where vLLM's own lines come."""
+def _log_with_vllm(level: str) -> None:
+    """What pd-serve has to say comes where vLLM's own lines come. ``level``: the least severe."""
     ours, theirs = logging.getLogger("pd_serve"), logging.getLogger("vllm")
     if not ours.handlers:
         ours.handlers, ours.propagate = list(theirs.handlers), not theirs.handlers
-        ours.setLevel(theirs.getEffectiveLevel())
+        ours.setLevel(level.upper())

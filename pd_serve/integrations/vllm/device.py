@@ -86,9 +86,9 @@ def _segments(regions: tuple[Region, ...]) -> list[Segment]:
 def _mapped_under(driver: CudaDriver, regions: tuple[Region, ...]) -> list[Segment]:
     """Raises DriverError."""
     found: dict[int, Segment] = {}
-    for region in regions:
-        at = region.address
-        while at < region.address + region.size_bytes:
+    for at, size_bytes in (place for region in regions for place in region.ranges):
+        end = at + size_bytes
+        while at < end:
             mapping = driver.mapping_of(at)
             if mapping is None:
                 return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pd_serve.errors import ConfigError
@@ -18,8 +18,6 @@ from pd_serve.memory.region import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_REGIONS = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class _View:
     span: int  # bytes, from a block's first to its last of this view
     end: int  # of the memory that it lies in
     inside: str
+    layer: int = field(compare=False)  # of its group, the first that lies there
 
 
 @dataclass(frozen=True)
@@ -68,29 +67,36 @@ def find(
     of: list[int] = []
     orders = hashlib.sha256()
     for number, group in enumerate(groups):
-        views = sorted({view for name in group.layers for view in _views(name, caches[name], num_blocks)}, key=_place)
-        for part in _regions(views):
-            start, stride = part[0].address, part[0].stride
-            if start + stride * num_blocks > part[0].end:
-                raise ConfigError(f"the last block of {group.layers[0]} reaches beyond its memory; report this layout")
+        for stride, parts in _parts(group, caches, num_blocks).items():
+            low = min(part[0].address for part in parts)
+            region = Region(low, stride, num_blocks, tuple(part[0].address - low for part in parts))
+            regions.append(region)
+            layer_groups.append(LayerGroup((len(of),), window=group.window, opaque_bytes=region.whole_bytes))
             of.append(number)
-            regions.append(Region(start, stride, num_blocks))
-            layer_groups.append(LayerGroup((len(of) - 1,), window=group.window, opaque_bytes=stride))
-            orders.update(repr([(view.address - start, view.inside) for view in part]).encode())
-    if len(regions) > MAX_REGIONS:
-        raise ConfigError(
-            f"the KV cache lies in {len(regions)} places, more than {MAX_REGIONS}: choose a layout of whole blocks "
-            "(VLLM_KV_CACHE_LAYOUT=BLHNC; see docs/vllm.md)"
-        )
+            for part in parts:
+                orders.update(repr([(v.address - part[0].address, v.inside, v.layer) for v in part]).encode())
     name = f"vllm {order} {orders.hexdigest()[:16]}"
     return Found(KVLayout(sizes.pop(), dtype, tuple(layer_groups), name), tuple(regions), tuple(of))
 
 
-def _place(view: _View) -> tuple[int, int]:
-    return view.address, view.stride
+def _parts(group: CacheGroup, caches: Mapping[str, Tensor], num_blocks: int) -> dict[int, list[list[_View]]]:
+    """By stride, the parts of the group's blocks in the order of layers, which is the same on both servers; that of
+    addresses need not be."""
+    views: dict[_View, _View] = {}
+    for layer, name in enumerate(group.layers):
+        for view in _views(name, layer, caches[name], num_blocks):
+            views.setdefault(view, view)
+    found: dict[int, list[list[_View]]] = {}
+    ordered = sorted(views, key=lambda view: (view.address, view.stride))
+    for part in sorted(_regions(ordered), key=lambda part: min(view.layer for view in part)):
+        start, stride = part[0].address, part[0].stride
+        if start + stride * num_blocks > part[0].end:
+            raise ConfigError(f"the last block of {group.layers[0]} reaches beyond its memory; report this layout")
+        found.setdefault(stride, []).append(part)
+    return found
 
 
-def _views(name: str, cache: Tensor, num_blocks: int) -> Iterator[_View]:
+def _views(name: str, layer: int, cache: Tensor, num_blocks: int) -> Iterator[_View]:
     """A cache is ``[blocks, ...]``, or ``[2, blocks, ...]`` with K apart from V. vLLM's kernels may cut a block into
     several: then there are that many more of them, side by side."""
     item, shape = cache.element_size(), tuple(cache.shape)
@@ -109,6 +115,7 @@ def _views(name: str, cache: Tensor, num_blocks: int) -> Iterator[_View]:
             span=span,
             end=storage.data_ptr() + storage.nbytes(),
             inside=f"{cache.dtype} {inner}",
+            layer=layer,
         )
 
 

@@ -16,7 +16,7 @@ from pd_serve.settings import nearest
 
 _GROUPS = ("KV transfer", "Security")
 LOOPBACK = "127.0.0.1"  # readers of this machine alone, unless peer_host says where others come in
-_NAMES = ("peer_host", "step_timeout_s", "enable_cumem_allocator")
+_NAMES = ("peer_host", "step_timeout_s", "enable_cumem_allocator", "log_level")
 
 
 def load(extra: Mapping[str, Any], *, sends: bool, receives: bool) -> NodeConfig:

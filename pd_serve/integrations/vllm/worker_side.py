@@ -1,8 +1,8 @@
 """A worker's half of the connector: it hands the scheduler's orders to the outbox and the inbox of its rank, and tells
 vLLM what has ended.
 
-Called by vLLM's worker, on its main thread, once a step. Bytes, leases and peers are the transfer thread's; nothing
-here waits for it.
+Called by vLLM's worker, on its main thread, once a step. Bytes, leases and peers are the transfer thread's; but for
+:meth:`WorkerSide.rest` nothing here waits for it.
 
 What vLLM is told ends engines if it is wrong: a request is reported as sent once, if the scheduler side has said that
 it is kept; and as received once for each that was to be fetched, whatever became of it, when nothing can write
@@ -12,6 +12,7 @@ to its blocks any more.
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pd_serve.decode.inbox import Arrived, Drained, Failed, Inbox, Offered
+from pd_serve.decode.inbox import Arrived, Drained, Event, Failed, Inbox, Offered
 from pd_serve.integrations.vllm.orders import Announcement, Fetch, Orders
 from pd_serve.integrations.vllm.params import Held
 from pd_serve.prefill.outbox import Outbox
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 NO_TOKEN = -1  # the first token is in the prefill server's answer, not in the announcement of its blocks
 MAX_ENDED = 4096
+IDLE_WAIT_S = 3e-3  # what a short pull takes
 
 
 @dataclass
@@ -44,7 +46,10 @@ class Results:
 @dataclass
 class _Fetching:
     fetch: Fetch | None  # None: of a prompt that nobody here wants, only its prefill server is told so
+    begun_s: float
     until_s: float  # when it has to have begun
+    offered_s: float = 0.0
+    moving_s: float = 0.0  # for so long bytes came
     failure: str = ""
     dropped: bool = False
 
@@ -100,16 +105,20 @@ class WorkerSide:
             self._decline(held)
         for fetch in orders.fetched:
             key = fetch.held.key
-            self._fetching[key] = _Fetching(fetch, self._clock() + self._offer_s)
+            self._fetching[key] = self._begun(fetch)
             self._keys[fetch.request_id] = key
             tables = [np.array(table, dtype=np.int32) for table in fetch.tables]
             place = [tables[group] for group in self._groups], [fetch.first] * len(self._groups)
             self._inbox.expect(key, fetch.held.source, place)
 
+    def _begun(self, fetch: Fetch | None) -> _Fetching:
+        now_s = self._clock()
+        return _Fetching(fetch, now_s, now_s + self._offer_s)
+
     def _decline(self, held: Held) -> None:
         """Fetches nothing of it: its prefill server hears that it is not needed any more."""
         nothing = np.zeros(0, dtype=np.int32)
-        self._fetching[held.key] = _Fetching(None, self._clock() + self._offer_s)
+        self._fetching[held.key] = self._begun(None)
         self._inbox.expect(held.key, held.source, ([nothing] * len(self._groups), [1 << 30] * len(self._groups)))
 
     def announce(self, orders: Orders, computed: Callable[[], bool] | None) -> None:
@@ -125,8 +134,26 @@ class WorkerSide:
 
     # --- what has ended
 
+    def rest(self) -> None:
+        """In a step that computes nothing, and until something has arrived: vLLM sleeps for a millisecond after it, and
+        acts on what it is told two such steps later."""
+        until_s = time.monotonic() + IDLE_WAIT_S
+        while any(fetching.fetch is not None for fetching in self._fetching.values()) and not self._results.received:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            poller = select.poll()
+            poller.register(self._inbox.fileno(), select.POLLIN)
+            poller.poll(left_s * 1e3)
+            self._look()
+
     def results(self) -> Results:
         """Since the last call. Raises TransferError where the transfer thread has given up."""
+        self._look()
+        results, self._results = self._results, Results()
+        return results
+
+    def _look(self) -> None:
         for ended in self._outbox.events():
             request_id = self._kept.pop(ended.key, None)
             if request_id is not None:
@@ -139,24 +166,27 @@ class WorkerSide:
                 log.warning("the blocks of %s are not kept any more: %s", ended.key, ended.why)
         for event in self._inbox.events():
             fetching = self._fetching.get(event.key)
-            match event:
-                case Offered() if fetching is not None:
-                    fetching.until_s = float("inf")
-                case Arrived() if fetching is not None:
-                    if any(event.whole_from):  # vLLM would take such blocks for whole ones
-                        fetching.failure = "the prefill server holds less of a window than this one needs"
-                    self._received(event.key, fetching)
-                case Failed() if fetching is not None:
-                    fetching.failure = f"{event.kind}: {event.message}"
-                case Drained() if fetching is not None:
-                    self._received(event.key, fetching)
+            if fetching is not None:
+                self._heard(event, fetching)
         for key, fetching in self._fetching.items():
             if self._clock() >= fetching.until_s and not fetching.dropped:
                 fetching.dropped, fetching.until_s = True, float("inf")
                 fetching.failure = f"the prefill server did not say within {self._offer_s:g} s that it has the prompt"
                 self._inbox.cancel(key)
-        results, self._results = self._results, Results()
-        return results
+
+    def _heard(self, event: Event, fetching: _Fetching) -> None:
+        match event:
+            case Offered():
+                fetching.offered_s, fetching.until_s = self._clock(), float("inf")
+            case Arrived():
+                fetching.moving_s = event.seconds
+                if any(event.whole_from):  # vLLM would take such blocks for whole ones
+                    fetching.failure = "the prefill server holds less of a window than this one needs"
+                self._received(event.key, fetching)
+            case Failed():
+                fetching.failure = f"{event.kind}: {event.message}"
+            case Drained():
+                self._received(event.key, fetching)
 
     def _received(self, key: str, fetching: _Fetching) -> None:
         fetch = fetching.fetch
@@ -167,6 +197,13 @@ class WorkerSide:
         if fetching.dropped and fetching.until_s < float("inf"):  # before its prefill server had heard of it
             self._decline(fetch.held)
         self._results.received.add(fetch.request_id)
+        log.debug(
+            "%s: announced %.1f ms after it was asked for, here after %.1f ms; bytes moved for %.1f ms",
+            fetch.request_id,
+            (fetching.offered_s - fetching.begun_s) * 1e3,
+            (self._clock() - fetching.begun_s) * 1e3,
+            fetching.moving_s * 1e3,
+        )
         if fetching.failure:
             self._results.failed.add(fetch.request_id)
             self._results.failed_blocks.update(id for table in fetch.tables for id in table[fetch.first :] if id)

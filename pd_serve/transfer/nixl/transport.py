@@ -68,9 +68,9 @@ class NixlTransport:
             raise TransferError(
                 FailureKind.TRANSFER, f"a pool on device {memory.device} and a mover on {self._mover.device}"
             )
-        self._agent.register([(r.address, r.size_bytes) for r in memory.regions], memory.device)
+        self._agent.register([place for region in memory.regions for place in region.ranges], memory.device)
         self._memory = memory
-        largest = max((r.block_bytes for r in memory.regions[:-1]), default=0)
+        largest = max((r.whole_bytes for r in memory.regions[:-1]), default=0)
         self._packer = Packer(self._mover, self._agent, self._limits, largest, self._clock)
         self._ring = LocalRing(self._mover, self._agent, self._limits, largest)
 

@@ -100,7 +100,7 @@ class Exports:
     def _export_ipc(self) -> list[Range]:
         assert self._memory.device is not None, "refused by register"
         ipc, found = self._ipc(), {}
-        for region in self._memory.regions:
-            allocation = ipc.export(self._memory.device, region.address)
+        for address, _ in (place for region in self._memory.regions for place in region.ranges):
+            allocation = ipc.export(self._memory.device, address)
             found[allocation.address] = Range(allocation.address, allocation.size_bytes, allocation.handle)
         return list(found.values())

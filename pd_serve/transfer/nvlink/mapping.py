@@ -17,9 +17,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.memory.driver import DriverError, HandleType, MemoryKind, VirtualMemoryDriver
 from pd_serve.memory.region import Region
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.nvlink import fd_client
 from pd_serve.transfer.nvlink.ipc import IpcDriver
 from pd_serve.transfer.nvlink.messages import Kind, Offer, Range
@@ -44,13 +47,18 @@ class Mapped:
         self._undo = undo
         self._lock = lock
 
-    def address(self, region: Region) -> int:
-        """Where the source's region is here. Raises TransferError."""
+    def places(self, region: Region) -> tuple[int, I64]:
+        """Where the source's region is here: an address, and the distances of its places from there. Raises
+        TransferError."""
+        found = [self._address(*place) for place in region.ranges]
+        return (first := min(found)), np.array(found, dtype=np.int64) - first
+
+    def _address(self, at: int, size_bytes: int) -> int:
         for window in self.windows:
-            offset = region.address - window.source
-            if offset >= 0 and offset + region.size_bytes <= window.size_bytes:
+            offset = at - window.source
+            if offset >= 0 and offset + size_bytes <= window.size_bytes:
                 return window.here + offset
-        raise _failed(f"the source's blocks at {region.address:#x} are not in the memory that it handed over")
+        raise _failed(f"the source's blocks at {at:#x} are not in the memory that it handed over")
 
     def unmap(self) -> None:
         with self._lock:

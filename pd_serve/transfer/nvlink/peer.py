@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from pd_serve.errors import FailureKind, PDServeError, TransferError
 from pd_serve.transfer.base import Pair, Send
+from pd_serve.transfer.movers.base import I64
 from pd_serve.transfer.nvlink import messages
 from pd_serve.transfer.nvlink.export import Exports
 from pd_serve.transfer.nvlink.messages import Declined, Kind, Offer
@@ -23,11 +24,12 @@ OFFER_TIMEOUT_S = 5.0
 
 
 class NvlinkPeer:
-    """A source. ``bases``, once mapped: where each of its regions is here. ``error``: it cannot be read (any more)."""
+    """A source. ``bases``, once mapped: where each of its regions is here, and its places (:meth:`Mapped.places`).
+    ``error``: it cannot be read (any more)."""
 
     def __init__(self, sources: Sources, kind: Kind, pair: Pair, send: Send) -> None:
         self.pair = pair
-        self.bases: list[int] | None = None
+        self.bases: list[tuple[int, I64]] | None = None
         self.error: TransferError | None = None
         self.source: Source | None = None
         self._sources = sources
@@ -60,7 +62,7 @@ class NvlinkPeer:
         elif self.source.mapping.done():
             try:
                 mapped = self.source.mapping.result()
-                self.bases = [mapped.address(region) for region in self.pair.source]
+                self.bases = [mapped.places(region) for region in self.pair.source]
             except TransferError as error:
                 self._give_up(error)
             except Exception as error:

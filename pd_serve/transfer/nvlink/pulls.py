@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pd_serve.errors import FailureKind, TransferError
 from pd_serve.transfer.base import Outcome, PullState
-from pd_serve.transfer.movers.base import Rows, Work
+from pd_serve.transfer.movers.base import I64, Rows, Work
 
 if TYPE_CHECKING:
     from pd_serve.transfer.nvlink.peer import NvlinkPeer
@@ -62,12 +62,14 @@ class NvlinkPull(Outcome):
     def waiting(self) -> bool:
         return self._batch is None and self.state is PullState.RUNNING
 
-    def items(self, bases: list[int]) -> list[tuple[Rows, Rows]]:
-        """For the mover; ``bases``: where the source's regions are mapped here."""
-        return [
-            (Rows(bases[part.group], part.source.starts, part.source.rows, part.source.row_bytes), part.target)
-            for part in self._parts
-        ]
+    def items(self, bases: list[tuple[int, I64]]) -> list[tuple[Rows, Rows]]:
+        """For the mover; ``bases``: where the source's regions are mapped here, and their places."""
+        found = []
+        for part in self._parts:
+            base, places = bases[part.group]
+            rows = part.source.rows if len(places) == 1 else places
+            found.append((Rows(base, part.source.starts, rows, part.source.row_bytes), part.target))
+        return found
 
     def start(self, batch: Batch) -> None:
         self._batch = batch

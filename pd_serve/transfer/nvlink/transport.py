@@ -187,8 +187,9 @@ def _check_pair(pair: Pair, ours: tuple[Region, ...]) -> None:
         raise HandshakeError(f"a pair of {len(pair.slicings)} slicings does not fit {len(ours)} regions of this pool")
     for group, (slicing, *regions) in enumerate(zip(pair.slicings, pair.source, pair.reader, strict=True)):
         for side, region in zip((slicing.source, slicing.reader), regions, strict=True):
-            last = (side.pieces_per_block - 1) * side.step_bytes + int(np.max(side.rows, initial=0)) + slicing.row_bytes
-            fits = slicing.row_bytes > 0 and int(np.min(side.rows, initial=0)) >= 0 and last <= side.block_bytes
+            rows = side.rows if len(region.places) == 1 else side.rows - np.array(region.places)
+            last = (side.pieces_per_block - 1) * side.step_bytes + int(np.max(rows, initial=0)) + slicing.row_bytes
+            fits = slicing.row_bytes > 0 and int(np.min(rows, initial=0)) >= 0 and last <= side.block_bytes
             if not fits or side.block_bytes != region.block_bytes or len(side.rows) != len(slicing.source.rows):
                 raise HandshakeError(
                     f"blocks of group {group} have {region.block_bytes} bytes, which does not fit the layout's "

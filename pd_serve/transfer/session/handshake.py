@@ -8,13 +8,14 @@ that it knows the secret: the source proves first, with what anybody may know (a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pd_serve import auth
 from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import DTYPE_BYTES, KVLayout, Plane
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
 from pd_serve.transfer.base import Pair
-from pd_serve.transfer.slices import Slicing, counterparts, slicings
+from pd_serve.transfer.slices import Slicing, counterparts, placed, slicings
 from pd_serve.wire import peer as wire
 from pd_serve.wire.peer import PROTOCOL_MAX, PROTOCOL_MIN
 
@@ -209,7 +210,7 @@ def pair_of(source: End, reader: End, shares: int = 1) -> Pair:
     for role, (layout, regions) in (("prefill", source), ("decode", reader)):
         check_layout(layout, role)
         check_regions(layout, regions, role)
-    found = slicings(source[0], reader[0])
+    found = tuple(map(placed, slicings(source[0], reader[0]), source[1], reader[1]))
     for slicing in found:
         if not covers(slicing, shares):
             raise HandshakeError(
@@ -263,9 +264,12 @@ def check_regions(layout: KVLayout, regions: tuple[Region, ...], role: str) -> N
     for region, size in zip(regions, sizes, strict=False):
         sound = (
             sound
-            and region.block_bytes == size
+            and region.whole_bytes == size
+            and (len(region.places) == 1 or bool(layout.foreign))
+            and min(region.places, default=-1) == 0
+            and all(here + region.size_bytes <= there for here, there in pairwise(sorted(region.places)))
             and 1 <= region.num_blocks <= MAX_BLOCKS
-            and 0 < region.address <= MAX_ADDRESS - region.size_bytes
+            and 0 < region.address <= MAX_ADDRESS - region.size_bytes - max(region.places)
         )
     if not sound:
         raise HandshakeError(f"the {role} node's regions do not fit its KV layout; run the same version on both nodes")

@@ -62,7 +62,7 @@ class UcxTransport:
                 FailureKind.TRANSFER, f"the pool is on device {memory.device}, its mover on {self._mover.device}"
             )
         # UCX registers memory when it is first used, and keeps the registration
-        largest_piece = max((region.block_bytes for region in memory.regions), default=0)
+        largest_piece = max((region.whole_bytes for region in memory.regions), default=0)
         staging = Staging(self._mover, max(self._limits.message_bytes, largest_piece), 4 * self._limits.slots)
         self._shared = Shared(self._worker, self._mover, memory, staging, self._limits, boot_id())
 

@@ -30,16 +30,23 @@ def block_major(heads_outside: bool = False) -> dict[str, torch.Tensor]:
 
 def test_a_layer_a_tensor() -> None:
     caches = by_layer(BLOCKS, 2, 16, 2, 8)
-    it = found(caches)
-    assert [r.address for r in it.regions] == sorted(cache.data_ptr() for cache in caches.values())
-    assert {(r.block_bytes, r.num_blocks) for r in it.regions} == {(2 * 16 * 2 * 8 * 4, BLOCKS)}
+    (region,) = found(caches).regions
+    assert [address for address, _ in region.ranges] == [cache.data_ptr() for cache in caches.values()]
+    assert (region.block_bytes, region.num_blocks) == (2 * 16 * 2 * 8 * 4, BLOCKS)
+
+
+def test_places_are_in_the_order_of_layers_wherever_they_lie() -> None:
+    whole = torch.zeros(3, BLOCKS, 2, 16, 2, 8)
+    up, down = ({name: whole[i] for i, name in enumerate(names)} for names in (LAYERS, LAYERS[::-1]))
+    (ascending,), (descending,) = found(up).regions, found(down).regions
+    assert descending.places == ascending.places[::-1]
+    assert found({name: up[name] for name in LAYERS}).layout == found(down).layout, "such servers pair"
 
 
 def test_k_apart_from_v() -> None:
     caches = by_layer(2, BLOCKS, 16, 2, 8)
-    it = found(caches)
-    assert len(it.regions) == 6
-    assert {r.address for r in it.regions} == {c[i].data_ptr() for c in caches.values() for i in range(2)}
+    (region,) = found(caches).regions
+    assert [address for address, _ in region.ranges] == [c[i].data_ptr() for c in caches.values() for i in range(2)]
 
 
 @pytest.mark.parametrize("heads_outside", [False, True])
@@ -51,8 +58,8 @@ def test_blocks_of_all_layers_are_one_region(heads_outside: bool) -> None:
 
 
 def test_kernels_with_smaller_blocks() -> None:
-    it = found(by_layer(BLOCKS * 4, 2, 4, 2, 8))
-    assert {(r.block_bytes, r.num_blocks) for r in it.regions} == {(4 * 2 * 4 * 2 * 8 * 4, BLOCKS)}
+    (region,) = found(by_layer(BLOCKS * 4, 2, 4, 2, 8)).regions
+    assert (region.block_bytes, region.num_blocks, len(region.places)) == (4 * 2 * 4 * 2 * 8 * 4, BLOCKS, 3)
 
 
 def test_groups_that_share_memory_have_regions_of_their_own() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pd_serve.errors import HandshakeError
 from pd_serve.kv.layout import KVLayout, LayerGroup, Plane, kv_group
 from pd_serve.memory.region import PROBE_BLOCK_BYTES, PROBE_BLOCKS, Region
-from pd_serve.transfer.session.handshake import Greeting, Identity, Reception, check_protocol, shortened
+from pd_serve.transfer.session.handshake import Greeting, Identity, Reception, check_protocol, pair_of, shortened
 from pd_serve.wire import peer as wire
 from tests.transfer.harness import SMALL
 
@@ -162,6 +162,32 @@ def test_pools_that_differ_and_fit(p: KVLayout, d: KVLayout) -> None:
     two = Two(node("P", p), node("D", d))
     two.reception.pair(two.prove(), regions(p))
     two.greeting.accept(two.welcome())
+
+
+APART = KVLayout(4, "float32", (LayerGroup((0,), opaque_bytes=3 * 4096),), "another engine")
+
+
+def placed(*places: int) -> tuple[KVLayout, tuple[Region, ...]]:
+    """One group whose blocks lie in several places."""
+    probe = Region(1 << 40, PROBE_BLOCK_BYTES, PROBE_BLOCKS)
+    return APART, (Region(4096, 3 * 4096 // max(1, len(places)), 8, places), probe)
+
+
+def test_blocks_in_several_places_pair_with_as_many_wherever_they_lie() -> None:
+    pair = pair_of(placed(0, 1 << 20, 2 << 20), placed(5 << 20, 0, 1 << 20))
+    slicing = pair.slicings[0]
+    assert (slicing.row_bytes, slicing.piece_bytes) == (4096, 3 * 4096)
+    assert slicing.source.rows.tolist() == [0, 1 << 20, 2 << 20]
+    assert slicing.reader.rows.tolist() == [5 << 20, 0, 1 << 20]
+    with pytest.raises(HandshakeError, match="3 places of 4096 bytes at the prefill node, in 1 of 12288"):
+        pair_of(placed(0, 1 << 20, 2 << 20), placed(0))
+
+
+@pytest.mark.parametrize("places", [(), (1, 2 << 20, 3 << 20), (0, 4096, 1 << 20), (-(1 << 20), 0, 1 << 20)])
+def test_places_that_cannot_be(places: tuple[int, ...]) -> None:
+    for ends in ((placed(*places), placed(0, 1 << 20, 2 << 20)), (placed(0, 1 << 20, 2 << 20), placed(*places))):
+        with pytest.raises(HandshakeError, match="regions do not fit its KV layout"):
+            pair_of(*ends)
 
 
 @pytest.mark.parametrize(
