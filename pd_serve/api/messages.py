@@ -105,6 +105,19 @@ def function_name(choice: dict[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
+def allowed_tools(choice: Any) -> tuple[str, list[str]] | None:
+    """OpenAI's ``{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}``: mode and names; None: it
+    is none."""
+    allowed = (
+        choice.get("allowed_tools") if isinstance(choice, dict) and choice.get("type") == "allowed_tools" else None
+    )
+    if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
+        return None
+    tools = allowed.get("tools")
+    names = [function_name(tool) for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return (allowed["mode"], names) if names and all(names) else None
+
+
 def check_continuation(messages: list[Message], generation: bool | None, continuation: bool | None) -> None:
     if not continuation:
         return

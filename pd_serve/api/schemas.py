@@ -20,7 +20,7 @@ from pydantic import (
 from pd_serve.api import restrictions
 from pd_serve.api.body import Body, Int, Ints, Name, wholes
 from pd_serve.api.grammars import Choices, ResponseFormat, Schema, StructuredOutputs
-from pd_serve.api.messages import Message, Tool, check_continuation, function_name
+from pd_serve.api.messages import Message, Tool, allowed_tools, check_continuation, function_name
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -300,10 +300,11 @@ class ChatCompletionRequest(GenerationRequest):
     @classmethod
     def _tool_choice(cls, value: Any) -> Any:
         named = isinstance(value, dict) and value.get("type") == "function" and function_name(value)
-        if value not in (None, "auto", "none", "required") and not named:
+        if value not in (None, "auto", "none", "required") and not named and allowed_tools(value) is None:
             raise pydantic_core.PydanticCustomError(
                 "tool_choice",
-                'must be \'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": ...}}',
+                'must be \'auto\', \'none\', \'required\', {"type": "function", "function": {"name": ...}} or '
+                '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}',
             )
         return value
 
@@ -333,19 +334,30 @@ class ChatCompletionRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise pydantic_core.PydanticCustomError("top_logprobs", "'top_logprobs' needs 'logprobs': true")
         check_continuation(self.messages, self.add_generation_prompt, self.continue_final_message)
+        self._narrow_tools()
         if self.tool_choice == "required" and not self.tools:
             raise pydantic_core.PydanticCustomError("tool_choice", "'tool_choice': 'required' needs 'tools'")
         if isinstance(self.tool_choice, dict) and self.tool_named is None:
-            raise pydantic_core.PydanticCustomError(
-                "tool_choice",
-                "'tool_choice' names a function that is not among 'tools': '{name}'",
-                {"name": function_name(self.tool_choice)[:80]},
-            )
+            name = function_name(self.tool_choice)[:80]
+            raise pydantic_core.PydanticCustomError("tool_choice", _NO_SUCH_TOOL, {"name": name})
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise pydantic_core.PydanticCustomError(
                 "max_tokens", "'max_tokens' and 'max_completion_tokens' differ: give one of them"
             )
         return self
+
+    def _narrow_tools(self) -> None:
+        """To those that ``allowed_tools`` names: the model hears of no others."""
+        if (allowed := allowed_tools(self.tool_choice)) is None:
+            return
+        self.tool_choice, names = allowed
+        known = {tool.function.name: tool for tool in self.tools or ()}
+        if missing := [name for name in names if name not in known]:
+            raise pydantic_core.PydanticCustomError("tool_choice", _NO_SUCH_TOOL, {"name": missing[0][:80]})
+        self.tools = [tool for name, tool in known.items() if name in names]
+
+
+_NO_SUCH_TOOL = "'tool_choice' names a function that is not among 'tools': '{name}'"
 
 
 class TokenizeRequest(Body):

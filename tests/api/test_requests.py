@@ -145,6 +145,11 @@ def test_bad_completions(fields: dict[str, Any], param: str | None, hint: str) -
     assert hint in caught.value.message
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),
@@ -168,6 +173,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "retrieval"}]}, "function"),
     ({"tools": [{"type": "function"}]}, "required"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": allowed("auto", "f")}, "not among 'tools': 'f'"),
+    ({"tool_choice": allowed("never", "f")}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),
@@ -202,6 +209,13 @@ def test_bodies_that_are_no_objects(body: bytes) -> None:
         with pytest.raises(APIError) as caught:
             parse(kind, body)
         assert caught.value.status == 400 and caught.value.message
+
+
+def test_tools_that_are_not_allowed_are_none_for_the_model() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in "fgh"]
+    for mode in ("auto", "required"):
+        asked, _ = chat(tools=tools, tool_choice=allowed(mode, "h", "f"))
+        assert asked.tool_choice == mode and [tool.function.name for tool in asked.tools_shown or ()] == ["f", "h"]
 
 
 def test_fields_without_effect_are_ignored() -> None:
