@@ -11,6 +11,8 @@ names (``tcp,cuda_copy``). What pd-serve's lanes say in the servers' logs is pri
 
 ``same_tokens``: of 16 tokens each of 8 prompts, how many in a row are those of the prefill server alone, on average
 (bfloat16 and dummy weights: near-ties flip); ``different_tokens``: how many different ones there were.
+``nothing_handed_over_ms``: until the decode server's first token of a prompt of 16 tokens of its own: what of every
+hand-over is vLLM's.
 """
 
 from __future__ import annotations
@@ -121,14 +123,19 @@ async def handed_over(client: httpx.AsyncClient, p: Server, d: Server, count: in
     begun = time.perf_counter()
     asked, _ = await prefill(client, p, prompt)
     answered = time.perf_counter()
-    asked |= {**BODY, "max_tokens": DECODED, "stream": True}
-    async with client.stream("POST", f"{d.url}/v1/completions", json=asked) as lines:
+    return answered - begun, await first_token_s(client, d, asked)
+
+
+async def first_token_s(client: httpx.AsyncClient, server: Server, asked: dict[str, Any]) -> float:
+    """Seconds until the first token of a stream, which is read to its end."""
+    begun, first = time.perf_counter(), 0.0
+    body = {**BODY, "max_tokens": DECODED, "stream": True, **asked}
+    async with client.stream("POST", f"{server.url}/v1/completions", json=body) as lines:
         lines.raise_for_status()
-        first = 0.0
         async for line in lines.aiter_lines():
             if line.startswith("data: {"):
-                first = first or time.perf_counter()
-    return answered - begun, first - answered
+                first = first or time.perf_counter() - begun
+    return first
 
 
 async def compared(client: httpx.AsyncClient, p: Server, d: Server) -> tuple[float, int]:
@@ -155,6 +162,8 @@ async def measure(name: str, p: Server, d: Server) -> dict[str, Any]:
         await asyncio.gather(p.ready(client), d.ready(client))
         await handed_over(client, p, d, 512, 0)  # the first one shakes hands
         found["same_tokens"], found["different_tokens"] = await compared(client, p, d)
+        short = [await first_token_s(client, d, {"prompt": prompt_of(16, seed)}) for seed in range(REPEATS)][1:]
+        found["nothing_handed_over_ms"] = statistics.median(short) * 1e3
         for count in LENGTHS:
             times = [await handed_over(client, p, d, count, seed) for seed in range(REPEATS)][1:]
             prefill_ms, hand_over_ms = (statistics.median(t[i] for t in times) * 1e3 for i in range(2))
