@@ -97,7 +97,7 @@ def _max_model_len(settings: EngineSettings, model: ModelConfig, capacity: int) 
             f"max_model_len {limit} does not fit the KV cache of {capacity} tokens: "
             f"raise --kv-cache-memory or lower --max-model-len"
         )
-    log.info("max_model_len is %d, the size of the KV cache (the model could take %d)", capacity, limit)
+    log.info("max_model_len is %d, what --kv-cache-memory has room for (the model could take %d)", capacity, limit)
     return capacity
 
 
