@@ -6,6 +6,7 @@ way to whole blocks, and gone in 0.32; there ``get_transfer_results`` is called 
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -228,5 +229,8 @@ def _log_with_vllm(level: str) -> None:
     """What pd-serve has to say comes where vLLM's own lines come. ``level``: the least severe."""
     ours, theirs = logging.getLogger("pd_serve"), logging.getLogger("vllm")
     if not ours.handlers:
-        ours.handlers, ours.propagate = list(theirs.handlers), not theirs.handlers
+        for handler in map(copy.copy, theirs.handlers):
+            handler.setLevel(logging.NOTSET)
+            ours.addHandler(handler)
+        ours.propagate = not theirs.handlers
         ours.setLevel(level.upper())
