@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 import pydantic
@@ -66,6 +67,14 @@ def test_both_apis_call_tools_and_keep_to_schemas(smol: Cluster) -> None:
         model_config = pydantic.ConfigDict(extra="forbid")
         city: Literal["Paris", "Rome"]
 
+    async def parsed_chat() -> Any:
+        async with openai.AsyncOpenAI(base_url=smol.url + "/v1", api_key="none", max_retries=0) as there:
+            return await there.chat.completions.parse(messages=turn, response_format=City, max_tokens=40, **asked)
+
+    turn: Any = [{"role": "user", "content": QUESTION}]
+    here = client.chat.completions.parse(messages=turn, response_format=City, max_tokens=40, **asked)
+    for chat in (here, asyncio.run(parsed_chat())):
+        assert isinstance(chat.choices[0].message.parsed, City)
     parsed = client.responses.parse(input=QUESTION, text_format=City, max_output_tokens=60, **asked)
     assert parsed.output_parsed is not None and parsed.output_parsed.city in ("Paris", "Rome")
     tool: Any = {"type": "function", "name": "look", "parameters": schema, "strict": True}
@@ -79,7 +88,6 @@ def test_both_apis_call_tools_and_keep_to_schemas(smol: Cluster) -> None:
     ).output_text
 
     look: Any = {"name": "look", "input_schema": schema}
-    turn: Any = [{"role": "user", "content": QUESTION}]
     named: Any = {"type": "tool", "name": "look"}
     with claude.messages.stream(messages=turn, tools=[look], tool_choice=named, max_tokens=60, **asked) as stream:
         message = stream.get_final_message()
