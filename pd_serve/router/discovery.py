@@ -231,6 +231,16 @@ def endpoints(item: dict[str, Any]) -> list[tuple[str, bool, bool]]:
         leaving = bool(conditions.get("terminating"))
         ready = conditions.get("ready") is not False and not leaving
         for address in (endpoint.get("addresses") or [])[:1]:  # clients are to use the first
+            if scheme == "https":
+                address = _name(endpoint, item) or address
             url = f"{scheme}://{netloc(address, port['port'])}"
             found.append((str(Place.parse(f"{url} {engine}")), ready, leaving))
     return found
+
+
+def _name(endpoint: dict[str, Any], item: dict[str, Any]) -> str:
+    """Of a pod in the cluster's DNS, where it has one (a StatefulSet's): certificates are for names, not addresses."""
+    about = item.get("metadata") or {}
+    service = (about.get("labels") or {}).get("kubernetes.io/service-name")
+    host, namespace = endpoint.get("hostname"), about.get("namespace")
+    return f"{host}.{service}.{namespace}.svc" if host and service and namespace else ""

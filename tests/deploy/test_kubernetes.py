@@ -30,6 +30,7 @@ FILES = sorted(path.name for path in CHART.glob("values-*.yaml"))
 VERSIONS = ("1.32", "1.37")
 CRDS = {"ComputeDomain", "PodMonitor", "ScaledObject"}
 ROLES = ("prefill", "decode")
+TLS = "--set=tls.existingSecret=chat-tls"
 
 _beside = Path(sys.executable).parent / "helm"
 HELM = str(_beside) if _beside.exists() else shutil.which("helm")
@@ -105,7 +106,8 @@ def test_objects_are_what_kubernetes_takes(version: str, schemas: Any, monkeypat
     checked = set()
     scaled = render(FILES[0], "--set=router.autoscaling.enabled=true")
     scaler = {key: found for key, found in scaled.items() if key[0] == "HorizontalPodAutoscaler"}
-    for file, objects in (*((file, render(file)) for file in FILES), ("router.autoscaling", scaler)):
+    rendered = [(file, render(file)) for file in FILES]
+    for file, objects in (*rendered, ("router.autoscaling", scaler), ("tls", render(FILES[0], TLS))):
         for (kind, name), found in objects.items():
             if kind in CRDS:
                 continue
@@ -218,6 +220,34 @@ def test_selectors_select_pods_of_their_own(file: str) -> None:
     assert all(rule["from"] for rule in nodes["ingress"])
 
 
+def test_with_tls_all_that_speaks_and_asks_does(tmp_path: Path) -> None:
+    objects = render("values-nvidia-rdma.yaml", TLS)
+    for component, pod, container in pods(objects):
+        settings = load(objects, container, tmp_path)
+        (mount,) = (one for one in container["volumeMounts"] if one["name"] == "tls")
+        (volume,) = (one for one in pod["volumes"] if one["name"] == "tls")
+        assert volume["secret"] == {"secretName": "chat-tls", "defaultMode": 0o400}
+        given = [settings.ssl_certfile, settings.ssl_keyfile, settings.ssl_ca]
+        assert given == [f"{mount['mountPath']}/{key}" for key in ("tls.crt", "tls.key", "ca.crt")]  # kubernetes.io/tls
+        assert {container[f"{kind}Probe"]["httpGet"]["scheme"] for kind in ("startup", "readiness", "liveness")} == {
+            "HTTPS"
+        }
+        monitor = objects["PodMonitor", f"chat-pd-serve-{component}"]["spec"]["podMetricsEndpoints"][0]
+        assert monitor["scheme"] == "https" and monitor["tlsConfig"]["ca"]["secret"]["name"] == "chat-tls"
+        # What a Service says of its port its slices say too, and so routers dial a name that the certificate can have.
+        (port,) = objects["Service", f"chat-pd-serve-{component}"]["spec"]["ports"]
+        labels = {"kubernetes.io/service-name": f"chat-pd-serve-{component}"}
+        slice = {
+            "metadata": {"namespace": "models", "labels": labels},
+            "ports": [{"name": port["name"], "port": 1, "appProtocol": port["appProtocol"]}],
+            "endpoints": [{"addresses": ["10.0.0.7"], "hostname": f"chat-pd-serve-{component}-0"}],
+        }
+        name = f"chat-pd-serve-{component}-0.chat-pd-serve-{component}.models.svc"
+        assert endpoints(slice) == [(f"https://{name}:1", True, False)]
+    assert monitor["tlsConfig"]["serverName"] == "chat-pd-serve-decode-0.chat-pd-serve-decode.models.svc"
+    assert not re.search("tls|HTTPS", json.dumps([*render("values-nvidia-rdma.yaml").values()]))
+
+
 def test_accelerators_and_memory_are_asked_for() -> None:
     rdma = {component: (pod, container) for component, pod, container in pods(render("values-nvidia-rdma.yaml"))}
     for role in ROLES:
@@ -289,6 +319,7 @@ def test_monitors_and_scalers_name_what_there_is() -> None:
     [
         ("decode.replica=2", "replica"),
         ("router.settings.port=9", "settings.port is the chart's to set"),
+        ("settings.ssl_ca=/ca", "settings.ssl_ca is the chart's to set"),
         ("decode.settings.tp=2", "settings.tp is the chart's to set"),
         ("rdma.memlock=much", "memlock"),
     ],

@@ -119,6 +119,18 @@ def test_which_port_of_an_endpoint(ports: list[dict[str, Any]] | None, expected:
     ]
 
 
+def test_with_tls_pods_go_by_the_names_that_certificates_have() -> None:
+    endpoint = {"addresses": ["10.0.0.1"], "hostname": "decode-0"}
+    item = {
+        "metadata": {"namespace": "models", "labels": {"kubernetes.io/service-name": "decode"}},
+        "ports": [{"name": "http", "port": 1, "appProtocol": "https"}],
+        "endpoints": [endpoint, {"addresses": ["10.0.0.2"]}],
+    }
+    assert [url for url, _, _ in endpoints(item)] == ["https://decode-0.decode.models.svc:1", "https://10.0.0.2:1"]
+    plain = {**item, "ports": [{"name": "http", "port": 1}]}
+    assert [url for url, _, _ in endpoints(plain)] == ["http://10.0.0.1:1", "http://10.0.0.2:1"]
+
+
 def test_what_the_labels_of_a_service_say_of_its_endpoints() -> None:
     item: dict[str, Any] = {"ports": [{"port": 1}], "endpoints": [{"addresses": ["10.0.0.1"]}]}
     labels = {"pd-serve/backend": "vllm", "pd-serve/role": "prefill", "app": "llm"}

@@ -30,7 +30,23 @@ helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version }}
 {{- toYaml .settings }}
 {{- end }}
 
+{{- /* TLS of a container, where there is any: flags, mount, volume. Of the chart's root. */ -}}
+{{- define "pd-serve.tls.flags" -}}
+- --ssl-certfile=/run/secrets/pd-serve-tls/tls.crt
+- --ssl-keyfile=/run/secrets/pd-serve-tls/tls.key
+- --ssl-ca=/run/secrets/pd-serve-tls/ca.crt
+{{- end }}
+
+{{- define "pd-serve.tls.mount" -}}
+- {name: tls, mountPath: /run/secrets/pd-serve-tls, readOnly: true}
+{{- end }}
+
+{{- define "pd-serve.tls.volume" -}}
+- {name: tls, secret: {secretName: {{ .Values.tls.existingSecret }}, defaultMode: 0400}}
+{{- end }}
+
+{{- /* Of (dict "path" PATH "root" $). A kubelet verifies no certificate. */ -}}
 {{- define "pd-serve.probes.http" -}}
-httpGet: {path: {{ .path }}, port: http}
+httpGet: {path: {{ .path }}, port: http{{ if .root.Values.tls.existingSecret }}, scheme: HTTPS{{ end }}}
 timeoutSeconds: 3
 {{- end }}
