@@ -5,7 +5,8 @@ request reaches the application; what a whole request may hold is the applicatio
 
 It relies on these parts of uvicorn's ``HttpToolsProtocol``, which tests/router/test_http_bounds.py looks for:
 ``connections``, ``pipeline``, ``cycle`` and its ``chunked_encoding``, ``disconnected`` and ``response_complete``,
-``headers``, ``flow``, ``transport``, ``send_400_response``, ``handle_websocket_upgrade`` and httptools' ``on_...``
+``transport`` (its and the protocol's), ``headers``, ``flow``, ``send_400_response``, ``handle_websocket_upgrade`` and
+httptools' ``on_...``
 callbacks.
 """
 
@@ -382,6 +383,40 @@ def leaves(scope: Scope, left: Callable[[], None] | None) -> bool:
     """
     connection = _connection(scope)
     return connection is not None and connection.tell(scope, left)
+
+
+class Together:
+    """What is sent of an answer in this block is written at once: head and body by one system call, not two.
+
+    For a request that came whole. In tests it may do nothing."""
+
+    def __init__(self, scope: Scope) -> None:
+        connection = _connection(scope)
+        cycle = None if connection is None else connection.cycle
+        self._cycle = cycle if cycle is not None and cycle.scope is scope else None
+        self._parts: list[bytes] = []
+        self._closes = False
+
+    def __enter__(self) -> None:
+        if self._cycle is not None:
+            self._transport = self._cycle.transport
+            self._cycle.transport = cast(asyncio.Transport, self)
+
+    def __exit__(self, *_: object) -> None:
+        if self._cycle is not None:
+            self._cycle.transport = self._transport
+            if self._parts:
+                self._transport.write(b"".join(self._parts))
+            if self._closes:
+                self._transport.close()
+
+    # what uvicorn asks of a transport
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._closes = True
 
 
 def _connection(scope: Scope) -> BoundedHttp | None:

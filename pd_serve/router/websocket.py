@@ -33,7 +33,8 @@ class WebSocket(asyncio.Protocol):
         self._on_message = on_message
         self._parts: list[bytes] = []
         self._transport: asyncio.Transport | None = None
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
+        self._flushes = False  # about to
         self.opened: asyncio.Future[None] = loop.create_future()
         self.closed: asyncio.Future[str] = loop.create_future()
         self.heard_s = time.monotonic()  # when the last byte came
@@ -46,9 +47,12 @@ class WebSocket(asyncio.Protocol):
         return close is not None and close.code == CloseCode.POLICY_VIOLATION
 
     def send(self, message: bytes) -> None:
+        """Written when the loop's turn ends, with what else was sent meanwhile."""
         if self._is_open():
             self._protocol.send_binary(message)
-            self._flush()
+            if not self._flushes:
+                self._flushes = True
+                self._loop.call_soon(self._flush)
 
     def ping(self) -> None:
         if self._is_open():
@@ -133,14 +137,16 @@ class WebSocket(asyncio.Protocol):
             self.close("frames must be binary")
 
     def _flush(self) -> None:
-        assert self._transport is not None
-        for data in self._protocol.data_to_send():
-            if self._transport.is_closing():
-                return
-            if data:
-                self._transport.write(data)
-            elif self._transport.can_write_eof():
-                self._transport.write_eof()
+        self._flushes = False
+        transport = self._transport
+        parts = self._protocol.data_to_send()
+        if transport is None or transport.is_closing() or not parts:
+            return
+        ends = not parts[-1]  # an empty one, after all others: the end of what is sent
+        if data := b"".join(parts):
+            transport.write(data)
+        if ends and transport.can_write_eof():
+            transport.write_eof()
 
 
 async def connect(

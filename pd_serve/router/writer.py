@@ -23,7 +23,7 @@ from pd_serve.api.sampling import choice_seed, sampling_params
 from pd_serve.api.schemas import ChatCompletionRequest, CompletionRequest
 from pd_serve.api.text_model import Prompt, TextModel
 from pd_serve.api.translated import MakeFormat
-from pd_serve.http import abort, chunks, leaves
+from pd_serve.http import Together, abort, chunks, leaves
 from pd_serve.router.choice import Choice
 from pd_serve.router.groups import Group
 from pd_serve.router.line import Timer
@@ -162,7 +162,7 @@ class Writer:
         try:
             for _ in range(min(_WINDOW, len(self.choices))):
                 self._start_next()
-            status = await (self._stream(send, chunks(scope)) if self.streamed else self._document(send))
+            status = await (self._stream(scope, send) if self.streamed else self._document(scope, send))
         except asyncio.CancelledError:
             if not self._cut:
                 raise
@@ -182,19 +182,19 @@ class Writer:
             self._finish(499 if self._left and not self._cut else status, scope)
             self._let_go()
 
-    async def _stream(self, send: Send, chunk: Callable[[bytes], bool] | None) -> int:
+    async def _stream(self, scope: Scope, send: Send) -> int:
         self._look_later(self._events)
         if not await self._progress():
             return 499
         if not self._events:
-            return await self._send_error(send)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS + self._warnings()})
-        self._chunk = chunk
+            return await self._send_error(scope, send)
+        with Together(scope):
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS + self._warnings()})
+            await self._send_events(send)
+        self._chunk = chunks(scope)
         while True:
             if self._events:
-                events, self._events, self._backlog_bytes = self._events, [], 0
-                body = events[0] if len(events) == 1 else b"".join(events)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await self._send_events(send)
                 continue
             if self._error is not None or not self._open:
                 break
@@ -206,17 +206,22 @@ class Writer:
         await send({"type": "http.response.body", "body": self.format.end(self.usage())})
         return 200
 
-    async def _document(self, send: Send) -> int:
+    async def _send_events(self, send: Send) -> None:
+        events, self._events, self._backlog_bytes = self._events, [], 0
+        body = events[0] if len(events) == 1 else b"".join(events)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _document(self, scope: Scope, send: Send) -> int:
         while self._open and self._error is None:
             if not await self._progress():
                 return 499
         if self._error is not None:
-            return await self._send_error(send)
+            return await self._send_error(scope, send)
         ids = self._prompts[0].ids if self.chat and self.request.return_token_ids else None
         scores = self.choices[0].prompt_scores() if self.chat else None
         choices = [choice.document(index) for index, choice in enumerate(self._wanted())]
         body = self.format.document(choices, self.usage(), prompt_token_ids=ids, prompt_logprobs=scores)
-        await _send_json(send, 200, body, self._warnings())
+        await _send_json(scope, send, 200, body, self._warnings())
         return 200
 
     def _wanted(self) -> list[Choice]:
@@ -229,10 +234,10 @@ class Writer:
             found += ranked[:n]
         return found
 
-    async def _send_error(self, send: Send) -> int:
+    async def _send_error(self, scope: Scope, send: Send) -> int:
         assert self._error is not None
         body = self.format.error(self._error, self._request_id)
-        await _send_json(send, self._error.status, body, _raw(self._error.headers()))
+        await _send_json(scope, send, self._error.status, body, _raw(self._error.headers()))
         return self._error.status
 
     def _warnings(self) -> list[tuple[bytes, bytes]]:
@@ -396,10 +401,11 @@ async def _until_disconnect(receive: Receive) -> None:
         pass
 
 
-async def _send_json(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+async def _send_json(scope: Scope, send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": raw + headers})
-    await send({"type": "http.response.body", "body": body})
+    with Together(scope):
+        await send({"type": "http.response.start", "status": status, "headers": raw + headers})
+        await send({"type": "http.response.body", "body": body})
 
 
 def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
