@@ -60,7 +60,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         self._address = ""
         self._memory: Memory | None = None
         self._failed_blocks: set[int] = set()
-        self._computes = False  # in this step
+        self._computes = True  # in this step
         if role is KVConnectorRole.SCHEDULER:
             windows = tuple(group.window for group in self._groups)
             self._scheduler = SchedulerSide(self._groups[0].block_size, windows, receives=self._receives)
@@ -105,6 +105,11 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """A wish that vLLM leaves aside where an attention backend cannot do it, or VLLM_KV_CACHE_LAYOUT says else."""
         return engine.WHOLE_BLOCKS
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """Asked by 0.33."""
+        return False
 
     def get_mem_pool_context(self) -> Any:
         """Asked by 0.32 and later, before the KV cache is made. vLLM's own cumem allocator stays where it is on."""
@@ -170,7 +175,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._computes = False
+        self._computes = connector_metadata.orders.computes
         if self._worker is not None:
             self._worker.withdraw(connector_metadata.orders)
 
@@ -185,7 +190,6 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         """Blocks are announced when a step has computed all layers."""
 
     def wait_for_save(self) -> None:
-        self._computes = True
         if self._worker is None or self._memory is None or not self.has_connector_metadata():
             return
         if self._orders.announced:

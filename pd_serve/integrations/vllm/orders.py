@@ -33,7 +33,8 @@ class Fetch:
 class Orders:
     """``opened``: keys of prompts whose computation begins with this step. ``kept``: requests that are finished and
     whose blocks vLLM keeps until they are reported, by key. ``cancelled``: keys and why. ``dropped``: requests whose
-    fetching may end. ``declined``: prompts that nobody here wants any more.
+    fetching may end. ``declined``: prompts that nobody here wants any more. ``computes``: the step has tokens to
+    compute.
     """
 
     opened: list[str] = field(default_factory=list)
@@ -43,3 +44,4 @@ class Orders:
     fetched: list[Fetch] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     declined: list[Held] = field(default_factory=list)
+    computes: bool = False

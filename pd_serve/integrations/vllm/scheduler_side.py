@@ -106,6 +106,7 @@ class SchedulerSide:
         ):
             self._scheduled(request_id, ids, request_id in cached.resumed_req_ids, computed, output)
         orders, self._orders = self._orders, Orders()
+        orders.computes = bool(output.num_scheduled_tokens)
         return orders
 
     def begun(self, request: Any) -> None:

@@ -47,7 +47,9 @@ def test_a_prompt_is_announced_chunk_by_chunk_and_kept_when_it_is_finished() -> 
     held = held_of(answer)
     assert held is not None
     assert (held.key, held.num_tokens, held.source) == (key, 50, P)
-    assert side.orders(Step()).kept == {key: "r"}
+    last = side.orders(Step())
+    assert last.kept == {key: "r"}
+    assert (third.computes, last.computes) == (True, False)
 
 
 @pytest.mark.parametrize("status", [Status.FINISHED_STOPPED, Status.FINISHED_ABORTED])

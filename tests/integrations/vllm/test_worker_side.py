@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pd_serve.integrations.vllm import worker_side
 from pd_serve.integrations.vllm.scheduler_side import SchedulerSide
 from pd_serve.integrations.vllm.worker_side import Results, WorkerSide
 from pd_serve.kv.layout import KVLayout, LayerGroup
@@ -107,6 +108,15 @@ def test_a_prompt_arrives_where_vllm_wants_it(p: Server, d: Server) -> None:
         expected = np.full_like(ours, 7)
         expected[OURS[1:]] = theirs[THEIRS[1:]]
         assert np.array_equal(ours, expected)
+
+
+def test_a_step_that_computes_nothing_rests_until_something_has_arrived(
+    p: Server, d: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_side, "IDLE_WAIT_S", 10.0)
+    fetch(d, computed(p))
+    d.worker.rest()
+    assert d.worker.results().received == {"d"}
 
 
 def test_a_prefill_server_that_has_forgotten_is_waited_for_and_then_not(p: Server, d: Server, clock: Clock) -> None:
