@@ -5,18 +5,17 @@
 # Each client has an environment of its own in DIRECTORY, because some hold others back to old versions. Of torch, which guidellm
 # wants, the build for CPUs is taken; UV_TORCH_BACKEND says otherwise (empty: PyPI's).
 set -euo pipefail
+mkdir -p "$2"
+python=$(realpath -s "$1") directory=$(realpath "$2")
+shift 2
 cd "$(dirname "$0")"
 declare -A packages=(
     [openai]=openai [anthropic]=anthropic [instructor]=instructor [langchain]=langchain-openai [litellm]=litellm
     [llama_index]=llama-index-llms-openai-like [pydantic_ai]="pydantic-ai-slim[openai,anthropic]" [openai_agents]=openai-agents
     [lm_eval]="lm-eval[api]" [guidellm]=guidellm [aiperf]=aiperf
 )
-python=$(realpath -s "$1") directory=$2
-shift 2
 names=("$@")
 [[ $# -gt 0 ]] || names=(openai anthropic instructor langchain litellm llama_index pydantic_ai openai_agents lm_eval guidellm aiperf npm)
-mkdir -p "$directory"
-directory=$(realpath "$directory")
 export UV_TORCH_BACKEND=${UV_TORCH_BACKEND-cpu}
 [[ -n $UV_TORCH_BACKEND ]] || unset UV_TORCH_BACKEND
 uv=$directory/uv/bin/uv
