@@ -10,6 +10,7 @@ block 0 (the null block) is in exactly one state:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Generic, TypeVar
@@ -29,7 +30,10 @@ class BlockPool(Generic[Owner]):
         self._holders = [0] * num_blocks
         self._owner: list[Owner | None] = [None] * num_blocks
         self._free = list(range(num_blocks - 1, 0, -1))
-        self._cached: dict[int, None] = {}  # insertion order = least recently used first
+        # Least recently used first. A dict would do but for its time: it looks for its first entry anew behind all
+        # that were taken since it last grew.
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self.passed = 0  # blocks that have left the order in which they are taken, since the pool began
 
     @property
     def available(self) -> int:
@@ -43,13 +47,13 @@ class BlockPool(Generic[Owner]):
         """
         if count > self.available:
             raise PoolExhausted(f"{count} KV blocks wanted, {self.available} of {self.num_blocks - 1} available")
+        self.passed += count
         blocks = []
         for _ in range(count):
             if self._free:
                 block = self._free.pop()
             else:
-                block = next(iter(self._cached))
-                del self._cached[block]
+                block, _ = self._cached.popitem(last=False)
                 self.disown(block)
             self._holders[block] = 1
             blocks.append(block)
@@ -58,6 +62,7 @@ class BlockPool(Generic[Owner]):
     def hold(self, block: int) -> None:
         """One more holder of a used or cached block."""
         if self._holders[block] == 0:
+            self.passed += 1
             del self._cached[block]
         self._holders[block] += 1
 
@@ -84,8 +89,8 @@ class BlockPool(Generic[Owner]):
     def touch(self, block: int) -> None:
         """A cached block counts as used most recently."""
         if block in self._cached:
-            del self._cached[block]
-            self._cached[block] = None
+            self.passed += 1
+            self._cached.move_to_end(block)
 
     @property
     def num_free(self) -> int:

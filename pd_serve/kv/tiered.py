@@ -63,6 +63,7 @@ class TieredKVManager(KVManager):
         """As ever, of the device. What the host tier has stays; no copy may be on its way."""
         tree = getattr(self, "_tree", None)
         super().reset()
+        self.tier.restarted()
         if tree is None:
             return
         self._tree = tree

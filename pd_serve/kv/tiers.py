@@ -72,6 +72,12 @@ class HostTier:
         self._slots: list[BlockPool[Place]] = [BlockPool(n, self._evicted) for n in num_slots]
         self._storing: dict[tuple[int, int], Place | None] = {}  # by group and slot; None: it will be dropped
         self._fresh: list[deque[PrefixNode]] = [deque(maxlen=MAX_FRESH) for _ in num_slots]
+        # Of each group: when that many blocks of the device have passed, its next ones are to be looked at again.
+        self._due = [0] * len(num_slots)
+
+    def restarted(self) -> None:
+        """The device's pools are new."""
+        self._due = [0] * len(self._due)
 
     # --- what is there
 
@@ -100,7 +106,7 @@ class HostTier:
             room = min(MAX_BEGUN, min(MAX_STORING, half) - sum(of == group for of, _ in self._storing))
             if room <= 0:
                 continue
-            wanted = self._wanted(group, pool, room, min(horizon, pool.num_free + half))
+            wanted = self._wanted(group, pool, room, horizon, pool.num_free + half)
             for node, slot in zip(wanted, slots.take(min(len(wanted), slots.available)), strict=False):
                 if node.host is None:
                     node.host = [0] * len(self._slots)
@@ -109,20 +115,25 @@ class HostTier:
                 begun.append(Copy(group, node.blocks[group], slot))
         return begun
 
-    def _wanted(self, group: int, pool: BlockPool[Place], room: int, horizon: int) -> dict[PrefixNode, None]:
-        """``horizon``: no more than the tier has room for, or they would push each other out at every step anew."""
+    def _wanted(self, group: int, pool: BlockPool[Place], room: int, horizon: int, most: int) -> dict[PrefixNode, None]:
+        """Looks twice as far as the horizon, and again when half of that has passed. ``most``: no more than the tier
+        has room for, or they would push each other out at every step anew."""
         wanted: dict[PrefixNode, None] = {}
         fresh = self._fresh[group]
         while fresh and len(wanted) < room:
             node = fresh.popleft()
             if node.blocks[group] and not (node.host and node.host[group]):
                 wanted[node] = None
-        for block in pool.evicted_next(horizon):
+        if pool.passed < self._due[group]:
+            return wanted
+        for block in pool.evicted_next(min(2 * horizon, most)):
             if len(wanted) >= room:
-                break
+                return wanted
             node, _ = pool.owner(block)  # type: ignore[misc]  # cached blocks have one
             if node.host is None or not node.host[group]:
                 wanted[node] = None
+        if min(2 * horizon, most) < pool.available:  # what is given back goes behind what was looked at
+            self._due[group] = pool.passed + min(2 * horizon, most) - min(horizon, most)
         return wanted
 
     def lost(self, node: PrefixNode, group: int) -> None:
