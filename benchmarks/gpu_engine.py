@@ -77,10 +77,12 @@ def scattered(rng: np.random.Generator, num_blocks: int, batch: int, blocks: int
     return (rng.permutation(num_blocks - 1)[: batch * blocks] + 1).astype(np.int32).reshape(batch, blocks)
 
 
-def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarray, sampling: SamplingRow) -> float:
+def decode_ms(
+    executor: CudaExecutor, batch: int, context: int, tables: np.ndarray, sampling: SamplingRow, steps: int = 40
+) -> float:
     """Median between two collected steps, one step ahead, after a prefill of nothing (KV is what is there)."""
     times, before, last = [], None, time.perf_counter()
-    for i in range(40):
+    for i in range(steps):
         launched: Launched = executor.launch(step([1] * batch, context + i, tables, i > 0, sampling))
         if before is not None:
             executor.collect(before)
@@ -90,7 +92,7 @@ def decode_ms(executor: CudaExecutor, batch: int, context: int, tables: np.ndarr
         before = launched
     assert before is not None
     executor.collect(before)
-    return statistics.median(times[8:])
+    return statistics.median(times[steps // 5 :])
 
 
 def make_executor(
@@ -113,7 +115,7 @@ def make_executor(
         layout = KVLayout(BLOCK, kv, config.layer_groups())
 
         def load(ops: Ops, device: str, others: Ranks | None) -> Decoder:
-            with Upload(torch.device(device)) as upload:
+            with Upload(torch.device(device), pin=True) as upload:
                 return load_decoder(
                     Path(folder), config, "bfloat16", "dummy", ops=ops, max_positions=MAX_LEN + 1, device=device,
                     upload=upload, ranks=others,

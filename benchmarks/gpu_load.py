@@ -81,7 +81,7 @@ def read_files(folder: Path) -> None:
 def load(folder: Path, *, upload: bool) -> None:
     config = ModelConfig.from_directory(folder, None).for_length(8192)
     device = torch.device("cuda", 0)
-    with Upload(device) if upload else nullcontext() as threads:
+    with Upload(device, pin=True) if upload else nullcontext() as threads:
         load_decoder(
             folder, config, "bfloat16", ops=CudaOps(), max_positions=8192, device=str(device), upload=threads
         )  # fmt: skip

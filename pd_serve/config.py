@@ -31,6 +31,8 @@ TOOL_PARSERS = (
     "auto", "hermes", "llama3_json", "mistral", "pythonic", "granite", "deepseek_v3", "glm45", "qwen3_coder",
     "seed_oss", "kimi_k2", "gemma4", "functiongemma", "openai",
 )  # fmt: skip
+# Matrices of a layer, as pd_serve.models.weights has them: some of a checkpoint's lie in one.
+LAYER_MATRICES = ("qkv", "o", "gate_up", "down", "experts")
 BACKENDS = ("vllm", "sglang")  # of pd_serve.router.backends, besides pd-serve's own
 REASONING_PARSERS = (
     "auto", "none", "deepseek_r1", "qwen3", "mistral", "seed_oss", "gemma4", "granite", "openai_gptoss",
@@ -393,6 +395,29 @@ class EngineSettings(Guarded):
         "Let nodes be put to sleep (/sleep, /wake_up): they give back KV cache and weights. On GPUs it takes the cumem "
         "allocator, and switches it on.",
     )
+    weight_offload: str = setting(
+        "off",
+        choice("off", "uva", "prefetch"),
+        "Device",
+        "Keep weights that a GPU has no room for in the host's memory. prefetch: layers are copied to the device while "
+        "those before them are computed; uva: kernels read them over the bus.",
+        reason="See docs/weight-offload.md.",
+    )
+    weight_offload_size: str = setting(
+        "",
+        values.AMOUNT,
+        "Device",
+        "How much of each GPU's weights, in whole layers: at least so many bytes (8GiB), a share of what "
+        "weight_offload_params names (30%), or so many layers (12layers).",
+        reason="Needed with weight_offload.",
+    )
+    weight_offload_params: tuple[str, ...] = setting(
+        (),
+        values.choices(*LAYER_MATRICES),
+        "Device",
+        "Which matrices of those layers. qkv are q, k and v, gate_up is gate and up, experts all of theirs.",
+        reason="Empty: all. Norms, biases, scales, routers of experts, embedding and lm_head stay on the device.",
+    )
     pin_memory: bool = setting(
         True,
         values.FLAG,
@@ -484,6 +509,29 @@ class EngineSettings(Guarded):
     @property
     def token_budget(self) -> int:
         return self.max_num_batched_tokens or (4096 if self.device == "cuda" else 1024)
+
+    def check_weight_offload(self) -> None:
+        """With ``device`` resolved. Raises ConfigError for what does not go together."""
+        size, params = self.weight_offload_size, self.weight_offload_params
+        if self.weight_offload == "off":
+            given = ("--weight-offload-size" if size else "") or ("--weight-offload-params" if params else "")
+            if given:
+                raise ConfigError(f"{given} is given without --weight-offload: add uva or prefetch, or leave it out")
+            return
+        if self.device != "cuda":
+            raise ConfigError(
+                f"--weight-offload {self.weight_offload}: engines compute on the CPU here, whose weights are in the "
+                "host's memory already; leave it out"
+            )
+        if not size:
+            raise ConfigError(
+                f"--weight-offload {self.weight_offload} needs --weight-offload-size, such as 8GiB, 30% or 12layers"
+            )
+        if self.weight_offload == "uva" and not self.pin_memory:
+            raise ConfigError(
+                "--weight-offload uva needs host memory that GPUs can read, and --no-pin-memory forbids to pin it: "
+                "leave one of both out, or use prefetch"
+            )
 
     def nixl_backend_options(self) -> dict[str, str]:
         """``nixl_options`` by key. Raises ConfigError."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pd_serve.config import EngineSettings
 from pd_serve.errors import ConfigError
-from pd_serve.values import readable_size
+from pd_serve.values import amount, readable_size
 
 _LIBRARIES = {"ucx": ("ucxx",), "nixl": ("nixl_cu13", "nixl_cu12")}
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -26,7 +26,9 @@ def check(settings: EngineSettings, *, nodes: int = 1) -> None:
             f"--transport {settings.transport} needs {libraries[0]}, which is not installed: pip install "
             f"'pd-serve{'[ucx]' if settings.transport == 'ucx' else ''}', or use --transport auto"
         )
+    settings.check_weight_offload()
     if settings.device == "cuda":
+        _check_offload(settings, nodes)
         return
     each_bytes, present = settings.kv_cache_bytes, memory_bytes()
     wanted = each_bytes * nodes
@@ -35,6 +37,17 @@ def check(settings: EngineSettings, *, nodes: int = 1) -> None:
         raise ConfigError(
             f"--kv-cache-memory {readable_size(each_bytes)} is more than there is: {each} would need "
             f"{readable_size(wanted)}, and this machine or container has {readable_size(present)}"
+        )
+
+
+def _check_offload(settings: EngineSettings, nodes: int) -> None:
+    """Where a size is asked for; other amounts are known when the model is."""
+    wanted, ranks = amount(settings.weight_offload_size or "1layer"), nodes * settings.tp
+    size, present = int(wanted.number) * ranks, memory_bytes()
+    if wanted.unit == "bytes" and size > present:
+        raise ConfigError(
+            f"--weight-offload-size {settings.weight_offload_size} is more than there is: {ranks} GPUs would need "
+            f"{readable_size(size)} of the host, and this machine or container has {readable_size(present)}"
         )
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from pd_serve import trust
@@ -234,6 +235,57 @@ def _size(value: object) -> int:
 SIZE = Kind("SIZE", _size)
 
 SIZES = Kind("SIZE,...", lambda value: tuple(_size(item) for item in _items(value)))
+
+
+def _choices(options: tuple[str, ...]) -> Callable[[object], tuple[str, ...]]:
+    def parse(value: object) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(_text(item).lower() for item in _items(value)))
+        for name in names:
+            if name not in options:
+                raise ValueError(f"must be some of {', '.join(options)}, not {name!r}")
+        return names
+
+    return parse
+
+
+def choices(*options: str) -> Kind:
+    """Some of ``options``, separated by commas."""
+    return Kind(f"{'|'.join(options)},...", _choices(options))
+
+
+class Amount(NamedTuple):
+    """Of something that has layers: ``unit`` is "bytes", "%" or "layers"."""
+
+    number: float
+    unit: str
+
+
+def amount(text: str) -> Amount:
+    """What a text of :data:`AMOUNT` says. Raises ValueError."""
+    wanted = "must be a size like 8GiB, a share like 30%, or a number of layers like 12layers, above 0"
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|layers?|[a-z]*)", text.lower())
+    if match is None:
+        raise ValueError(f"{wanted}, not {text!r}")
+    unit = "layers" if match[2].startswith("layer") else match[2]
+    if unit == "%":
+        number = float(match[1])
+    elif unit == "layers":
+        number = float(match[1]) if "." not in match[1] else 0.0
+    else:
+        number, unit = float(_size(text)), "bytes"
+    if number <= 0 or (unit == "%" and number > 100):
+        raise ValueError(f"{wanted}{' and at most 100%' if unit == '%' else ''}, not {text!r}")
+    return Amount(number, unit)
+
+
+def _amount(value: object) -> str:
+    text = _text(value)
+    if text:
+        amount(text)
+    return text
+
+
+AMOUNT = Kind("SIZE|PERCENT|LAYERS", _amount)
 
 
 def integers(low: int) -> Kind:

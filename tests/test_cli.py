@@ -65,6 +65,10 @@ def test_help_of_the_whole() -> None:
         (("decode", "--port", "no"), "pd-serve: --port must be a whole number from 0 to 65535, not 'no'\n"),
         (("up", "--kv-cache-memory", "1 cat"), "pd-serve: --kv-cache-memory must be a size like"),
         (("router", "--config", "/nowhere.yaml"), "pd-serve: cannot read the configuration file /nowhere.yaml"),
+        (
+            ("decode", "--device", "cpu", "--weight-offload", "uva"),
+            "pd-serve: --weight-offload uva: engines compute on",
+        ),
         (("decode", "--model", "/nowhere"), "pd-serve: There is no model '/nowhere'"),
     ],
 )
@@ -109,6 +113,18 @@ def test_flags_can_be_turned_off_and_the_help_says_how(monkeypatch: pytest.Monke
         ({"kv_cache_memory": "4000TiB"}, "2 nodes with 4000TiB each would need 8000TiB"),
         ({"secret_file": "/nowhere"}, "secret_file: cannot read /nowhere"),
         ({"transport": "ucx"}, r"--transport ucx needs ucxx, .*pd-serve\[ucx\]"),
+        ({"weight_offload_size": "8GiB"}, "--weight-offload-size is given without --weight-offload: add uva or"),
+        ({"weight_offload_params": "experts", "device": "cuda"}, "--weight-offload-params is given without"),
+        ({"weight_offload": "uva", "weight_offload_size": "1layer", "device": "cpu"}, "compute on the CPU here"),
+        ({"weight_offload": "prefetch", "device": "cuda"}, "prefetch needs --weight-offload-size, such as 8GiB, 30%"),
+        (
+            {"weight_offload": "uva", "weight_offload_size": "8GiB", "pin_memory": "false", "device": "cuda"},
+            "uva needs host memory that GPUs can read, and --no-pin-memory forbids",
+        ),
+        (
+            {"weight_offload": "uva", "weight_offload_size": "4000TiB", "tp": "2", "device": "cuda"},
+            "4 GPUs would need 16000TiB of the host",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_starts(

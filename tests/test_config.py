@@ -74,6 +74,11 @@ def test_yaml_values_of_every_kind(tmp_path: Path) -> None:
         ("router: localhost:8000", "must be a URL like http://10.0.0.1:8000, not 'localhost:8000'"),
         ("router: 'http://a:99999'", "must be a URL"),
         ("cpus: 3-1", "must be core numbers and ranges like 0-3,8"),
+        ("weight_offload_size: 8 layers of 12", "must be a size like 8GiB, a share like 30%"),
+        ("weight_offload_size: 120%", "must be a size like 8GiB, a share like 30%"),
+        ("weight_offload_size: 1.5layers", "or a number of layers like 12layers, above 0, not '1.5layers'"),
+        ("weight_offload_size: 0", "above 0, not '0'"),
+        ("weight_offload_params: [mlp]", "must be some of qkv, o, gate_up, down, experts, not 'mlp'"),
         ("dtype: fp8", "dtype in {file} must be one of auto, bfloat16, float32, not 'fp8'"),
     ],
 )
@@ -187,7 +192,9 @@ def test_keys_come_from_both_places(tmp_path: Path) -> None:
         dataclasses.replace(loaded, api_key_file="/nowhere").api_keys()
 
 
-@pytest.mark.parametrize("kind", [values.SIZE, values.FLAG, values.CORES, values.URL, values.URLS, values.integer(0)])
+@pytest.mark.parametrize(
+    "kind", [values.SIZE, values.AMOUNT, values.FLAG, values.CORES, values.URL, values.URLS, values.integer(0)]
+)
 @given(value=st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.text())))
 def test_any_value_parses_or_says_why(kind: values.Kind, value: object) -> None:
     try:
@@ -302,6 +309,22 @@ def test_a_url_is_an_address_and_nothing_else() -> None:
     ):
         with pytest.raises(ConfigError, match="must be a URL"):
             load("router", decode=url)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "unit"),
+    [
+        ("8GiB", 8 << 30, "bytes"),
+        ("30 %", 30, "%"),
+        ("2.5%", 2.5, "%"),
+        ("12Layers", 12, "layers"),
+        ("1layer", 1, "layers"),
+    ],
+)
+def test_amounts_of_layers(text: str, number: float, unit: str) -> None:
+    loaded = load(weight_offload_size=text, weight_offload_params="experts,O")
+    assert values.amount(loaded.weight_offload_size) == (number, unit)
+    assert loaded.weight_offload_params == ("experts", "o")
 
 
 def test_options_of_nixl() -> None:

@@ -31,8 +31,10 @@ class Backend(Protocol):
         ``meet``: finds the other ranks, where there are some. Raises PDServeError.
         """
 
-    def make_mover(self, layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, /, *, pin: bool) -> Mover:
-        """Of a host tier of that size, in a file of ``directory`` where one is given. ``pin``: the setting.
+    def make_mover(
+        self, layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, /, *, pin_memory: bool
+    ) -> Mover:
+        """Of a host tier of that size, in a file of ``directory`` where one is given. ``pin_memory``: the setting.
 
         Raises ConfigError.
         """

@@ -31,8 +31,8 @@ def open_tier(config: EngineConfig, backend: Backend, layout: KVLayout, pool: Po
     if config.tp > 1 or not config.prefix_caching:
         what = "--no-prefix-caching" if config.tp == 1 else "--tp"
         raise ConfigError(f"--host-kv-memory does not go with {what}: leave one of both out")
-    size, pin = config.host_kv_memory, config.pin_memory
-    copies = HostCopies(backend.make_mover(layout, pool, size, config.host_kv_path, pin=pin))
+    size, pin_memory = config.host_kv_memory, config.pin_memory
+    copies = HostCopies(backend.make_mover(layout, pool, size, config.host_kv_path, pin_memory=pin_memory))
     log.info(
         "%s of the host for KV (%s): %d blocks beside the %d of the cache",
         readable_size(config.host_kv_memory),

@@ -22,7 +22,7 @@ from pd_serve.memory.driver import DriverError, HandleType, MemoryKind
 NO_BINDINGS = "NO_CUDA_BINDINGS"
 NO_LIBRARY = "NO_LIBCUDA"
 FABRIC_BYTES = 64
-_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
+_PORTABLE, _DEVICE_MAP = 1, 2  # CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP
 
 _REASONS = {
     NO_BINDINGS: "the package cuda-bindings is not installed: pip install 'pd-serve[cuda]'",
@@ -220,9 +220,14 @@ class CudaDriver:
     # host memory
 
     def pin(self, address: int, size: int) -> None:
-        """Page-locks host memory, for all devices, so that copies run at the speed of the bus."""
+        """Page-locks host memory, for all devices: copies run at the speed of the bus, and kernels can read it."""
         with self._any_current():
-            self._call("cuMemHostRegister", address, size, _PORTABLE)
+            self._call("cuMemHostRegister", address, size, _PORTABLE | _DEVICE_MAP)
+
+    def device_address(self, address: int) -> int:
+        """Of memory that is pinned: where kernels find it."""
+        with self._any_current():
+            return int(self._call("cuMemHostGetDevicePointer", address, 0))
 
     def unpin(self, address: int) -> None:
         with self._any_current():

@@ -1,7 +1,8 @@
-"""Host memory for what sleeps on a device: mapped in whole pages, pinned where asked for, returned in full.
+"""Host memory beside a device's: mapped in whole pages, pinned where asked for, returned in full.
 
-Used by :class:`pd_serve.memory.cumem.CumemAllocator`. Not torch's pinned allocator: that rounds up to powers of two and
-keeps what it has, which has been seen to grow host memory with every sleep.
+For what sleeps (:class:`pd_serve.memory.cumem.CumemAllocator`), staging, and weights that stay there. Not torch's
+pinned allocator: that rounds up to powers of two and keeps what it has, which has been seen to grow host memory with
+every sleep.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import mmap
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pd_serve.memory.driver import DriverError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +53,17 @@ class HostBuffer:
                 pinner.pin(self.address, size)
                 self._pinner = pinner
             except DriverError as error:
-                log.warning("%d bytes of host memory cannot be pinned (%s): sleep and wake are slower", size, error)
+                log.warning("%d bytes of host memory cannot be pinned (%s): copies of it are slower", size, error)
 
     @property
     def pinned(self) -> bool:
         return self._pinner is not None
+
+    def tensor(self) -> Tensor:
+        """Its bytes, of which nobody may use a view after :meth:`close`."""
+        import torch
+
+        return torch.frombuffer((ctypes.c_uint8 * self.size).from_address(self.address), dtype=torch.uint8)
 
     def close(self) -> None:
         if self._pinner is not None:

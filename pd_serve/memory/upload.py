@@ -1,4 +1,4 @@
-"""Copies host memory to a GPU at the rate of the bus or the disk: out of mapped files, on several threads.
+"""Copies weights to a GPU at the rate of the bus or the disk: out of mapped files, on several threads.
 
 Used while weights are loaded. torch copies memory that is not pinned on one thread, and waits for a mapped file page by
 page. Here each thread reads a piece ahead into pinned memory, and the device fetches it while the next one is read.
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pd_serve.memory.cuda_driver import CudaDriver
 from pd_serve.memory.host_buffers import HostBuffer
-from pd_serve.memory.pinned import should_pin_memory
 
 THREADS = 8  # one copies 5 to 10 GB/s, a PCIe 5 link carries 55
 PIECE_BYTES = 4 << 20
@@ -27,21 +26,24 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 
 
 class Upload:
-    """To one GPU, from when it is made until :meth:`close`. Its memory is given back then, in full."""
+    """To one GPU, from when it is made until :meth:`close`. Its memory is given back then, in full.
 
-    def __init__(self, device: torch.device) -> None:
+    ``pin``: see :func:`pd_serve.memory.pinned.should_pin_memory`.
+    """
+
+    def __init__(self, device: torch.device, *, pin: bool) -> None:
         self._device = device
-        pinner = CudaDriver() if should_pin_memory(True, device.index or 0) else None
-        self._staging = HostBuffer(2 * THREADS * PIECE_BYTES, pinner)
+        self._staging = HostBuffer(2 * THREADS * PIECE_BYTES, CudaDriver() if pin else None)
         self._free = [_Lane(self._staging.address + 2 * i * PIECE_BYTES, device) for i in range(THREADS)]
         self._lanes = threading.local()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pd-upload", initializer=self._take_lane)
         self._pieces: list[tuple[int, Future[None]]] = []
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Begins to copy ``source``, on the host, to the contiguous ``target`` on the device, in its dtype.
+        """Begins to copy ``source``, on the host, to the contiguous ``target``, in its dtype.
 
-        ``source`` may have any strides, and must stay as it is. ``target`` holds it after :meth:`finish`.
+        ``target``: on the device, or where a weight stays on the host; it holds ``source`` after :meth:`finish`.
+        ``source`` may have any strides, and must stay as it is.
         """
         if not target.numel():
             return
@@ -86,8 +88,11 @@ class Upload:
 
     @torch.inference_mode()  # of a thread, as the targets are
     def _copy(self, target: Tensor, source: Tensor, before: torch.cuda.Event) -> None:
-        lane: _Lane = self._lanes.own
-        lane.copy(target, source, before)
+        if target.is_cuda:
+            lane: _Lane = self._lanes.own
+            lane.copy(target, source, before)
+        else:
+            fill(target, source)
 
 
 class _Lane:

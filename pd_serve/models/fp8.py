@@ -68,11 +68,6 @@ def to_number(name: str, tensor: Tensor) -> float:
     return value
 
 
-def joinable(parts: Sequence[Quantised]) -> bool:
-    """Whether their rows can lie in one matrix: no block has rows of two of them."""
-    return all(part.scale.dim() == 1 or len(part.values) % BLOCK == 0 for part in parts[:-1])
-
-
 def joined_scale(parts: Sequence[Quantised]) -> tuple[Tensor, float | None]:
     """Of the matrix with the rows of all, and its ``input_scale``: the largest, as the range must have room for all."""
     inputs = [part.input_scale for part in parts if part.input_scale is not None]

@@ -6,9 +6,10 @@ float32, and each operation computes in float32. What is overwritten and what co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -69,14 +70,40 @@ class Upload(Protocol):
     """Brings weights to a device, faster than copies one after another; a device may have none."""
 
     def copy(self, target: Tensor, source: Tensor, /) -> None:
-        """Begins to copy ``source``, on the CPU, to the contiguous ``target`` on the device, in its dtype."""
+        """Begins to copy ``source``, on the CPU, to the contiguous ``target`` on the device or a :class:`Home`'s, in
+        its dtype.
+        """
 
     def finish(self, progress: Callable[[int, int], None] | None = None, /) -> None:
         """Waits until all targets hold their sources; ``progress`` is told bytes, done and in all."""
 
 
+class Home(Protocol):
+    """Where a layer's matrices lie in the host's memory."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, /) -> Tensor:
+        """Memory of the host, contiguous, to load a matrix into."""
+
+    def seen(self, matrix: Tensor, /) -> Tensor:
+        """The same matrix, or a view of it with another shape, as the device computes with it."""
+
+
+class Offload(Protocol):
+    """Keeps matrices of some layers in the host's memory."""
+
+    def plan(self, sizes: Sequence[Mapping[str, int]], /) -> None:
+        """Bytes of each layer's matrices, by names of :data:`pd_serve.config.LAYER_MATRICES`. Raises PDServeError."""
+
+    def home(self, layer: int, matrix: str, /) -> Home | None:
+        """None: it lies on the device."""
+
+
 class Ops(Protocol):
     """A device's primitives; a module can be one. Rows of inputs may be apart, their elements not."""
+
+    @property
+    def offload(self) -> Offload | None:
+        """None: all weights lie on the device."""
 
     @property
     def fp8_weights(self) -> bool:

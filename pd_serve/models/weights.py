@@ -26,9 +26,11 @@ from torch import Tensor
 from pd_serve.errors import ModelError
 from pd_serve.models import fp8
 from pd_serve.models.config import ExpertsConfig, ModelConfig
-from pd_serve.models.interface import Fp8Weight, HeadTransform, Linear, Ops, Ranks, Routing, Upload
+from pd_serve.models.interface import Fp8Weight, HeadTransform, Home, Linear, Ops, Ranks, Routing, Upload
 from pd_serve.models.layers import DecoderLayer, GatedMlp, GroupedQueryAttention, Mlp, SparseMoe
+from pd_serve.models.matrices import Stack, stacks
 from pd_serve.models.progress import bar
+from pd_serve.models.quantization import BLOCK
 from pd_serve.models.rope import cos_sin_table
 from pd_serve.models.shard import Shard, TensorSource
 
@@ -40,6 +42,7 @@ _DUMMY_VALUES = 4 << 20
 _DUMMY_STD = 0.02
 _DUMMY_FP8_STD = 16.0  # of numbers in FP8, before they are multiplied with their scale
 _NAMES_SHOWN = 8
+_FUSED = "experts."  # and the name of a tensor with all experts' matrices
 
 
 @dataclass
@@ -116,7 +119,10 @@ class _Loader:
     def load(self) -> ModelWeights:
         c = self.config
         embedding = self._tensor(f"{self.prefix}embed_tokens.weight", (c.vocab_size, c.hidden_size))
-        layers = [self._layer(i, f"{self.prefix}layers.{i}.") for i in range(c.num_layers)]
+        names = [f"{self.prefix}layers.{i}." for i in range(c.num_layers)]
+        if self.ops.offload is not None:
+            self.ops.offload.plan([self._sizes(i, at) for i, at in enumerate(names)])
+        layers = [self._layer(i, at) for i, at in enumerate(names)]
         norm = self._norm(f"{self.prefix}norm", c.hidden_size)
         lm_head = embedding
         head_name = "language_model.lm_head.weight" if self.prefix.startswith("language_model.") else "lm_head.weight"
@@ -137,77 +143,94 @@ class _Loader:
         mlp_norm = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
         return DecoderLayer(
             input_norm=self._norm(f"{at}input_layernorm", hidden),
-            attention=self._attention(number, f"{at}self_attn."),
+            attention=self._attention(number, at),
             post_attention_norm=self._norm(f"{at}post_attention_layernorm", hidden) if sandwich else None,
             mlp_norm=self._norm(f"{at}{mlp_norm}", hidden),
-            mlp=self._mlp(number, f"{at}mlp."),
+            mlp=self._mlp(number, at),
             post_mlp_norm=self._norm(f"{at}post_feedforward_layernorm", hidden) if sandwich else None,
         )
 
     def _attention(self, number: int, at: str) -> GroupedQueryAttention:
         c = self.config
-        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        qkv = [(f"{at}{x}_proj", rows) for x, rows in (("q", q), ("k", kv), ("v", kv))]
         transform = HeadTransform(
             self.cos_sin[c.layer_ropes[number]],
-            self._norm(f"{at}q_norm", c.head_dim) if c.qk_norm else None,
-            self._norm(f"{at}k_norm", c.head_dim) if c.qk_norm else None,
+            self._norm(f"{at}self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+            self._norm(f"{at}self_attn.k_norm", c.head_dim) if c.qk_norm else None,
             c.rms_norm_eps,
-            self._kv_scale(f"{at}k_scale", f"{at}k_proj.k_scale"),
-            self._kv_scale(f"{at}v_scale", f"{at}v_proj.v_scale"),
+            self._kv_scale(f"{at}self_attn.k_scale", f"{at}self_attn.k_proj.k_scale"),
+            self._kv_scale(f"{at}self_attn.v_scale", f"{at}self_attn.v_proj.v_scale"),
         )
-        return GroupedQueryAttention(
-            number,
-            self._linear(qkv, c.hidden_size, c.qkv_bias),
-            self._summed(self._linear([(f"{at}o_proj", c.hidden_size)], q, c.output_bias)),
-            transform,
-            c.num_heads,
-            c.head_dim,
+        qkv, output = (
+            self._linear(number, at, name, bias) for name, bias in (("qkv", c.qkv_bias), ("o", c.output_bias))
         )
+        return GroupedQueryAttention(number, qkv, self._summed(output), transform, c.num_heads, c.head_dim)
 
     def _mlp(self, number: int, at: str) -> Mlp:
         c = self.config
         if c.experts is not None and number in c.experts.layers:
-            return self._moe(at, c.experts)
-        gate_up = [(f"{at}{x}_proj", c.intermediate_size) for x in ("gate", "up")]
-        return GatedMlp(
-            self.ops,
-            self._linear(gate_up, c.hidden_size, c.mlp_bias),
-            self._summed(self._linear([(f"{at}down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias)),
-            c.activation,
-        )
+            return self._moe(number, at, c.experts)
+        gate_up, down = (self._linear(number, at, name, c.mlp_bias) for name in ("gate_up", "down"))
+        return GatedMlp(self.ops, gate_up, self._summed(down), c.activation)
 
-    def _moe(self, at: str, experts: ExpertsConfig) -> SparseMoe:
-        hidden, size = self.config.hidden_size, experts.intermediate_size
-        router = self._linear([(f"{at}gate", experts.count)], hidden, False)
-        fused = f"{at}experts.gate_up_proj"  # as transformers 5 has them in memory, and in some files
-        if fused in (self.source.names or ()):
-            gate_up: Tensor | Fp8Weight = self._tensor(fused, (experts.count, 2 * size, hidden))
-            down: Tensor | Fp8Weight = self._tensor(f"{at}experts.down_proj", (experts.count, hidden, size))
+    def _moe(self, number: int, at: str, experts: ExpertsConfig) -> SparseMoe:
+        hidden, size, home = self.config.hidden_size, experts.intermediate_size, self._home(number, "experts")
+        router = self.ops.linear(self._matrices(Stack([(f"{at}mlp.gate", experts.count)], hidden)))
+        if self._are_fused(at):
+            gate_up: Tensor | Fp8Weight = self._tensor(
+                f"{at}mlp.{_FUSED}gate_up_proj", (experts.count, 2 * size, hidden), home
+            )
+            down: Tensor | Fp8Weight = self._tensor(f"{at}mlp.{_FUSED}down_proj", (experts.count, hidden, size), home)
         else:
-            each = [f"{at}experts.{i}." for i in range(experts.count)]
-            gate_up = self._matrices([(f"{name}{x}_proj", size) for name in each for x in ("gate", "up")], hidden)
-            gate_up = _of_each(gate_up, experts.count)
-            down = _of_each(self._matrices([(f"{name}down_proj", hidden) for name in each], size), experts.count)
+            each = stacks(self.config, number, at)["experts"]
+            gate_up, down = (_of_each(self._matrices(stack, home), experts.count) for stack in each)
         routing = Routing(experts.per_token, experts.normalise)
-        mixture = self.ops.experts(gate_up, down, routing, self.config.activation)
+        mixture = self.ops.experts(_seen(gate_up, home), _seen(down, home), routing, self.config.activation)
         return SparseMoe(router, mixture if self.ranks is None else self.ranks.summed_experts(mixture))
+
+    def _are_fused(self, at: str) -> bool:
+        """Experts of this layer, as transformers 5 has them in memory, and in some files."""
+        return f"{at}mlp.{_FUSED}gate_up_proj" in (self.source.names or ())
 
     def _summed(self, linear: Linear) -> Linear:
         """A linear layer of which each rank has some columns."""
         return linear if self.ranks is None else self.ranks.summed(linear)
 
-    def _linear(self, parts: Sequence[tuple[str, int]], columns: int, has_bias: bool) -> Linear:
-        """A linear layer of the parts' rows, one after another."""
-        weight = self._matrices(parts, columns)
-        bias = self._joined([(f"{name}.bias", (rows,)) for name, rows in parts]) if has_bias else None
+    def _linear(self, number: int, at: str, name: str, has_bias: bool) -> Linear:
+        """Of a layer's matrix of this name."""
+        (stack,), home = stacks(self.config, number, at)[name], self._home(number, name)
+        weight = _seen(self._matrices(stack, home), home)
+        bias = self._joined([(f"{part}.bias", (rows,)) for part, rows in stack.parts]) if has_bias else None
         return self.ops.linear(weight, bias)
 
-    def _matrices(self, parts: Sequence[tuple[str, int]], columns: int) -> Tensor | Fp8Weight:
-        """The parts' rows, one after another: in FP8, where they are that and the device multiplies it."""
+    def _home(self, number: int, name: str) -> Home | None:
+        return None if self.ops.offload is None else self.ops.offload.home(number, name)
+
+    def _sizes(self, number: int, at: str) -> dict[str, int]:
+        """Bytes of a layer's matrices, as :meth:`_matrices` has them, by name; scales apart."""
+        found = {}
+        for name, each in stacks(self.config, number, at).items():
+            fused = name == "experts" and self._are_fused(at)
+            found[name] = sum(
+                stack.rows * stack.columns * (1 if not fused and self._stays_fp8(stack) else self.dtype.itemsize)
+                for stack in each
+            )
+        return found
+
+    def _stays_fp8(self, stack: Stack) -> bool:
+        """Where its parts are in FP8, the device multiplies it, and no block of scales has rows of two of them."""
         q = self.config.quantization
-        if q is None or not self.ops.fp8_weights or not all(self._is_quantised(name) for name, _ in parts):
-            return self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts])
+        return (
+            q is not None
+            and self.ops.fp8_weights
+            and all(self._is_quantised(name) for name, _ in stack.parts)
+            and (not q.blocks or all(rows % BLOCK == 0 for _, rows in stack.parts[:-1]))
+        )
+
+    def _matrices(self, stack: Stack, home: Home | None = None) -> Tensor | Fp8Weight:
+        """The parts' rows, one after another: in FP8, where that can be."""
+        q, parts, columns = self.config.quantization, stack.parts, stack.columns
+        if q is None or not self._stays_fp8(stack):
+            return self._joined([(f"{name}.weight", (rows, columns)) for name, rows in parts], home)
         found = []
         for name, rows in parts:
             values = self._checked(f"{name}.weight", (rows, columns), in_fp8=True)
@@ -216,16 +239,12 @@ class _Loader:
                 found.append(part)
         if len(found) < len(parts):
             return torch.empty(0)  # what is missing is named soon
-        total = sum(rows for _, rows in parts)
-        whole = fp8.joinable(found)
-        out = torch.empty((total, columns), dtype=fp8.FP8 if whole else self.dtype, device=self.device)
+        out = self._empty((stack.rows, columns), fp8.FP8, home)
         at = 0
         for part in found:
             rows = len(part.values)
-            self._copy(out[at : at + rows], part.values if whole else part.dequantised(self.dtype))
+            self._copy(out[at : at + rows], part.values)
             at += rows
-        if not whole:
-            return out
         scale, input_scale = fp8.joined_scale(found)
         return Fp8Weight(out, scale.to(self.device), q.blocks, input_scale)
 
@@ -259,11 +278,11 @@ class _Loader:
         tensor = self._any(there[0], ()) if there else None
         return 1.0 if tensor is None else fp8.to_number(there[0], tensor)
 
-    def _joined(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> Tensor:
+    def _joined(self, parts: Sequence[tuple[str, tuple[int, ...]]], home: Home | None = None) -> Tensor:
         if len(parts) == 1:
-            return self._tensor(*parts[0])
+            return self._tensor(*parts[0], home)
         rows = sum(shape[0] for _, shape in parts)
-        out = torch.empty(rows, *parts[0][1][1:], dtype=self.dtype, device=self.device)
+        out = self._empty((rows, *parts[0][1][1:]), self.dtype, home)
         at = 0
         for name, shape in parts:
             tensor = self._take(name, shape)
@@ -272,20 +291,23 @@ class _Loader:
             at += shape[0]
         return out
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, name: str, shape: tuple[int, ...], home: Home | None = None) -> Tensor:
         tensor = self._take(name, shape)
-        return torch.empty(shape, dtype=self.dtype) if tensor is None else self._placed(tensor)
+        return torch.empty(shape, dtype=self.dtype) if tensor is None else self._placed(tensor, home)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        """On the device and in the model's dtype: itself, where it is that already."""
-        if self.upload is None:
+    def _placed(self, tensor: Tensor, home: Home | None) -> Tensor:
+        """Where it belongs and in the model's dtype: itself, where it is that already."""
+        if self.upload is None and home is None:
             return tensor.to(self.device, self.dtype).contiguous()
-        out = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+        out = self._empty(tuple(tensor.shape), self.dtype, home)
         self._copy(out, tensor)
         return out
 
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, home: Home | None) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device) if home is None else home.empty(shape, dtype)
+
     def _copy(self, out: Tensor, tensor: Tensor) -> None:
-        """Into weights on the device. With an upload they are there when it has finished."""
+        """Into weights. With an upload they are there when it has finished."""
         if self.upload is None:
             out.copy_(tensor)
         else:
@@ -342,6 +364,13 @@ def _of_each(weight: Tensor | Fp8Weight, count: int) -> Tensor | Fp8Weight:
     values, scale = weight.values, weight.scale
     scale = scale.view(count, -1, scale.shape[-1]) if weight.blocks else scale.view(count, -1)
     return weight._replace(values=values.view(count, -1, values.shape[-1]), scale=scale)
+
+
+def _seen(weight: Tensor | Fp8Weight, home: Home | None) -> Tensor | Fp8Weight:
+    """As the device computes with it."""
+    if home is None:
+        return weight
+    return home.seen(weight) if isinstance(weight, Tensor) else weight._replace(values=home.seen(weight.values))
 
 
 def _shown(names: Sequence[str]) -> str:

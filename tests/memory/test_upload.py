@@ -50,7 +50,7 @@ def test_fill_reads_mapped_files(tmp_path: Path) -> None:
 def upload() -> Iterator[Upload]:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    with Upload(torch.device("cuda", 0)) as made:
+    with Upload(torch.device("cuda", 0), pin=True) as made:
         yield made
 
 

@@ -45,5 +45,5 @@ def make_executor(config: EngineConfig, fit: Sizes, meet: Meet | None) -> LocalE
     return LocalExecutor(pool, runner, Sampler(fit.model.vocab_size), read_weights)
 
 
-def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, *, pin: bool) -> HostMover:
+def make_mover(layout: KVLayout, pool: PoolMemory, size_bytes: int, directory: str, *, pin_memory: bool) -> HostMover:
     return HostMover(pool, TierMemory(layout, size_bytes, directory))

@@ -22,6 +22,7 @@ _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise
 _INT64 = np.int64(0)
 
+offload = None  # weights lie in the host's memory anyway
 fp8_weights = False  # no core multiplies them: they are dequantised when they are loaded
 
 

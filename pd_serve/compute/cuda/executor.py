@@ -21,8 +21,10 @@ from torch import Tensor
 
 from pd_serve.compute.backend import Meet
 from pd_serve.compute.cuda import attention
+from pd_serve.compute.cuda.bus import CudaBus
 from pd_serve.compute.cuda.delivery import Delivery
 from pd_serve.compute.cuda.inputs import Inputs
+from pd_serve.compute.cuda.offload import HostWeights
 from pd_serve.compute.cuda.ops import CudaOps, multiplies_fp8
 from pd_serve.compute.cuda.paged import PagedAttention, shapes
 from pd_serve.compute.cuda.pieces import piece_sizes
@@ -44,6 +46,7 @@ from pd_serve.memory.usage import KV_CACHE, WEIGHTS
 from pd_serve.models.config import ModelConfig
 from pd_serve.models.decoder import Decoder
 from pd_serve.models.interface import Ops, Ranks
+from pd_serve.models.offload import Wanted
 from pd_serve.models.weights import DTYPES
 from pd_serve.values import readable_size
 from pd_serve.wire.link import TokenLogprob
@@ -53,6 +56,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_BLOCKS = 2  # of a pool before it gets its size: block 0, and one that nobody writes to
 _RESIZE_BYTES = 4 << 20  # what a pool may take beyond its blocks
+_TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Settings:
     profile_cuda_graphs: bool = True  # False: the pool gets what graphs will take as well
     device: int = 0
     dtype: str = ""
+    pin_memory: bool = True  # the setting
+    weight_offload: Wanted | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,10 @@ class CudaExecutor:
         torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         # of results; as many as steps are on their way at once
         self._deliveries = deque(Delivery(self._device) for _ in range(self.depth + 1))
+        self._pin = should_pin_memory(settings.pin_memory, settings.device)
         self._memory: DeviceMemory | PlainDeviceMemory
         if settings.cumem:
-            self._memory = DeviceMemory(settings.device, pin=should_pin_memory(True, settings.device))
+            self._memory = DeviceMemory(settings.device, pin=self._pin)
         else:
             self._memory = PlainDeviceMemory(settings.device)
         self._ledger = None if settings.num_blocks else Ledger(gauge.read, books=self._booked, before=before)
@@ -140,9 +147,12 @@ class CudaExecutor:
                 "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later; give "
                 "--kv-cache-dtype bfloat16"
             )
-        ops = CudaOps(fp8_weights=multiplies_fp8(dtype, self._device))
+        self._offload = self._make_offload()
+        ops = CudaOps(fp8_weights=multiplies_fp8(dtype, self._device), offload=self._offload)
         with self._phase("weights", WEIGHTS), self._memory.use_memory_pool(WEIGHTS):
             self._model = self._read_weights(ops, str(self._device), self._ranks)
+            if self._offload is not None:
+                self._offload.attach(self._model.weights.layers)
         self._shapes = shapes(self._config, self._layout, dtype)
         turn = nullcontext() if self._ranks is None else self._ranks.first_rank_first()
         with self._phase("kernels", LIBRARIES), turn:
@@ -163,6 +173,32 @@ class CudaExecutor:
             self._size_pool(self._ledger)
         if not (self._settings.profile_cuda_graphs or self._settings.enforce_eager):
             self._capture_uncounted()
+        if self._offload is not None:
+            self._compare(self._offload)
+
+    def _make_offload(self) -> HostWeights | None:
+        wanted = self._settings.weight_offload
+        if wanted is None:
+            return None
+        return HostWeights(wanted, CudaBus(self._device, pin=self._pin), ranks=self._config.ranks)
+
+    def _compare(self, offload: HostWeights) -> None:
+        """Says what weights in the host's memory are, and what they cost."""
+        log.info("%s", offload.describe(self.report().tags[WEIGHTS].bytes))
+        alone_ms = None
+        if offload.ring is not None:
+            with offload.ring.still():
+                alone_ms = self._step_ms()
+        offload.compare(self._step_ms(), alone_ms)
+
+    def _step_ms(self) -> float:
+        """Of one token, a few steps after the first."""
+        step = self._made_up([1], min(self._layout.block_size, self._settings.max_model_len - 1))
+        for steps in (1, _TIMED_STEPS):
+            start = time.perf_counter()
+            for _ in range(steps):
+                self.collect(self.launch(step))
+        return (time.perf_counter() - start) / _TIMED_STEPS * 1e3
 
     def _make_runner(self) -> None:
         """Over the pool."""
@@ -174,7 +210,8 @@ class CudaExecutor:
         inputs = Inputs(limits.tokens, limits.seqs, len(self._layout.groups), self._device)
         regions = self._pool.reserved_tensors()
         paged = PagedAttention(self._layout, regions, self._shapes, inputs.slots, limits.seqs, limits.blocks)
-        self._runner = Runner(self._model, paged, inputs, limits)
+        ring = None if self._offload is None else self._offload.ring
+        self._runner = Runner(self._model, paged, inputs, limits, ring=ring)
 
     def _capture(self) -> None:
         settings = self._settings
@@ -349,25 +386,35 @@ class CudaExecutor:
     def wake(self, tags: Collection[str]) -> None:
         asleep = WEIGHTS in self.asleep
         self._memory.wake(tags)
-        if asleep and WEIGHTS in tags and self._dropped:
-            self._read_again()
+        if asleep and WEIGHTS in tags:
+            if self._dropped:
+                self._read_again()
+            if self._offload is not None and self._offload.ring is not None:
+                self._offload.ring.begin()  # its slots slept, too
 
     def _read_again(self) -> None:
-        """Into the tensors of before, whose addresses are in graphs."""
+        """Into the tensors of before, whose addresses are in graphs. What is in the host's memory stays as it is."""
         fp8_weights = multiplies_fp8(self._model.dtype, self._device)
-        fresh = self._read_weights(CudaOps(fp8_weights=fp8_weights), "cpu", self._ranks)
+        offload = None if self._offload is None else self._offload.left_out()
+        fresh = self._read_weights(CudaOps(fp8_weights=fp8_weights, offload=offload), "cpu", self._ranks)
         with torch.inference_mode():
             for ours, theirs in zip(self._model.weights.tensors, fresh.weights.tensors, strict=True):
-                ours.copy_(theirs)
+                if not theirs.is_meta:
+                    ours.copy_(theirs)
         torch.cuda.synchronize(self._device)
 
     def report(self) -> MemoryReport:
         return self._memory.report()
 
     def close(self) -> None:
+        """Gives all memory back: what still had tensors in it would stay taken to the end of the process."""
         torch.cuda.synchronize(self._device)
         self._runner.close()
+        del self._runner, self._model
+        if self._offload is not None:
+            self._offload.close()
         self._memory.close()
+        torch.cuda.empty_cache()
 
 
 def _to_host(values: Logprobs, delivery: Delivery) -> Logprobs:

@@ -62,6 +62,7 @@ class Experts:
             raise ValueError("weights of experts must be contiguous")
         self._hidden, self._intermediate = _values(down).shape[1:]
         self._routing = routing
+        self._activation_name = activation
         self._activation = activations.named(activation)
         exact = torch.float32 in (_values(gate_up).dtype, _values(down).dtype)
         first = grouped.EXACT if exact else grouped.candidates(1, gate_up, down)[0]
@@ -81,6 +82,14 @@ class Experts:
             for weight in (self.gate_up, self.down)
             for tensor in ([weight] if isinstance(weight, Tensor) else [weight.values, weight.scale])
         ]
+
+    def copied(self) -> Experts:
+        """The same with weights of its own."""
+        gate_up, down = (
+            _clone(weight) if isinstance(weight, Tensor) else weight._replace(values=_clone(weight.values))
+            for weight in (self.gate_up, self.down)
+        )
+        return Experts(gate_up, down, self._routing, self._activation_name)
 
     def use(self, gate_up: Sequence[Timed[GroupTile]], down: Sequence[Timed[GroupTile]]) -> None:
         """From now on goes the ways that :func:`choose` found for its shape."""
@@ -119,6 +128,11 @@ class Experts:
         grouped.down(x, self.down, routed, self._routing.per_token, out, tile, compile_only=compile_only)
 
 
+def _clone(weight: Tensor) -> Tensor:
+    """By a kernel: what copies within the device need not take addresses of the host's memory."""
+    return (weight.view(torch.uint8) | 0).view(weight.dtype)
+
+
 def _values(weight: Tensor | Fp8Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.values
 
@@ -129,11 +143,12 @@ def choose(
     *,
     ladder: Sequence[int] = LADDER,
     cache: Path | None = None,
+    far: Callable[[Tensor], bool] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Each goes the fastest ways for its shape from now on: from ``cache``, else timed now and kept there.
 
-    ``dtype``: of activations.
+    ``dtype``: of activations. ``far``: whether weights are not on the device: such are not timed, if need be a copy is.
 
     ``cache``: a folder, by default one for this GPU and these versions. Takes some seconds for a shape.
     """
@@ -148,7 +163,8 @@ def choose(
         if found[0] is None or found[1] is None:
             if progress:
                 progress(f"timing {shape.experts} experts of {shape.intermediate} x {shape.hidden}")
-            found = list(_time(alike, ladder, dtype))
+            near = [layer for layer in alike if far is None or not far(_values(layer.down))]
+            found = list(_time(near or [alike[0].copied()], ladder, dtype))
             for file, timed in zip(files, found, strict=True):
                 timings.write(file, timed or ())
         for layer in alike:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pd_serve.compute.cuda import activations, experts, kernels, linears, splitk
+from pd_serve.compute.cuda.offload import HostWeights
 from pd_serve.compute.cuda.ranks import Summed
-from pd_serve.models.interface import Fp8Weight, Linear, Routing
+from pd_serve.models.interface import Fp8Weight, Linear, Offload, Routing
 
 
 def multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
@@ -20,9 +21,10 @@ def multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
 class CudaOps:
     """Of one model: it remembers the layers that it made, so that all of them can be timed when all are there."""
 
-    def __init__(self, *, fp8_weights: bool = False) -> None:
+    def __init__(self, *, fp8_weights: bool = False, offload: Offload | None = None) -> None:
         """``fp8_weights``: see :func:`multiplies_fp8`."""
         self.fp8_weights = fp8_weights
+        self.offload = offload
         self._linears: list[linears.Linear] = []
         self._experts: list[experts.Experts] = []
 
@@ -49,7 +51,8 @@ class CudaOps:
         workspace = splitk.Workspace(max(split), device) if split else None
         for layer in self._linears:
             layer.use(chosen[layer.shape], workspace)
-        experts.choose(self._experts, dtype, progress=progress)
+        far = self.offload.reads_bus if isinstance(self.offload, HostWeights) else None
+        experts.choose(self._experts, dtype, far=far, progress=progress)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :func:`pd_serve.compute.cuda.kernels.rms_norm`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ class PagedAttention:
         if self._pieces is None:
             self._attend(layer, turned, (k, v), out)
         else:
-            self._pieces.cut(layer)
+            self._pieces.cut(partial(self.attend, layer))
         return out.view(rows, -1)
 
     def _attend(self, layer: int, q: Tensor, own: KeysValues | None, out: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""A forward pass as CUDA graphs with attention between them, for steps that hold chunks of prompts.
+"""A forward pass as CUDA graphs with what graphs cannot hold between them: most often it is one graph.
 
 Recorded and replayed by the runner. To launch a pass kernel by kernel takes the host longer than a GPU computes up to
-about 800 tokens; what attention does depends on how the step's tokens are dealt among sequences, so it stays outside.
-(vLLM calls this piecewise graphs, and splits a compiled model; here the attention that a decoder calls cuts the
-recording, so that the decoder knows of nothing.)
+about 800 tokens. In steps that hold chunks of prompts attention stays outside: what it does depends on how the step's
+tokens are dealt among sequences. So does what brings layers from the host, which goes on when a step has ended. (vLLM
+calls this piecewise graphs, and splits a compiled model; here what a decoder calls cuts the recording, so that the
+decoder knows of nothing.)
 """
 
 from __future__ import annotations
@@ -25,39 +26,43 @@ def piece_sizes(most: int) -> list[int]:
 
 
 class Pieces:
-    """For one number of tokens. All memory is the pool's, which other graphs use as well when these do not run."""
+    """For one number of rows. All memory is the pool's, which other graphs use as well when these do not run."""
 
     def __init__(self, pool: Any) -> None:
         """``pool``: of ``torch.cuda.graph_pool_handle``."""
         self._pool = pool
         self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._layers: list[int] = []
+        self._between: list[Callable[[int], None]] = []
         self._result: Tensor | None = None
 
     def record(self, forward: Callable[[], Tensor]) -> None:
         """Captures what ``forward`` queues on the current stream, which is not the default one, when it comes again."""
         forward()  # compiles kernels, which a capture does not allow
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as torch.cuda.graph does: what is cached is not the pool's
         self._begin()
         self._result = forward()
         self._graphs[-1].capture_end()
 
-    def cut(self, layer: int) -> None:
-        """By the attention of ``layer``, within ``forward``: here it comes."""
-        if self._graphs:
-            self._graphs[-1].capture_end()
-            self._layers.append(layer)
-            self._begin()
+    def cut(self, between: Callable[[int], None]) -> bool:
+        """Within ``forward``: here comes ``between``, which is told the rows of a replay. False: nothing is recorded
+        yet."""
+        if not self._graphs:
+            return False
+        self._graphs[-1].capture_end()
+        self._between.append(between)
+        self._begin()
+        return True
 
     def _begin(self) -> None:
         self._graphs.append(torch.cuda.CUDAGraph())
         self._graphs[-1].capture_begin(pool=self._pool)
 
-    def replay(self, attend: Callable[[int], None]) -> Tensor:
-        """Calls ``attend`` for each layer; returns what ``forward`` did, at the same address each time."""
+    def replay(self, rows: int) -> Tensor:
+        """Returns what ``forward`` did, at the same address each time. ``rows``: that are somebody's."""
         assert self._result is not None  # recorded
-        for graph, layer in zip(self._graphs[:-1], self._layers, strict=True):
+        for graph, between in zip(self._graphs[:-1], self._between, strict=True):
             graph.replay()
-            attend(layer)
+            between(rows)
         self._graphs[-1].replay()
         return self._result

@@ -1,7 +1,7 @@
 """Queues steps on the device: model, attention and sampler, launched one kernel after another or by a CUDA graph.
 
 Owned by the executor. Everything goes to the current stream and nothing waits for it. Steps of decodes alone are
-replayed from graphs, a graph for each size of a ladder; others, up to some size, from pieces with attention between;
+replayed from graphs, one for each size of a ladder; others, up to some size, from pieces with attention between;
 what is larger, or wants log-probabilities of a prompt, is launched kernel by kernel. What a step sampled stays on the
 device, where the next one finds its tokens.
 """
@@ -9,7 +9,8 @@ device, where the next one finds its tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pd_serve.compute.cuda import kernels
 from pd_serve.compute.cuda.inputs import Inputs, Staging
+from pd_serve.compute.cuda.offload import Ring
 from pd_serve.compute.cuda.paged import PagedAttention
 from pd_serve.compute.cuda.pieces import Pieces
 from pd_serve.compute.cuda.sampler import Logprobs, Sampler, logprobs
@@ -44,12 +46,6 @@ class Queued(NamedTuple):
     prompts: list[Logprobs]  # of each of ``prompt_rows``
 
 
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    adjusted: Tensor  # [size, vocab]: what the sampler left
-
-
 def ladder(most: int) -> list[int]:
     """Numbers of rows that graphs are captured for, largest first: smaller steps are filled up."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, most, 32)]
@@ -57,14 +53,23 @@ def ladder(most: int) -> list[int]:
 
 
 class Runner:
-    """``inputs``: on the device; ``attention`` finds its slots there."""
+    """``inputs``: on the device; ``attention`` finds its slots there. ``ring``: what brings layers from the host."""
 
-    def __init__(self, model: Decoder, attention: PagedAttention, inputs: Inputs, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        attention: PagedAttention,
+        inputs: Inputs,
+        limits: Limits,
+        *,
+        ring: Ring | None = None,
+    ) -> None:
         self.model = model
         self._attention = attention
         self._inputs = inputs
         self._device = model.device
         self._limits = limits
+        self._ring = ring
         groups = len(inputs.slots)
         sizes = (limits.tokens, limits.seqs, limits.blocks, groups, self._device)
         self._stagings = [Staging(*sizes) for _ in range(_STAGINGS)]
@@ -73,7 +78,7 @@ class Runner:
             model.config.vocab_size, limits.seqs, self._device, histories=limits.seqs, biases=limits.seqs
         )
         self._samples = torch.zeros(limits.seqs, dtype=torch.int64, device=self._device)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Pieces] = {}  # by number of rows; they return what the sampler left of the logits
         self._sizes: list[int] = []  # of graphs, by number of rows; 0: none
         self._pieces: dict[int, Pieces] = {}  # by number of tokens, smallest first
 
@@ -86,8 +91,7 @@ class Runner:
             staged = self._stage(step, size, size)
             self._attention.replay(size, staged)
             staged.delivery.go()
-            self._graphs[size].graph.replay()
-            adjusted, prompts = self._graphs[size].adjusted[:count], []
+            adjusted, prompts = self._graphs[size].replay(count)[:count], []
         else:
             hidden = self._hidden(step)
             prompts = [self._prompt(hidden[p.first :], p.targets, p.k) for p in step.prompt_rows]
@@ -116,7 +120,7 @@ class Runner:
         staged = self._stage(step, 0, size)
         self._attention.prepare(step, staged, pieces=True)
         staged.delivery.go()
-        return self._pieces[size].replay(lambda layer: self._attention.attend(layer, tokens))
+        return self._pieces[size].replay(tokens)
 
     def _stage(self, step: Step, seqs: int = 0, tokens: int = 0) -> Staging:
         staged = self._stagings[self._turn]
@@ -166,12 +170,8 @@ class Runner:
         for size in sizes:
             self._stage(nobodys, size, size).delivery.go()
             self._attention.capture(size)
-            self._decode(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                adjusted = self._decode(size)
-            self._graphs[size] = _Graph(graph, adjusted)
+            self._graphs[size] = made = Pieces(pool)
+            self._record(made, partial(self._decode, size))
             progress(size)
         ordered = sorted(self._graphs)
         self._sizes = [0, *(next(size for size in ordered if size >= rows) for rows in range(1, ordered[-1] + 1))]
@@ -180,9 +180,15 @@ class Runner:
             self._pieces[size] = made = Pieces(pool)
             rows = min(size, self._limits.seqs)
             with self._attention.recording(made, size):
-                made.record(lambda: self._forward(size, rows, rows))  # noqa: B023
+                self._record(made, partial(self._forward, size, rows, rows))
             progress(size)
         self._pieces = dict(sorted(self._pieces.items()))
+
+    def _record(self, made: Pieces, forward: Callable[[], Tensor]) -> None:
+        with ExitStack() as stack:
+            if self._ring is not None:
+                stack.enter_context(self._ring.recording(made))
+            made.record(forward)
 
     def _decode(self, size: int) -> Tensor:
         return self._sample(self._forward(size, size, None))
