@@ -36,6 +36,7 @@ from pd_serve.kv.manager import KVManager
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
 from pd_serve.wire.chunks import pack
+from pd_serve.wire.counted import COMPUTED_TOKENS, STEP_SECONDS, STEPS
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +168,9 @@ class Engine:
             return False
         self._checked_idle = False
         self._book_all(self._pipeline.turn(plan))
-        self._counters["steps"] += 1
-        self._counters["computed_tokens"] += sum(work.num_tokens for work in plan)
+        self._counters[STEPS] += 1
+        self._counters[STEP_SECONDS] = self._pipeline.busy_s
+        self._counters[COMPUTED_TOKENS] += sum(work.num_tokens for work in plan)
         return True
 
     def _book_all(self, steps: Iterable[Collected]) -> None:

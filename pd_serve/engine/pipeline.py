@@ -44,6 +44,8 @@ class Pipeline:
         self._slack = Slack()
         self._due_s: float | None = None  # since when the next launch is due
         self.num_failures = 0
+        self.busy_s = 0.0  # how long steps were computed that are collected
+        self._since_s = 0.0  # when the first of those in flight began
 
     @property
     def launched(self) -> bool:
@@ -78,7 +80,10 @@ class Pipeline:
             yield from self._collect()
 
     def _launch(self, works: list[Work]) -> None:
-        began_s = time.monotonic() if self._due_s is None else self._due_s
+        now_s = time.monotonic()
+        began_s = now_s if self._due_s is None else self._due_s
+        if not self._launched:
+            self._since_s = now_s
         with self._busy(works, self._executor.depth == 0):
             self._launched.append((works, self._executor.launch(self._builder.build(works))))
         if self._executor.depth:
@@ -97,8 +102,11 @@ class Pipeline:
             self._drop()
             yield from self._compute_apart(works, again=again)
         else:
+            now_s = time.monotonic()
+            self.busy_s += now_s - self._since_s
+            self._since_s = now_s
             if self._executor.depth:
-                self._slack.collected(time.monotonic(), waited=waited)
+                self._slack.collected(now_s, waited=waited)
             yield Collected(works, sampled)
 
     def _busy(self, works: list[Work], computes: bool) -> AbstractContextManager[None]:

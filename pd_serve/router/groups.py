@@ -116,11 +116,12 @@ class Group:
                 seen.prefixes.stored(node.id, names)
 
     def ttft_s(self, placement: Placement, prompt_tokens: int) -> float:
-        """When the first token is expected there, by the prompt tokens before it; 0 where no rate was seen yet."""
+        """When the first token is expected there, by the prompt tokens before it; 0 where no rate was seen lately: who
+        refuses by it would never see that a node has become faster."""
         computes_here = placement.prefill is None
         id = placement.decode if computes_here else placement.prefill
         node = (self.decode if computes_here else self.prefill).get(id or "")
-        if node is None or not node.tokens_a_second:
+        if node is None or not node.tokens_a_second or not node.rated_lately:
             return 0.0
         return (node.view().waiting_tokens + prompt_tokens - placement.cached) / node.tokens_a_second
 

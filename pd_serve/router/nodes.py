@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Protocol
@@ -16,11 +17,13 @@ import msgspec
 
 from pd_serve.router.field import NodeView
 from pd_serve.wire import link
+from pd_serve.wire.counted import COMPUTED_TOKENS, STEP_SECONDS, STEPS
 from pd_serve.wire.memory import MemoryReport
 
 log = logging.getLogger(__name__)
 
 _PROMPT_STEP_TOKENS = 128
+_RATED_S = 30.0  # for so long a node is taken to compute as fast as it was last seen to
 _NEW = 0.3  # the share of what was seen last in a rate
 MAX_MET = 16  # sources that a decode node is told of before it needs them; it may come to keep more
 
@@ -50,6 +53,7 @@ class Node:
         self._take(hello.load)
         self.counters: dict[str, float] = {}
         self.tokens_a_second = 0.0  # of prompts that it computed lately; 0: not seen yet
+        self.rated_s = 0.0  # when that was last seen, by time.monotonic
         self.memory: MemoryReport | None = None
         self.running: link.Running | None = None
         self.misfits: dict[str, str] = {}
@@ -161,7 +165,7 @@ class Node:
         def since(name: str) -> float:
             return counters.get(name, 0.0) - self.counters.get(name, 0.0)
 
-        steps, seconds, tokens = since("steps"), since("step_seconds"), since("computed_tokens")
+        steps, seconds, tokens = since(STEPS), since(STEP_SECONDS), since(COMPUTED_TOKENS)
         if self.counters and steps > 0 and tokens >= _PROMPT_STEP_TOKENS * steps:
             self.computed(tokens, seconds)
 
@@ -169,7 +173,14 @@ class Node:
         """So many tokens of prompts in so much time, without waiting."""
         if tokens >= _PROMPT_STEP_TOKENS and seconds > 0:
             rate = tokens / seconds
-            self.tokens_a_second += (rate - self.tokens_a_second) * (_NEW if self.tokens_a_second else 1.0)
+            share = _NEW if self.tokens_a_second and self.rated_lately else 1.0
+            self.rated_s = time.monotonic()
+            self.tokens_a_second += (rate - self.tokens_a_second) * share
+
+    @property
+    def rated_lately(self) -> bool:
+        """What is known of its rate says something of now."""
+        return time.monotonic() - self.rated_s <= _RATED_S
 
     def _take(self, load: link.Load) -> None:
         self.load = load if not self.leaving else msgspec.structs.replace(load, draining=True)

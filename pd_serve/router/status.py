@@ -80,6 +80,7 @@ def _node(node: Node, state: str, reason: str) -> dict[str, Any]:
         "transport": hello.transport,
         "peer_addresses": hello.peer_addresses,
         "local_prefill_tokens": hello.local_prefill_tokens,
+        "prompt_tokens_a_second": round(node.tokens_a_second),
         "in_flight": len(node.attempts),
         "load": msgspec.to_builtins(node.load),
         "counters": node.counters,

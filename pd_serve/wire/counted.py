@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BOUNDS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _BUCKETS = (*map(str, BOUNDS_S), "+Inf")
 
+# Steps, how long the device was busy with them, and their tokens: what routers learn a node's speed from.
+STEPS, STEP_SECONDS, COMPUTED_TOKENS = "steps", "step_seconds", "computed_tokens"
 QUEUE = "queue_time_seconds"
 TRANSFER = "transfer_time_seconds"
 _TEXTS = {

@@ -12,9 +12,9 @@ from tests.e2e.cluster import HTTP, Cluster, cluster, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 
-def known(system: Cluster) -> dict[str, int]:
+def known(system: Cluster, what: str = "known_prefixes") -> dict[str, int]:
     nodes = HTTP.get(f"{system.url}/v1/status", timeout=20).json()["nodes"]
-    return {node["url"]: node["known_prefixes"] for node in nodes}
+    return {node["url"]: node[what] for node in nodes}
 
 
 def cached(answer: dict[str, Any]) -> int:
@@ -30,6 +30,8 @@ def test_a_prompt_goes_where_it_is_cached(tmp_path: Path, small_model: Path) -> 
             assert cached(system.complete(prompt, 4)) < 64
         wait_for(lambda: sum(known(system)[node.url] for node in system.prefills) == 8, 10, "two names of each prompt")
         assert known(system)[system.decodes[0].url] == 8, "what was pulled is cached there, too"
+        rates = known(system, "prompt_tokens_a_second")
+        assert any(rates[node.url] for node in system.prefills), "what --ttft-objective-ms refuses by"
         for prompt in prompts:
             assert cached(system.complete(prompt, 4)) > 1024
         assert sum(known(system)[node.url] for node in system.prefills) == 8, "nobody computed what another one had"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from pd_serve.wire import engine as wire
 from pd_serve.wire import link
 from pd_serve.wire.chunks import pack
-from tests.engine.harness import Node
+from tests.engine.harness import DeviceExecutor, Node, ScriptedExecutor
 
 
 @pytest.fixture
@@ -31,6 +32,23 @@ def test_where_several_routers_submit_they_hear_of_each_other_soon(node: Node) -
     params = link.SamplingParams(90, 0)
     node.say(link.Submit("b", array("i", [5, 6, 7]).tobytes(), 0, params, number=1), origin=2)
     node.listen(lambda: ({1: 1, 2: 1}, 2) in reports(), "a status while both run")
+
+
+@pytest.mark.parametrize("executor", [ScriptedExecutor, DeviceExecutor])
+def test_how_long_steps_took_is_told(tmp_path: Path, executor: type[ScriptedExecutor]) -> None:
+    """Routers learn from it how fast prompts are computed here."""
+    node = Node(f"ipc://{tmp_path}/engine", executor, status_interval_s=0.01)
+    try:
+        node.executor.step_s = 0.02
+        begun_s = time.monotonic()
+        node.submit("a", 5)
+        node.finished("a")
+        node.listen(lambda: node.status().load.running == 0, "a status after it")
+        counters = node.status().counters
+        assert 5 * 0.02 <= counters["step_seconds"] <= time.monotonic() - begun_s
+        assert counters["computed_tokens"] == 24 and counters["steps"] >= 5
+    finally:
+        node.close()
 
 
 def test_routers_that_ask_are_told_of_cached_prefixes(node: Node) -> None:

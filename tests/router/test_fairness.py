@@ -36,10 +36,9 @@ async def test_what_cannot_make_its_objective_is_refused_at_once(
     running = await start_router(prefill, decode, ttft_objective_ms=2000.0)
     node = next(node for node in running.router.registry.nodes() if node.id == prefill.id)
     await running.complete()  # no rate is known
-    node.tokens_a_second = 1000.0
+    node.computed(1000.0, 1.0)
     await running.complete()
     for i in range(20):  # a status of the node's own may come in between, and say that nothing is queued
-        node.tokens_a_second = 1000.0
         node.submit(Work(f"much {i}"), submit(f"much {i}", 5000))
         seen = len(prefill.submits)
         refused = await running.post(prompt="the fox", max_tokens=8)
@@ -48,7 +47,7 @@ async def test_what_cannot_make_its_objective_is_refused_at_once(
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "overloaded"
     assert 3 <= int(refused.headers["retry-after"]) <= 5
     await until(lambda: len(prefill.submits) == seen + 1, "what the test sent alone")
-    node.tokens_a_second = 10_000.0
+    node.rated_s -= 31.0  # all would be refused for ever by what it did then
     await running.complete()
 
 
