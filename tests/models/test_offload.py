@@ -21,7 +21,7 @@ asked = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sizes, names, asked)
 def test_at_least_what_is_asked_for_and_less_than_a_layer_more(
     layers: list[dict[str, int]], params: list[str], size: str
@@ -70,7 +70,7 @@ times = st.builds(Times, *(st.floats(0.01, 20.0) for _ in range(3)))
 rings = st.integers(2, 40).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(1, min(4, layers - 1))))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rings, times)
 def test_a_step_takes_as_long_as_its_bytes_or_its_computing_and_no_longer_than_both(
     ring: tuple[int, int], each: Times
@@ -82,7 +82,7 @@ def test_a_step_takes_as_long_as_its_bytes_or_its_computing_and_no_longer_than_b
     assert max(bus, computing) <= ms * 1.0001 and ms <= (bus + computing) * 1.0001
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rings)
 def test_every_layer_follows_one_other_in_its_own_slot(ring: tuple[int, int]) -> None:
     layers, slots = ring

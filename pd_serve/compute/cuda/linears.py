@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 LADDER = (1, 2, 4, 8, 16, 32, 64)  # rows that are timed; others use what the next larger one uses, more use cuBLAS
 _FP8_LADDER = (128, 256, 512, 2048)  # beyond LADDER; more rows use what the last one uses
 _LAUNCHES = 8  # at least, in a graph that is timed: its own launch shall not count
+_MOST_COPIES = 1024  # of a weight: of a tiny router's 50,000 would be needed, and timing it would take minutes
 _WORTH = 0.98  # an own kernel has to need less than this share of cuBLAS' time
 _TOLERANCE = 2e-2  # relative error from which on a way counts as broken
 _FP8_TOLERANCE = 8e-2  # of those that round inputs to FP8, 4e-2 where they are random
@@ -267,7 +268,7 @@ def _time(
 ) -> tuple[Timed[Way], ...]:
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     weights = [_made_up(shape, dtype, device)]
-    copies = -(-4 * l2_bytes // weights[0].values.nbytes)
+    copies = min(-(-4 * l2_bytes // weights[0].values.nbytes), _MOST_COPIES)
     weights += [_made_up(shape, dtype, device) for _ in range(1, copies)]
     turns = [weights[i % copies] for i in range(max(copies, _LAUNCHES))]
     first = weights[0].transposed.to(dtype)
