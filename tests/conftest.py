@@ -1,14 +1,16 @@
 """What all tests share: the real models, converted once into the cache that users have too; and who runs which file.
 
 A file of tests is one worker's (``pytest -n 3``): its fixtures are made once. Three workers fill two cores: much of a
-test is waiting.
+test is waiting. Workers are forks of the nursery that nodes and engines of tests are forks of, too.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 from pd_serve.models.source import resolve
 from tests.certificates import make_certificate
+from tests.nursery import open_nursery
 
 collect_ignore = ["clients"]  # of another environment: see clients/run.sh
 REAL_MODELS = {"smollm2", "gemma3"}
@@ -43,6 +46,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Workers whose torch computes with all cores would wait for each other, turning. Engines have their own setting.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers are forks of the nursery."""
+    if workers := getattr(config.option, "tx", None):
+        open_nursery()
+        python = f"{shlex.quote(sys.executable)} -S -E {shlex.quote(str(Path(__file__).with_name('worker.py')))}"
+        config.option.tx = [f"{worker}//python={python}" for worker in workers]
 
 
 def _place(name: str) -> int:

@@ -4,12 +4,15 @@ Tests that are not about starting get their nodes and routers here, and nodes ge
 what ``python -m`` runs; each is a process of its own, with its own files, variables and signals, and whoever started
 it is its parent. :func:`start` is the tests' end, the rest runs in the nursery's processes. Never used by ``up``,
 deployments and the command line's own tests: those start as users' do.
+
+There is one nursery for all of pytest's workers, which are forks of it themselves (:mod:`tests.worker`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import dataclasses
 import functools
 import gc
 import importlib
@@ -27,13 +30,14 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import IO, Any, NoReturn
 
 from pd_serve import processes
 
 PRELOADED = (
     "torch",
+    "httpx",
     "nixl_cu13._bindings",
     "pd_serve.cli",
     "pd_serve.router.main",
@@ -50,6 +54,8 @@ PRELOADED = (
     "pd_serve.models.decoder",
     "pd_serve.transfer.nixl",
 )
+FOR_WORKERS = ("pytest", "hypothesis", "gguf", "llguidance", "opentelemetry.sdk.trace", "typer.testing", "rich.table")
+ADDRESS = "TESTS_NURSERY"  # the variable with the name of its socket
 _FRAME_BYTES = 1 << 20
 
 
@@ -97,31 +103,44 @@ class Started:
 
 
 class _Nursery:
+    """A way to the nursery: to the one at :data:`ADDRESS`, or to our own, which ends with us."""
+
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with other:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.nursery", str(other.fileno())], pass_fds=[other.fileno()], env=environ
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if address := os.environ.get(ADDRESS):
+            self._socket.connect("\0" + address)
+            return
+        address = f"pd-serve-tests-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+            door.bind("\0" + address)
+            door.listen()
+            self._socket.connect("\0" + address)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.nursery", str(door.fileno())],
+                pass_fds=[door.fileno()],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        atexit.register(self._end)
+        os.environ[ADDRESS] = address
+        atexit.register(self._end, process)
 
-    def ask(self, request: dict[str, Any]) -> int:
+    def ask(self, request: dict[str, Any], fds: Sequence[int] = ()) -> int:
+        """``fds``: what a fork of a worker has as its descriptors 0, 1, 2."""
         with self.lock:
-            self._socket.send(json.dumps(request).encode())
+            socket.send_fds(self._socket, [json.dumps(request).encode()], fds)
             answer = self._socket.recv(64)
         if not answer:
             raise RuntimeError("the nursery of test processes has ended: see its output above")
         return int(answer)
 
-    def _end(self) -> None:
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        os.environ.pop(ADDRESS, None)
         self._socket.close()
-        self._process.wait(10)
+        process.wait(10)
 
 
 @functools.cache
-def _nursery() -> _Nursery:
+def open_nursery() -> _Nursery:
     return _Nursery()
 
 
@@ -152,35 +171,87 @@ def _start(arguments: list[str], out: Path, errors: Path, environ: Mapping[str, 
     outputs = [str(out), str(errors)]
     environ = dict(os.environ if environ is None else environ)
     request = {"arguments": arguments, "outputs": outputs, "environ": environ, "cwd": str(Path.cwd())}
-    return Started(_nursery(), _nursery().ask(request))
+    return Started(open_nursery(), open_nursery().ask(request))
 
 
 # --- in the nursery ------------------------------------------------------------------------------------------------
 
 
-def _serve(link: socket.socket) -> None:
-    """Forks and reaps as it is asked to, until the tests' process ends."""
-    while request := link.recv(_FRAME_BYTES):
-        order = json.loads(request)
-        if "reap" in order:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["reap"], 0)[1])
-        else:
-            answer = os.fork()
-            if not answer:
-                _be_started(order)
-        link.send(str(answer).encode())
+def _serve(door: socket.socket) -> None:
+    """Forks and reaps as it is asked to, until the process that started it ends."""
+    first = door.accept()[0]
+    links = [first]
+    while first in links:
+        for link in select.select([door, *links], [], [])[0]:
+            if link is door:
+                links.append(door.accept()[0])
+                continue
+            try:
+                request, fds, *_ = socket.recv_fds(link, _FRAME_BYTES, 3)
+                if request:
+                    link.send(str(_done(json.loads(request), fds)).encode())
+                    continue
+            except ConnectionError:
+                pass
+            links.remove(link)
+            link.close()
 
 
-def _be_started(order: dict[str, Any]) -> NoReturn:
-    for number, path in enumerate(order["outputs"], start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(order["cwd"])
-    _become(order["arguments"], order["environ"])
+def _done(order: dict[str, Any], fds: list[int]) -> int:
+    """The status of a process that has ended, or the number of a new one. ``fds`` are closed."""
+    if "reap" in order:
+        return os.waitstatus_to_exitcode(os.waitpid(order["reap"], 0)[1])
+    if "code" in order:
+        for name in FOR_WORKERS:
+            importlib.import_module(name)
+    else:
+        _load_kernels()
+    child = os.fork()
+    if not child:
+        fds = fds or [
+            os.open(os.devnull, os.O_RDONLY),
+            *(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for path in order["outputs"]),
+        ]
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+        os.chdir(order["cwd"])
+        if "code" in order:
+            _become_worker(order["code"], order["environ"])
+        _become(order["arguments"], order["environ"])
+    for fd in fds:
+        os.close(fd)
+    return child
 
 
-def _become(arguments: Sequence[str], environ: Mapping[str, str], fds: Collection[int] = ()) -> NoReturn:
-    """What a new interpreter does for ``python -m arguments``, in a fork. Descriptors 0 to 2 are set already."""
+@functools.cache
+def _load_kernels() -> None:
+    """Those of a model in float32 that tests start most: each engine would take a fifth of a second to have them.
+
+    They are taken from numba's cache, or compiled, as in an engine. No thread is left, of which a fork would have none.
+    """
+    import torch
+
+    from pd_serve.compute.cpu import ops
+    from pd_serve.compute.cpu.runner import Runner
+    from pd_serve.compute.cpu.sampler import Sampler
+    from pd_serve.kv.layout import KVLayout
+    from pd_serve.memory.pool import HostPool
+    from pd_serve.models.config import ModelConfig
+    from pd_serve.models.decoder import load_decoder
+    from tests.e2e import tiny_model
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        directory = tiny_model.write(Path(folder), dataclasses.replace(tiny_model.SMALL, hidden=64, layers=1))
+        model = ModelConfig.from_directory(directory, "")
+        layout = KVLayout(16, "float32", model.layer_groups())
+        pool = HostPool(layout, (2,))
+        decoder = load_decoder(directory, model, "float32", ops=ops, max_positions=64)
+        Runner(decoder, model, layout, pool.tensors(), threads=1).warm_up()
+        Sampler(model.vocab_size).warm_up()
+
+
+def _begin_anew(environ: Mapping[str, str], fds: Collection[int] = ()) -> None:
+    """Leaves in a fork what a new interpreter has. Descriptors 0 to 2 are set already; ``fds`` stay open, too."""
     gc.freeze()  # what was the parent's is never collected: closing it here would be felt there
     atexit._clear()
     kept = sorted({0, 1, 2, *fds})
@@ -193,14 +264,46 @@ def _become(arguments: Sequence[str], environ: Mapping[str, str], fds: Collectio
     os.environ.clear()
     os.environ.update(environ)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+
+
+def _become(arguments: Sequence[str], environ: Mapping[str, str], fds: Collection[int] = ()) -> NoReturn:
+    """What a new interpreter does for ``python -m arguments``, in a fork."""
+    _begin_anew(environ, fds)
     sys.argv = list(arguments)
     processes.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _Fork})  # type: ignore[assignment]
+    if arguments[0] == "pd_serve.cli":
+        from pd_serve import cli
+
+        cli.app = _command_line()
+        _run(cli.main)
     sys.modules.pop(arguments[0] + ".__main__", None)
     if not hasattr(sys.modules.get(arguments[0]), "__path__"):  # of a package, __main__ is what runs
         sys.modules.pop(arguments[0], None)
+    _run(lambda: runpy.run_module(arguments[0], run_name="__main__", alter_sys=True))
+
+
+@functools.cache
+def _command_line() -> Any:
+    """What typer makes of all commands, a tenth of a second at each start."""
+    from typer.main import get_command
+
+    from pd_serve import cli
+
+    return get_command(cli.app)
+
+
+def _become_worker(code: str, environ: Mapping[str, str]) -> NoReturn:
+    """What a new interpreter does for ``python -c code``, in a fork."""
+    _begin_anew(environ)
+    sys.argv = ["-c"]
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    _run(lambda: exec(code, vars(main)))
+
+
+def _run(program: Callable[[], object]) -> NoReturn:
     status = 0
     try:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        program()
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -284,10 +387,12 @@ def main() -> None:
     bound_caches()
     for name in PRELOADED:
         importlib.import_module(name)
+    _command_line()
     gc.collect()
     gc.freeze()
-    with socket.socket(fileno=int(sys.argv[1])) as link:
-        _serve(link)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who end us
+    with socket.socket(fileno=int(sys.argv[1])) as door:
+        _serve(door)
 
 
 if __name__ == "__main__":

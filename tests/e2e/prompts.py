@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import textwrap
+from collections.abc import Sequence
 
 TEXTS = [
     "The capital of France is",
@@ -25,7 +26,8 @@ TEXTS = [
 SOURCES = [textwrap.dedent, json.JSONEncoder, functools.partial, functools.lru_cache, inspect.signature, json.loads]
 
 
-def raw_prompts() -> list[str]:
+@functools.cache
+def raw_prompts() -> Sequence[str]:
     """24 prompts: 12 short ones, 11 of 50 to about 300 tokens, and one of about 900."""
     long = []
     for i, source in enumerate(SOURCES):
@@ -33,7 +35,7 @@ def raw_prompts() -> list[str]:
         long.append(text[: 200 + 60 * i])
         long.append(text[: 400 + 120 * i] + "\n\nSummary of the above:")
     long[-1] = "# The longest\n" + inspect.getsource(json.JSONEncoder)[:3900]
-    return TEXTS + long
+    return (*TEXTS, *long)
 
 
 def chats() -> list[list[dict[str, str]]]:
