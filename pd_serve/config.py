@@ -268,7 +268,7 @@ class EngineSettings(Guarded):
         values.SIZE,
         "KV cache",
         "Memory of the host for KV that the cache has no room for; prompts that begin alike get it back from there.",
-        reason="0: none. See docs/host-kv.md.",
+        reason="0: none. With tp, each rank's. See docs/host-kv.md.",
     )
     host_kv_mode: str = setting(
         "eager",

@@ -51,15 +51,15 @@ class Ended(NamedTuple):
 
 
 class HostCopies:
-    """Owns ``mover``."""
+    """Owns ``mover``. ``tell``: is called by the copying threads with what has ended; None: :meth:`ended` has it."""
 
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover, tell: Callable[[Ended], None] | None = None) -> None:
         self.num_slots = mover.num_slots
         self._mover = mover
         self._ended: deque[Ended] = deque()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._loads = _Lane("pd-kv-load", mover.load, self._tell)
-        self._stores = _Lane("pd-kv-store", mover.store, self._tell)
+        self._loads = _Lane("pd-kv-load", mover.load, tell or self._tell)
+        self._stores = _Lane("pd-kv-store", mover.store, tell or self._tell)
 
     def fileno(self) -> int:
         """Readable when copies have ended."""

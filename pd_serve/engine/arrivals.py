@@ -39,7 +39,9 @@ class Ended(Protocol):
 
 
 class Copies(Protocol):
-    """What :class:`pd_serve.compute.copies.HostCopies` is."""
+    """What :class:`pd_serve.compute.copies.HostCopies` is, and :class:`pd_serve.engine.rank_copies.RankedCopies`."""
+
+    num_slots: tuple[int, ...]  # of each group
 
     def fileno(self) -> int: ...
 

@@ -33,7 +33,7 @@ from pd_serve.wire.engine import EngineFailed, EngineReady
 from pd_serve.wire.link import Load, ModelInfo
 
 if TYPE_CHECKING:
-    from pd_serve.compute.copies import HostCopies
+    from pd_serve.engine.arrivals import Copies
     from pd_serve.engine.core import Engine
     from pd_serve.engine.ranks import Ranks
     from pd_serve.engine.role import Role
@@ -217,7 +217,8 @@ def build(
     weights = "in FP8" if fit.model.quantization else f"in {config.dtype}"
     log.info("the checkpoint's weights are %s, activations %s, K and V %s", weights, config.dtype, fit.layout.dtype)
     executor = backend.make_executor(config, fit, None if ranks is None else ranks.meet)
-    copies = open_tier(config, backend, fit.layout, executor.memory()[0])
+    own = open_tier(config, backend, fit.layout, executor.memory()[0])
+    copies: Copies | None = own if own is None or ranks is None else ranks.copies(own)
     parts, info = _parts(config, fit, executor.memory()[0], backend.SATURATING_TOKENS, copies)
     arrivals = None if copies is None else arrivals_of(parts.kv, parts.scheduler, copies)
     if ranks is not None:
@@ -253,7 +254,7 @@ def build(
 
 
 def _parts(
-    config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_tokens: int, copies: HostCopies | None
+    config: EngineConfig, fit: Sizes, memory: PoolMemory, saturating_tokens: int, copies: Copies | None
 ) -> tuple[Parts, ModelInfo]:
     """The engine's books over its pool and its host tier, and what others are told of the model."""
     from pd_serve.engine.scheduler import Limits, Scheduler

@@ -1,7 +1,7 @@
-"""What an engine's rank 0 tells its other ranks, in order: steps, orders, and what their transfer ends are asked.
+"""What an engine's rank 0 tells its other ranks, in order: steps, copies, orders, and what transfer ends are asked.
 
-A line is a Unix socket with lengths before payloads. Steps and transfer calls have no answer, so that nothing waits;
-an order has one. Its end closes with a process, and the other end hears it.
+A line is a Unix socket with lengths before payloads. Steps, copies and transfer calls have no answer here, so that
+nothing waits; an order has one. Its end closes with a process, and the other end hears it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Kind(IntEnum):
     TRANSFER = 2  # of :class:`pd_serve.transfer.relay.Relays`
     ORDER = 3
     ANSWER = 4
+    COPIES = 5  # to and from the host tier
 
 
 class Sleep(msgspec.Struct, frozen=True, tag=True):
@@ -34,6 +35,24 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """The rank ends."""
 
 
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """``copies``: group, block and slot of each (:class:`pd_serve.kv.tiers.Copy`)."""
+
+    ticket: int
+    copies: list[tuple[int, int, int]]
+
+
+class Store(msgspec.Struct, frozen=True, tag=True):
+    """As :class:`Load`, the other way."""
+
+    ticket: int
+    copies: list[tuple[int, int, int]]
+
+
+class Discard(msgspec.Struct, frozen=True, tag=True):
+    """Nothing that the host tier has is wanted any more, and nothing is on its way."""
+
+
 class Answer(msgspec.Struct, frozen=True):
     """Of a start or an order. ``error``: why it failed; ``mendable``: by a user, who is told so."""
 
@@ -46,6 +65,7 @@ class LineClosed(ConnectionError):
 
 
 decode_order = msgspec.msgpack.Decoder(Sleep | Wake | Stop).decode
+decode_copies = msgspec.msgpack.Decoder(Load | Store | Discard).decode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 encode = msgspec.msgpack.Encoder().encode
 

@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 import zmq
 
+from pd_serve.compute.copies import HostCopies
 from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import Sampled, Step, encode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
 from pd_serve.engine.channel import Channel
 from pd_serve.engine.line import Kind, Line, LineClosed
+from pd_serve.engine.rank_copies import RankedCopies
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.memory.region import PoolMemory
 from pd_serve.processes import Child, describe_exit
@@ -61,6 +63,7 @@ class RankConfig(msgspec.Struct):
     directory: str  # where ranks meet
     line_fd: int
     relay_fd: int
+    copies_fd: int
 
 
 def meet(directory: str, rank: int, ranks: int, device: torch.device) -> Group:
@@ -83,6 +86,7 @@ class Ranks:
         self._processes: list[Child] = []
         self._lines: list[Line] = []
         self._relays: list[socket.socket] = []
+        self._ended: list[socket.socket] = []  # what they say of copies
         self._started = False
         self._closed = threading.Event()
         for rank in range(1, config.tp):
@@ -91,13 +95,15 @@ class Ranks:
 
     def _start(self, config: EngineConfig, rank: int) -> None:
         (ours, theirs), (our_relay, their_relay) = socket.socketpair(), socket.socketpair()
-        with theirs, their_relay:
-            fds = (theirs.fileno(), their_relay.fileno())
+        our_ended, their_ended = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with theirs, their_relay, their_ended:
+            fds = (theirs.fileno(), their_relay.fileno(), their_ended.fileno())
             told = msgspec.json.encode(RankConfig(config, rank, self._folder.name, *fds))
             command = [sys.executable, "-m", "pd_serve.engine.worker"]
             self._processes.append(Child(command, stdin=told, fds=fds))
         self._lines.append(Line(ours))
         self._relays.append(our_relay)
+        self._ended.append(our_ended)
 
     def _watch(self) -> None:
         """An engine that starts, sleeps or waits for its device does not look at the others' lines."""
@@ -129,6 +135,10 @@ class Ranks:
         """Their transfer ends."""
         sends = [partial(each.send, Kind.TRANSFER) for each in self._lines]
         return Relays(list(zip(sends, self._relays, strict=True)))
+
+    def copies(self, own: HostCopies) -> RankedCopies:
+        """To and from all ranks' host tiers. ``own``: rank 0's."""
+        return RankedCopies(own, self.tell, self._ended)
 
     def meet(self, device: torch.device) -> Group:
         return meet(self._folder.name, 0, self._count, device)
@@ -187,8 +197,8 @@ class Ranks:
             while process.returncode() is None and time.monotonic() < deadline_s:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
-        for relay in self._relays:
-            relay.close()
+        for said in (*self._relays, *self._ended):
+            said.close()
         self._folder.cleanup()
 
 

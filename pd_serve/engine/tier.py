@@ -6,11 +6,12 @@ Used by :mod:`pd_serve.engine.boot`. Without ``--host-kv-memory`` the books are 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from pd_serve.compute.backend import Backend
-from pd_serve.compute.copies import HostCopies
+from pd_serve.compute.copies import Ended, HostCopies
 from pd_serve.config import EngineConfig
-from pd_serve.engine.arrivals import Arrivals
+from pd_serve.engine.arrivals import Arrivals, Copies
 from pd_serve.engine.scheduler import Scheduler
 from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import KVLayout
@@ -22,17 +23,24 @@ from pd_serve.values import readable_size
 log = logging.getLogger(__name__)
 
 
-def open_tier(config: EngineConfig, backend: Backend, layout: KVLayout, pool: PoolMemory) -> HostCopies | None:
-    """What copies to and from the host tier; None where none is asked for. Raises ConfigError."""
+def open_tier(
+    config: EngineConfig,
+    backend: Backend,
+    layout: KVLayout,
+    pool: PoolMemory,
+    tell: Callable[[Ended], None] | None = None,
+) -> HostCopies | None:
+    """What copies to and from a rank's host tier; None where none is asked for. ``tell``: see
+    :class:`pd_serve.compute.copies.HostCopies`. Raises ConfigError.
+    """
     if not config.host_kv_memory:
         if config.host_kv_path:
             raise ConfigError("--host-kv-path is given without a size: add --host-kv-memory, how much it may take")
         return None
-    if config.tp > 1 or not config.prefix_caching:
-        what = "--no-prefix-caching" if config.tp == 1 else "--tp"
-        raise ConfigError(f"--host-kv-memory does not go with {what}: leave one of both out")
+    if not config.prefix_caching:
+        raise ConfigError("--host-kv-memory does not go with --no-prefix-caching: leave one of both out")
     size, pin_memory = config.host_kv_memory, config.pin_memory
-    copies = HostCopies(backend.make_mover(layout, pool, size, config.host_kv_path, pin_memory=pin_memory))
+    copies = HostCopies(backend.make_mover(layout, pool, size, config.host_kv_path, pin_memory=pin_memory), tell)
     log.info(
         "%s of the host for KV (%s): %d blocks beside the %d of the cache",
         readable_size(config.host_kv_memory),
@@ -49,7 +57,7 @@ def kv_manager(
     num_blocks: tuple[int, ...],
     capacity_tokens: int,
     fingerprint: str,
-    copies: HostCopies | None,
+    copies: Copies | None,
 ) -> KVManager:
     if copies is None:
         caching = config.prefix_caching
@@ -64,7 +72,7 @@ def kv_manager(
     )
 
 
-def arrivals_of(kv: KVManager, scheduler: Scheduler, copies: HostCopies) -> Arrivals:
+def arrivals_of(kv: KVManager, scheduler: Scheduler, copies: Copies) -> Arrivals:
     """``kv``: of :func:`kv_manager` with these copies."""
     assert isinstance(kv, TieredKVManager)
     return Arrivals(kv, scheduler, copies)

@@ -17,12 +17,14 @@ from typing import Any
 
 import msgspec
 
+from pd_serve.compute.copies import HostCopies
 from pd_serve.compute.executor import Executor
 from pd_serve.compute.step import decode
 from pd_serve.config import EngineConfig
 from pd_serve.engine import line
 from pd_serve.engine.boot import identity_of, set_up, share_of
 from pd_serve.engine.line import Answer, Kind, Line, LineClosed
+from pd_serve.engine.rank_copies import obey, tell_by
 from pd_serve.engine.ranks import RankConfig, meet
 from pd_serve.errors import PDServeError
 from pd_serve.interpreter import main_thread
@@ -32,8 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    def __init__(self, executor: Executor[Any], transfer: RelayServer, orders: Line) -> None:
+    def __init__(self, executor: Executor[Any], transfer: RelayServer, orders: Line, copies: HostCopies | None) -> None:
         self._executor = executor
+        self._copies = copies
         self._transfer = transfer
         self._line = orders
         self._launched: deque[Any] = deque()
@@ -51,6 +54,9 @@ class Worker:
                         self._executor.collect(self._launched.popleft())
                 case Kind.TRANSFER:
                     self._transfer.told(payload)
+                case Kind.COPIES:
+                    assert self._copies is not None  # rank 0 has a host tier, too
+                    obey(self._copies, payload)
                 case _:
                     order = line.decode_order(payload)
                     if isinstance(order, line.Stop):
@@ -79,20 +85,22 @@ def build(told: RankConfig, config: EngineConfig, orders: Line) -> Worker:
 
     from pd_serve.compute.backend import backend_for
     from pd_serve.engine.ends import RankEnds, open_ends
+    from pd_serve.engine.tier import open_tier
     from pd_serve.models.sizes import sizes
 
     fit = sizes(config, Path(config.model), config.template, rank=told.rank)
-    executor = backend_for(config).make_executor(
-        config, fit, lambda device: meet(told.directory, told.rank, config.tp, device)
-    )
+    backend = backend_for(config)
+    executor = backend.make_executor(config, fit, lambda device: meet(told.directory, told.rank, config.tp, device))
     executor.load()
     identity = identity_of(config, fit, rank=told.rank)
 
     def make_ends(epoch: str) -> RankEnds:
         return open_ends(config, replace(identity, epoch=epoch), executor.memory()[0])
 
+    tell = tell_by(socket.socket(fileno=told.copies_fd))
+    copies = open_tier(config, backend, fit.layout, executor.memory()[0], tell)
     executor.warm_up()
-    return Worker(executor, RelayServer(socket.socket(fileno=told.relay_fd), make_ends), orders)
+    return Worker(executor, RelayServer(socket.socket(fileno=told.relay_fd), make_ends), orders, copies)
 
 
 def main() -> int:

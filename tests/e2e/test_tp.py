@@ -41,7 +41,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, model: Path, device: str) ->
     """A prefill and a decode node of one rank, and one each of two."""
     flags: dict[str, object] = {"kv_cache_memory": "64MiB", "enable_sleep_mode": True, "lease_s": 6, "device": device}
     with cluster(tmp_path_factory.mktemp("tp"), model=model, **flags) as running:
-        running.prefills.append(running.start_node("prefill", tp=2))
+        # four prompts of four hundred tokens leave nothing of what its cache had
+        host = {"kv_cache_memory": "2MiB", "host_kv_memory": "16MiB"}
+        running.prefills.append(running.start_node("prefill", tp=2, **host))
         running.decodes.append(running.start_node("decode", tp=2))
         running.revive()
         yield running
@@ -77,6 +79,21 @@ def test_the_text_of_one_rank(nodes: Cluster, expected: list[str], source: int, 
     released = before[0]["leases_released"]
     wait_for(lambda: prefill.get("/v1/status")["counters"]["leases_released"] > released, 5, "leases")
     assert after[1]["pull_bytes"] > before[1]["pull_bytes"]
+    nodes.assert_idle()
+
+
+def test_each_rank_has_a_host_tier(nodes: Cluster, expected: list[str]) -> None:
+    """What the cache had no room for comes back to both ranks."""
+    prefill = nodes.prefills[1]
+    with nodes.another_router([prefill], nodes.decodes[:1]) as pair:
+        pair.complete(PROMPTS[-1], 2)
+        for first in range(6, 10):
+            pair.complete(list(range(first, 400)), 2)
+        before = prefill.get("/v1/status")["counters"]
+        assert texts(pair) == expected
+    after = prefill.get("/v1/status")["counters"]
+    assert after["host_kv_hit_tokens"] >= before["host_kv_hit_tokens"] + 256
+    assert after["host_kv_loaded_blocks"] > before["host_kv_loaded_blocks"] and not after["host_kv_failed_copies"]
     nodes.assert_idle()
 
 
