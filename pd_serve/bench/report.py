@@ -111,6 +111,6 @@ def lines(result: dict[str, Any]) -> list[str]:
         if result["tokens_per_event"] > 1.05:
             text.append(f"{result['tokens_per_event']:.2f} tokens an event: ITL is between events, TPOT is a token's")
     if result["failed"]:
-        text.append(f"{result['failed']} requests failed:")
+        text.append(f"{result['failed']} request{'s' * (result['failed'] != 1)} failed:")
         text += [f"  {count} x {error}" for error, count in result["errors"].items()]
     return text
