@@ -23,9 +23,10 @@ from tests.nursery import open_nursery
 collect_ignore = ["clients"]  # of another environment: see clients/run.sh
 REAL_MODELS = {"smollm2", "gemma3"}
 # What takes longest begins first, so that workers end together: names of files, or what a name begins with.
-# Files in one entry share a system, and therefore a worker.
+# Files in one entry share a system, and therefore a worker: those of the first entry the fixture ``smol``.
 FIRST = (
-    ("e2e/test_parity", "e2e/test_openai", "e2e/test_limits", "e2e/test_grafana"),
+    tuple(f"e2e/test_{name}." for name in ("parity", "openai", "replies", "fields", "limits", "grafana")),
+    ("e2e/test_parity_gemma",),
     ("e2e/test_chaos",),
     ("e2e/test_failures",),
     ("deploy/test_slurm",),
@@ -68,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if REAL_MODELS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if "smol" in getattr(item, "fixturenames", ()) and _place(item.nodeid) != 0:
+            raise pytest.UsageError(f"{item.nodeid} asks for smol: name its file in FIRST, or it starts another one")
     items.sort(key=lambda item: _place(item.nodeid))
 
 

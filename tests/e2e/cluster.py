@@ -154,7 +154,7 @@ class Cluster:
             "threads": 1,
             "drain_timeout_s": 5,
             "dtype": "float32",
-            "kv_cache_memory": "256MiB",
+            "kv_cache_memory": "64MiB",
             **flags,
         }
         self.only = only or {}

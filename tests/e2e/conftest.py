@@ -18,8 +18,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smol(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Cluster]:
-    """A pair that serves SmolLM2. Files whose tests ask for it are one group of xdist's (see tests/conftest.py)."""
+    """A pair that serves SmolLM2. Files whose tests ask for it are one group of xdist's: the first of FIRST
+    in tests/conftest.py."""
     directory = tmp_path_factory.mktemp("smol")
-    flags: dict[str, object] = {"max_model_len": 1024, "kv_cache_memory": "1GiB", "max_queue_wait_s": 300}
+    flags: dict[str, object] = {"max_model_len": 1024, "kv_cache_memory": "384MiB", "max_queue_wait_s": 300}
     with cluster(directory, model=smollm2, **flags) as running:
         yield running
