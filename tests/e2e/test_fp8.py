@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -76,6 +77,8 @@ def test_two_nodes_and_one_say_the_same(pair: Cluster) -> None:
     found = answers(pair)
     assert max(len(prompt) for prompt, _ in found) > 256  # in chunks
     assert answers(pair) == found  # over cached prefixes
+    in_form = pair.complete(PROMPTS[0], TOKENS, structured_outputs={"regex": "[a-z]{3,6} [0-9]{3}"}, seed=3)
+    assert re.fullmatch("[a-z]{3,6} [0-9]{3}", in_form["choices"][0]["text"])
     pair.assert_idle()
     counters = wait_for(lambda: pulled(pair), 10, "pulls are counted")
     assert counters["checksum_bytes"] == counters["pull_bytes"] > 0
