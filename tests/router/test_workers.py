@@ -6,9 +6,8 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +15,7 @@ import pytest
 
 from pd_serve.node.registration import Registration
 from pd_serve.router.siblings import joined_metrics
+from tests import nursery
 from tests.router.conftest import StartNode, until
 from tests.router.scripted_node import ScriptedNode
 
@@ -27,18 +27,15 @@ SECRET = "a secret of more than sixteen bytes"
 class Front:
     """``pd-serve router --workers 2`` and a decode node that registers with it."""
 
-    def __init__(self, node: ScriptedNode) -> None:
+    def __init__(self, node: ScriptedNode, log: Path) -> None:
+        self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         options = ["--workers", "2", "--min-prefill", "0", "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pd_serve.cli", "router", *options],
-            env={**os.environ, "PD_SERVE_SECRET": SECRET},
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-        )
+        environ = {**os.environ, "PD_SERVE_SECRET": SECRET}
+        self.process = nursery.start("pd_serve.cli", ["router", *options], log, environ)
         self.registration = Registration(
             [self.url], node.url, asyncio.Event(), lambda: len(node._connections), timeout_s=2, secret=SECRET.encode()
         )
@@ -88,16 +85,15 @@ async def node(start_node: StartNode) -> ScriptedNode:
 
 
 @pytest.fixture
-async def front(node: ScriptedNode) -> AsyncIterator[Front]:
-    front = Front(node)
+async def front(node: ScriptedNode, tmp_path: Path) -> AsyncIterator[Front]:
+    front = Front(node, tmp_path / "log")
     try:
         await until(front.is_ready, "ready", 30)
         yield front
     finally:
         front.registration.stop()
-        if front.process.poll() is None:
-            front.process.kill()
-        front.process.communicate()
+        front.process.kill()
+        front.process.wait()
 
 
 async def test_they_are_one_router(front: Front, node: ScriptedNode) -> None:
@@ -136,17 +132,15 @@ async def test_a_signal_lets_all_streams_finish(front: Front) -> None:
     front.process.send_signal(signal.SIGTERM)
     await asyncio.gather(*(task for task, _ in streams))
     assert all(seen[-1] == "data: [DONE]" and len(seen) == 61 for _, seen in streams)
-    _, log = await asyncio.to_thread(front.process.communicate, timeout=10)
-    assert front.process.returncode == 0 and b"Traceback" not in log, log.decode()
+    status = await asyncio.to_thread(front.process.wait, 10)
+    assert status == 0 and "Traceback" not in front.log.read_text(), front.log.read_text()
 
 
-async def test_what_cannot_start_ends_the_whole(tmp_path: Any) -> None:
+async def test_what_cannot_start_ends_the_whole() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         options = ["--workers", "2", "--port", str(taken.getsockname()[1])]
-        ended = await asyncio.to_thread(
-            subprocess.run, [sys.executable, "-m", "pd_serve.cli", "router", *options], capture_output=True, timeout=30
-        )
-    assert ended.returncode == 2 and b"cannot listen" in ended.stderr
+        ended = await asyncio.to_thread(nursery.run, "pd_serve.cli", ["router", *options], timeout_s=30)
+    assert ended.returncode == 2 and "cannot listen" in ended.stderr
 
 
 def test_metrics_of_requests_have_a_worker_and_those_of_nodes_are_there_once() -> None:
