@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -13,6 +14,7 @@ from pd_serve.api.leniency import Leniency
 
 _B = TypeVar("_B", bound=Body)
 
+_QUOTED = re.compile(r"'(\w+)'")
 _TOO_DEEP = "the request body is nested too deeply: at most 200 levels are read"
 
 
@@ -39,12 +41,12 @@ def checked(kind: type[_B], document: Any, leniency: Leniency | None = None) -> 
     try:
         return kind.model_validate(document, context=leniency)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, kind) from None
     except RecursionError:
         raise bad_request(_TOO_DEEP, code="invalid_json") from None
 
 
-def _explain(error: ValidationError) -> APIError:
+def _explain(error: ValidationError, kind: type[Body]) -> APIError:
     first = error.errors(include_url=False, include_context=True)[0]
     place = ".".join(str(part) for part in first["loc"]) or None
     message = first["msg"]
@@ -58,4 +60,7 @@ def _explain(error: ValidationError) -> APIError:
         message = "must be a finite number"
     elif first["type"] == "model_type":  # pydantic's own names our classes
         message = "must be a JSON object" if place else "the request body must be a JSON object"
-    return bad_request(f"{place}: {message}" if place else message, place, "invalid_value")
+    if place is None:  # fields that contradict each other: the first that is named
+        named = _QUOTED.search(message)
+        return bad_request(message, named[1] if named and named[1] in kind.model_fields else None, "invalid_value")
+    return bad_request(f"{place}: {message}", place, "invalid_value")

@@ -70,15 +70,15 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ["a"] * 1025}, "prompt", "1024"),
     ({"prompt": ["a"] * 100, "n": 100}, "prompt", "1024"),
     ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
-    ({"max_tokens": 0}, None, "at least 1"),  # type: ignore[list-item]
+    ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_tokens": 1.5}, "max_tokens", "integer"),
     ({"max_tokens": "5"}, "max_tokens", "integer"),
     ({"max_tokens": 2**70}, "max_tokens", "at most"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 129}, "n", "128"),
     ({"n": True}, "n", "integer"),
-    ({"best_of": 1, "n": 2}, None, "at least 'n'"),  # type: ignore[list-item]
-    ({"best_of": 2, "stream": True}, None, "best_of"),  # type: ignore[list-item]
+    ({"best_of": 1, "n": 2}, "best_of", "at least 'n'"),
+    ({"best_of": 2, "stream": True}, "best_of", "best_of"),
     ({"best_of": 129}, "best_of", "128"),
     ({"bad_words": "x"}, "bad_words", "list"),
     ({"bad_words": [5]}, "bad_words.0", "string"),
@@ -105,7 +105,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": 21}, "logprobs", "20"),
     ({"logprobs": 1.5}, "logprobs", "integer"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "20"),
-    ({"prompt_logprobs": 1, "stream": True}, None, "prompt_logprobs"),  # type: ignore[list-item]
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "prompt_logprobs"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
     ({"min_tokens": 17}, "min_tokens", "max_tokens"),
     ({"stop": [str(i) for i in range(1000)]}, "stop", "16"),
@@ -121,7 +121,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "1024"),
     ({"seed": 2**64}, "seed", "less than"),
     ({"stream": "yes"}, "stream", "boolean"),
-    ({"stream_options": {"include_usage": True}}, None, "stream"),  # type: ignore[list-item]
+    ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "include_usage"),
     ({"temprature": 1}, "temprature", "'temperature'"),
     ({"max_token": 1}, "max_token", "'max_tokens'"),
@@ -209,6 +209,17 @@ def test_bodies_that_are_no_objects(body: bytes) -> None:
         with pytest.raises(APIError) as caught:
             parse(kind, body)
         assert caught.value.status == 400 and caught.value.message
+
+
+def test_fields_that_contradict_each_other_are_named() -> None:
+    for fields, param in (
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+    ):
+        with pytest.raises(APIError) as caught:
+            chat(**fields)
+        assert caught.value.param == param
 
 
 def test_tools_that_are_not_allowed_are_none_for_the_model() -> None:
