@@ -1,7 +1,8 @@
 """The class that vLLM loads. It hands each call on; what it does itself is to know which calls which version makes.
 
-Of methods that only some versions call: ``prefer_cross_layer_blocks`` and ``register_cross_layers_kv_cache`` are 0.24's
-way to whole blocks, and gone in 0.32; there ``get_transfer_results`` is called in place of ``get_finished``.
+Of methods that only some versions call: ``prefer_cross_layer_blocks`` and ``register_cross_layers_kv_cache`` are the
+way to whole blocks up to 0.28, the layout's name is from 0.29 on; from 0.30 on ``get_transfer_results`` is called in
+place of ``get_finished``, and from 0.31 on ``get_mem_pool_context``.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     def get_mem_pool_context(self) -> Any:
-        """Asked by 0.32 and later, before the KV cache is made. vLLM's own cumem allocator stays where it is on."""
+        """Asked before the KV cache is made. vLLM's own cumem allocator stays where it is on."""
         device, model = engine.device(), self._vllm_config.model_config
         theirs = getattr(model, "enable_cumem_allocator", False)
         if device is None or theirs or self._settings.enable_cumem_allocator is False:

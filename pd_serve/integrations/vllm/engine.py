@@ -22,7 +22,7 @@ from pd_serve.models.config import fingerprint
 
 log = logging.getLogger(__name__)
 
-# Since 0.2x a worker names the requests whose prompts it could not get; before, only blocks, which are ambiguous where
+# Since 0.30 a worker names the requests whose prompts it could not get; before, only blocks, which are ambiguous where
 # layers have several groups.
 NAMES_FAILED_REQUESTS = hasattr(vllm_base, "KVConnectorTransferResults")
 
