@@ -108,7 +108,8 @@ class Server:
             async with asyncio.timeout(timeout_s):
                 return await whole.done
         finally:
-            exchange.give_up() if not whole.done.done() or whole.done.cancelled() else None
+            if not whole.done.done() or whole.done.cancelled():
+                exchange.give_up()
 
     def _begin(self, request: bytes, answer: Answer) -> Exchange:
         exchange = Exchange(request, answer)
