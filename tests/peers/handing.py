@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ OURS = {
     "kv_connector_module_path": "pd_serve.integrations.vllm",
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
-    "kv_connector_extra_config": {"lease_s": 8, "step_timeout_s": 4, "pull_timeout_s": 20},
 }
+SOON = {"lease_s": 8, "step_timeout_s": 4, "pull_timeout_s": 20}
 # around the ends of chunks (256 tokens) and of blocks (128)
 ENDS = tuple(end + step for end in (128, 256, 512, 1024) for step in (-1, 0, 1))
 LENGTHS = (1, 2, 100, 300, 384, 600, 640, 700, 768, 800, 900, 1000, *ENDS)
@@ -30,10 +30,13 @@ HELD = "vllm:kv_cache_usage_perc"
 
 
 @contextlib.contextmanager
-def pair_of(model: Path, logs: Path, arguments: Sequence[str]) -> Iterator[list[Server]]:
-    """A prefill and a decode server."""
+def pair_of(
+    model: Path, logs: Path, arguments: Sequence[str], settings: Mapping[str, float] = SOON
+) -> Iterator[list[Server]]:
+    """A prefill and a decode server. ``settings``: of the connector."""
     env = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    servers = [Server(model, logs / name, OURS, (*arguments, *CHUNKS), env) for name in ("p.log", "d.log")]
+    connector = {**OURS, "kv_connector_extra_config": dict(settings)}
+    servers = [Server(model, logs / name, connector, (*arguments, *CHUNKS), env) for name in ("p.log", "d.log")]
     try:
         for server in servers:
             server.wait()

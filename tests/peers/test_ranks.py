@@ -26,15 +26,17 @@ def model(tmp_path: Path, smollm2: Path) -> Path:
 
 
 def test_two_ranks_on_either_side(model: Path, tmp_path: Path) -> None:
-    with pair_of(model, tmp_path, ("--tensor-parallel-size", "2")) as (p, d):
-        for prompt in prompts(1)[::2]:
+    # workers of several ranks spin: on two cores a step takes seconds
+    settings = {"lease_s": 60, "pull_timeout_s": 60}
+    with pair_of(model, tmp_path, ("--tensor-parallel-size", "2"), settings) as (p, d):
+        for prompt in prompts(1)[3::5]:
             whole, plain, second = three_ways(p, d, prompt)
             assert plain == second == whole
-        soon(lambda: p.metric(HELD) == 0, 10)
-        assert d.metric("vllm:external_prefix_cache_hits_total") > 2000
+        soon(lambda: p.metric(HELD) == 0, 60)
+        assert d.metric("vllm:external_prefix_cache_hits_total") > 1000
         assert "was not fetched" not in d.log.read_text(errors="replace")
         _, params = prefilled(p, prompts(2)[-2])
         body = {"model": NAME, "prompt": prompts(2)[-2], "max_tokens": 500, "kv_transfer_params": params}
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{d.url}/v1/completions", json=body, timeout=0.3, trust_env=False)
-        soon(lambda: p.metric(HELD) == 0 == d.metric(HELD), 20)
+        soon(lambda: p.metric(HELD) == 0 == d.metric(HELD), 100)
