@@ -17,7 +17,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from numba import __version__ as numba_version
 from numba import config, float32, njit, set_num_threads, types
-from numba.core import cgutils
+from numba.core import caching, cgutils
 from numba.extending import intrinsic
 
 from pd_serve.paths import cache_directory
@@ -63,22 +64,65 @@ def kernel(
     """Compiled on its first call, or taken from the cache. ``parallel``: ``prange`` uses numba's threads.
 
     ``inlines``: modules whose code ends up in it. A kernel's own file alone decides whether numba takes it from its
-    cache, so there is a folder for each version of these and of this module. It is set for each kernel, and not by
-    $NUMBA_CACHE_DIR: numba reads that when the first module imports numba, and without a folder it keeps kernels
-    beside their source, where no version tells them apart.
+    cache, so there is a folder for each version of it, of these and of this module.
     """
-    if _OURS:
-        files = [__file__, *(str(module.__file__) for module in inlines)]
-        version = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
-        config.CACHE_DIR = str(cache_directory() / "numba" / version)
-    options = njit(cache=True, fastmath=FASTMATH, parallel=parallel, error_model="numpy", nogil=True)
+    options = njit(cache=not _OURS, fastmath=FASTMATH, parallel=parallel, error_model="numpy", nogil=True)
 
     def made(function: Callable[..., None]) -> Any:
         dispatcher = options(function)
+        if _OURS:
+            others = [__file__, *(str(module.__file__) for module in inlines)]
+            dispatcher._cache = _KernelCache(function, others)
         dispatcher.compile = _one_at_a_time(dispatcher)
         return dispatcher
 
     return made(function) if function is not None else made
+
+
+class _Place(caching._CacheLocator):  # type: ignore[misc]
+    """The folder of a kernel: by numba's version, and what its file and ``others`` say.
+
+    numba's own place has the path of the file in it: a package installed anew elsewhere would compile all again.
+    """
+
+    def __init__(self, function: Any, file: str, others: Sequence[str]) -> None:
+        self._py_file = file  # for numba's warnings
+        self._line = function.__code__.co_firstlineno
+        text = b"".join(Path(each).read_bytes() for each in (file, *others))
+        self._version = hashlib.sha256(numba_version.encode() + text).hexdigest()[:12]
+
+    def get_cache_path(self) -> str:
+        return str(cache_directory() / "numba" / self._version)
+
+    def get_source_stamp(self) -> str:
+        return self._version
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    """Where nothing can be written to a kernel's place, it is numba's."""
+
+    def __init__(self, function: Any, others: Sequence[str]) -> None:
+        self._others = others
+        self._locator_classes = [self, *caching.CompileResultCacheImpl._locator_classes]
+        super().__init__(function)
+
+    def from_function(self, function: Any, file: str) -> _Place | None:
+        """What numba asks the classes of locators."""
+        place = _Place(function, file, self._others)
+        try:
+            place.ensure_cache_path()
+        except OSError:
+            return None
+        return place
+
+
+class _KernelCache(caching.FunctionCache):  # type: ignore[misc]
+    def __init__(self, function: Any, others: Sequence[str]) -> None:
+        self._impl_class = lambda function: _Impl(function, others)
+        super().__init__(function)
 
 
 def _one_at_a_time(dispatcher: Any) -> Callable[[Any], Any]:

@@ -39,13 +39,15 @@ def double(element, x, size):
 
 @pytest.mark.slow
 def test_a_kernel_is_compiled_once_and_kept_in_the_cache(tmp_path: Path) -> None:
-    """Whoever imports numba first, which then reads where its cache is."""
-    (tmp_path / "doubling.py").write_text(DOUBLING)
+    """Whoever imports numba first, which then reads where its cache is; wherever the same source lies."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("NUMBA_")}
     environ["PD_SERVE_CACHE"] = str(tmp_path / "cache")
 
     def begin(first: str) -> subprocess.Popen[str]:
-        code = RUN.format(first=first, folder=str(tmp_path))
+        folder = tmp_path / first
+        folder.mkdir()
+        (folder / "doubling.py").write_text(DOUBLING)
+        code = RUN.format(first=first, folder=str(folder))
         return subprocess.Popen([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True)
 
     both = [json.loads(process.communicate(timeout=60)[0]) for process in [begin("numba"), begin("pd_serve.jit")]]
