@@ -23,6 +23,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -184,7 +185,7 @@ def _serve(door: socket.socket) -> None:
     while first in links:
         for link in select.select([door, *links], [], [])[0]:
             if link is door:
-                links.append(door.accept()[0])
+                links += _let_in(door)
                 continue
             try:
                 request, fds, *_ = socket.recv_fds(link, _FRAME_BYTES, 3)
@@ -195,6 +196,16 @@ def _serve(door: socket.socket) -> None:
                 pass
             links.remove(link)
             link.close()
+
+
+def _let_in(door: socket.socket) -> list[socket.socket]:
+    """Whoever knocks, if it is of our user: others may not have us run what they like."""
+    link = door.accept()[0]
+    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if user == os.getuid():
+        return [link]
+    link.close()
+    return []
 
 
 def _done(order: dict[str, Any], fds: list[int]) -> int:
