@@ -33,14 +33,14 @@ up: $(RUN)  ## install what is missing, get the default model, start router + pr
 	@exec $(BIN)/pd-serve up $(ARGS)
 
 # Lint runs beside the tests, which wait much. It is heard of only if it fails, after them.
-test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, three files at a time (ARGS="-k router ...")
+test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, four files at a time (ARGS="-k router ...")
 	@tests/packages.sh
 	@tests/deploy/helm.sh $(BIN)/python $(BIN)
 	@$(BIN)/python -m compileall -q pd_serve
 	@$(BIN)/python -m tests.precompile
 	@said=$$(mktemp); $(MAKE) --no-print-directory lint >"$$said" 2>&1 & lint=$$!; \
 	trap 'kill $$lint 2>/dev/null || true; rm -f "$$said"' EXIT; \
-	tests=0; $(BIN)/python -m pytest $(or $(ARGS),-n 3) || tests=$$?; \
+	tests=0; $(BIN)/python -m pytest $(or $(ARGS),-n 4) || tests=$$?; \
 	wait $$lint || { cat "$$said"; echo "make test: lint failed, as said above" >&2; exit 1; }; \
 	exit $$tests
 

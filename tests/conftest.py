@@ -1,6 +1,6 @@
 """What all tests share: the real models, converted once into the cache that users have too; and who runs which file.
 
-A file of tests is one worker's (``pytest -n 3``): its fixtures are made once. Three workers fill two cores: much of a
+A file of tests is one worker's (``pytest -n 4``): its fixtures are made once. Four workers fill two cores: much of a
 test is waiting. Workers are forks of the nursery that nodes and engines of tests are forks of, too.
 """
 
