@@ -44,8 +44,8 @@ test: $(RUN_DEV)  ## lint, types, generated docs, and all tests, four files at a
 	wait $$lint || { cat "$$said"; echo "make test: lint failed, as said above" >&2; exit 1; }; \
 	exit $$tests
 
-test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, three files at a time
-	@$(BIN)/python -m pytest -m "not slow" -n 3 $(ARGS)
+test-fast: $(RUN_DEV)  ## tests without kills, real models and node processes, four files at a time
+	@$(BIN)/python -m pytest -m "not slow" -n 4 $(ARGS)
 
 test-clients: $(RUN)  ## the clients of docs/clients.md against the default model, each in an environment of its own (ARGS="openai npm")
 	@tests/clients/run.sh $(BIN)/python .venv-clients $(ARGS)

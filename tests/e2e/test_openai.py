@@ -104,7 +104,7 @@ async def test_async_completions_with_stop_and_n(running: Cluster) -> None:
         n=2,
         seed=7,
         temperature=0.8,
-        max_tokens=16,
+        max_tokens=24,
         stop=[" 7", "Friday"],
     )
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
@@ -116,7 +116,7 @@ async def test_async_completions_with_stop_and_n(running: Cluster) -> None:
         n=2,
         seed=7,
         temperature=0.8,
-        max_tokens=16,
+        max_tokens=24,
         stop=[" 7", "Friday"],
         stream=True,
     ):
