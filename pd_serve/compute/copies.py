@@ -17,11 +17,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from pd_serve.errors import PDServeError
 from pd_serve.kv.tiers import Copy
 
 log = logging.getLogger(__name__)
 
 _JOIN_S = 5.0
+DRAIN_S = 120.0  # all that can be on its way takes seconds, to a slow disk a minute
 
 
 class Mover(Protocol):
@@ -48,6 +50,13 @@ class Ended(NamedTuple):
     ticket: int
     whole: bool
     seconds: float  # since the copies were asked for
+
+
+def does_not_end() -> PDServeError:
+    return PDServeError(
+        f"a copy between KV cache and host tier has not ended within {DRAIN_S:g} s, so that memory cannot be given "
+        "back: try again later, or restart the node"
+    )
 
 
 class HostCopies:
@@ -81,9 +90,10 @@ class HostCopies:
         return found
 
     def drain(self) -> None:
-        """Waits until nothing is on its way. What has ended is told as ever."""
-        self._loads.drain()
-        self._stores.drain()
+        """Waits until nothing is on its way. What has ended is told as ever. Raises PDServeError where a copy hangs."""
+        deadline_s = time.monotonic() + DRAIN_S
+        if not (self._loads.drain(deadline_s) and self._stores.drain(deadline_s)):
+            raise does_not_end()
 
     def discard(self) -> None:
         self.drain()
@@ -119,9 +129,10 @@ class _Lane:
             self._waiting.append((ticket, copies, time.monotonic()))
             self._changed.notify_all()
 
-    def drain(self) -> None:
+    def drain(self, deadline_s: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy))
+            left_s = max(0.0, deadline_s - time.monotonic())
+            return self._changed.wait_for(lambda: not (self._waiting or self._busy), left_s)
 
     def close(self) -> bool:
         """False: a copy hangs, and what it uses must stay."""

@@ -12,9 +12,11 @@ import contextlib
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pd_serve.compute import copies
 from pd_serve.compute.copies import Ended, HostCopies
 from pd_serve.engine import line
 from pd_serve.engine.line import Kind
@@ -51,13 +53,13 @@ class RankedCopies:
     def fileno(self) -> int:
         return self._poll.fileno()
 
-    def load(self, ticket: int, copies: list[Copy]) -> None:
-        self._begin(ticket, line.Load(ticket, list(copies)))
-        self._own.load(ticket, copies)
+    def load(self, ticket: int, wanted: list[Copy]) -> None:
+        self._begin(ticket, line.Load(ticket, list(wanted)))
+        self._own.load(ticket, wanted)
 
-    def store(self, ticket: int, copies: list[Copy]) -> None:
-        self._begin(ticket, line.Store(ticket, list(copies)))
-        self._own.store(ticket, copies)
+    def store(self, ticket: int, wanted: list[Copy]) -> None:
+        self._begin(ticket, line.Store(ticket, list(wanted)))
+        self._own.store(ticket, wanted)
 
     def _begin(self, ticket: int, message: line.Load | line.Store) -> None:
         self._open[ticket] = _Open(1 + len(self._sockets))
@@ -87,10 +89,12 @@ class RankedCopies:
             self._ready.append(Ended(ended.ticket, state.whole, state.seconds))
 
     def drain(self) -> None:
+        deadline_s = time.monotonic() + copies.DRAIN_S
         self._own.drain()
         self._gather()
         while self._open:
-            self._poll.poll()
+            if not self._poll.poll(max(0.0, deadline_s - time.monotonic())):
+                raise copies.does_not_end()
             self._gather()
 
     def discard(self) -> None:
@@ -113,12 +117,12 @@ def tell_by(sock: socket.socket) -> Callable[[Ended], None]:
     return tell
 
 
-def obey(copies: HostCopies, payload: bytes) -> None:
+def obey(own: HostCopies, payload: bytes) -> None:
     """At a rank beyond the first: what rank 0 said."""
     match line.decode_copies(payload):
         case line.Load(ticket, wanted):
-            copies.load(ticket, [Copy(*copy) for copy in wanted])
+            own.load(ticket, [Copy(*copy) for copy in wanted])
         case line.Store(ticket, wanted):
-            copies.store(ticket, [Copy(*copy) for copy in wanted])
+            own.store(ticket, [Copy(*copy) for copy in wanted])
         case line.Discard():
-            copies.discard()
+            own.discard()

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from pd_serve.compute import copies
 from pd_serve.compute.copies import Ended, HostCopies
 from pd_serve.engine.line import Kind
 from pd_serve.engine.rank_copies import RankedCopies, obey, tell_by
+from pd_serve.errors import PDServeError
 from pd_serve.kv.tiers import Copy
 
 
@@ -115,4 +117,19 @@ def test_what_is_discarded_is_so_when_nothing_is_on_its_way_anywhere(three: Thre
     three.let(1)
     waiting.join(10)
     assert [mover.discarded for mover in three.movers] == [1, 1, 1]
+    assert [(e.ticket, e.whole) for e in three.copies.ended()] == [(1, True)]
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_copy_that_hangs_is_not_waited_for_for_ever(
+    three: Three, hanging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "DRAIN_S", 0.2)
+    three.copies.store(1, [Copy(0, 6, 2)])
+    for rank in {0, 1, 2} - {hanging}:
+        three.let(rank)
+    with pytest.raises(PDServeError, match="has not ended within"):
+        three.copies.drain()
+    three.let(hanging)
+    three.copies.drain()
     assert [(e.ticket, e.whole) for e in three.copies.ended()] == [(1, True)]
