@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -213,8 +214,7 @@ def _done(order: dict[str, Any], fds: list[int]) -> int:
     if "reap" in order:
         return os.waitstatus_to_exitcode(os.waitpid(order["reap"], 0)[1])
     if "code" in order:
-        for name in FOR_WORKERS:
-            importlib.import_module(name)
+        _preload(FOR_WORKERS)
     else:
         _load_kernels()
     child = os.fork()
@@ -392,12 +392,17 @@ class _Fork:
         return self.returncode
 
 
+def _preload(names: Sequence[str]) -> None:
+    for name in names:
+        with contextlib.suppress(ImportError):  # who needs a package that is not there says so himself
+            importlib.import_module(name)
+
+
 def main() -> None:
     from pd_serve.engine.boot import bound_caches
 
     bound_caches()
-    for name in PRELOADED:
-        importlib.import_module(name)
+    _preload(PRELOADED)
     _command_line()
     gc.collect()
     gc.freeze()
