@@ -135,7 +135,10 @@ class ScriptedVLLM(ScriptedServer):
         if self.refuse:
             return JSONResponse({"error": {"message": "no room", "code": self.refuse}}, self.refuse)
         id = f"{'generate-tokens' if generate else 'cmpl'}-{request.headers.get('x-request-id', '')}-{next(_numbers)}"
-        run = _Run(self, id, prompt, sampling, body.get("kv_transfer_params"), generate)
+        given = body
+        if generate and self.version.startswith(("0.24.", "0.28.")):
+            given = sampling.get("extra_args") or {}
+        run = _Run(self, id, prompt, sampling, given.get("kv_transfer_params"), generate)
         if body.get("stream"):
             return StreamingResponse(run.events(), media_type="text/event-stream")
         whole = asyncio.create_task(run.whole())

@@ -12,6 +12,7 @@ import pytest
 
 from pd_serve.router.backends import vllm, vllm_words
 from pd_serve.router.backends.served import samples_of
+from tests.router import scripted_vllm
 from tests.router.conftest import Running, StartRouter, until
 from tests.router.scripted_node import expected
 from tests.router.scripted_server import text_of, with_one_dying, write_model
@@ -78,6 +79,25 @@ async def test_prefill_then_decode(start: Start, behind: Behind, generate: str) 
         "/inference/v1/generate" if generate == "stream" else "/v1/completions"
     )
     assert not running.router.links._backends["vllm"].handovers  # type: ignore[attr-defined]
+
+
+async def test_versions_that_read_params_among_the_sampling_params_alone(start: Start, behind: Behind) -> None:
+    p, d = await start(version="0.24.0", ours=True), await start(version="0.24.0", ours=True)
+    running = await behind([p], [d])
+    assert (await running.complete(PROMPT, 12))["choices"][0]["text"] == WANTED
+    assert d.asked[0]["token_ids"] == [*PROMPT, *expected(PROMPT, 1)], "it was handed over"
+    assert not p.kept
+
+
+async def test_a_prefill_server_that_keeps_nothing_is_told_of(
+    start: Start, behind: Behind, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = await start(), await start()
+    running = await behind([p], [d])
+    monkeypatch.setattr(scripted_vllm._Run, "keep", lambda _: None)
+    for _ in range(4):
+        assert (await running.complete(PROMPT, 12))["choices"][0]["text"] == WANTED
+    assert caplog.text.count("keeps no KV for decode servers") == 1 and p.url in caplog.text
 
 
 async def test_streams_lists_and_choices(start: Start, behind: Behind) -> None:

@@ -58,6 +58,7 @@ _RELEASE_S = 30.0  # vLLM's lease
 # A request that is left before its first token is waited for so long: the engine has it then, and gives back what the
 # prefill server keeps for it. vLLM forgets one that it has not handed to its engine yet.
 _GRACE_S = 0.5
+_SUSPECT = 3
 _LINGER_S = 0.25  # what a prefill that nobody wants may go on, because its answer may be under way
 
 
@@ -106,6 +107,18 @@ class VLLMLink(ServedLink):
         super().__init__(backend, server, hello, text)
         self.whole = whole
         self.streamed = streamed
+        self._kept_nothing = 0  # answers in a row
+
+    def keeps(self, params: bytes) -> None:
+        """Of each prompt that it was to keep: without a connector every prompt would be computed twice, in silence."""
+        self._kept_nothing = 0 if params else self._kept_nothing + 1
+        if self._kept_nothing == _SUSPECT:
+            log.warning(
+                "the prefill server at %s keeps no KV for decode servers (%d answers without kv_transfer_params): "
+                "they compute every prompt again. Was it started with --kv-transfer-config?",
+                self.server.url,
+                _SUSPECT,
+            )
 
     def cannot(self, sampling: wire.SamplingParams) -> str:
         if sampling.bad_words:
@@ -139,6 +152,8 @@ class VLLMLink(ServedLink):
         sampling = sampling_of(submit, len(extra), limit)
         document: dict[str, Any] = {"model": self.hello.model.name, "stream": stream}
         if path == GENERATE:
+            if params:  # vLLM 0.24 to 0.28 leaves aside what stands at the top
+                sampling["extra_args"] = {"kv_transfer_params": msgspec.Raw(params)}
             document |= {"token_ids": tokens, "sampling_params": {**sampling, "detokenize": False}}
         else:
             document |= {"prompt": tokens, "return_token_ids": True, **sampling}
@@ -237,6 +252,7 @@ class Prefill(_VLLMWork):
         if ended:
             self.finished()
             return
+        self.link.keeps(params)
         self._handover.hand(Handed(params, first, cached))
         self.finished()
 
