@@ -226,6 +226,14 @@ def test_addresses_of_another_form_are_not_dialled(d: Reader, address: str) -> N
     assert "not of the form tcp://host:port" in d.wait("k", Failed).message
 
 
+@pytest.mark.parametrize("host", ["a" * 300, "..", "h\u2603st.invalid"])
+def test_names_that_no_host_has_fail_at_once(host: str) -> None:
+    d = Reader(Clock(), secret=b"s")
+    d.inbox.expect("k", Source("P", "e", (f"tcp://{host}:9",)))
+    assert d.wait("k", Failed).kind is FailureKind.CONNECT
+    d.close()
+
+
 @pytest.mark.parametrize("secret", [b"", b"s3cret"])
 def test_a_stranger_that_is_dialled_hears_a_nonce_and_no_more(clock: Clock, secret: bytes) -> None:
     """A pool's addresses, NIXL's metadata, node id and epoch are for those who have proved the secret."""

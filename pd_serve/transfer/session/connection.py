@@ -283,7 +283,11 @@ def resolve(address: str) -> Resolved:
         raise OSError(str(error)) from error
     if not host or not port or address.lower() != f"tcp://{netloc(host, port)}":
         raise OSError(f"{address!r} is not of the form tcp://host:port")
-    return [(info[0], info[4]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # no name of a host looks like that
+        raise OSError(f"{host!r} is no host's name") from error
+    return [(family, where) for family, _, _, _, where in found]
 
 
 def is_numeric(address: str) -> bool:
