@@ -49,6 +49,9 @@ class Further(Protocol):
 # A sequence decodes, with tokens that its grammar forced, as long as it has no more than so many to compute.
 MAX_DECODE_TOKENS = 33
 
+# Beside so many decodes that they saturate the device, prompts get this part of what does: they may not stand still.
+_LEAST_CHUNKS = 4
+
 # What a refused client is told to wait at least and at most.
 RETRY_S = (1.0, 60.0)
 
@@ -148,9 +151,11 @@ class Scheduler:
         works = self._plan_decodes(launched)
         if works is None:
             return None
-        budget = self.limits.max_num_batched_tokens - sum(work.num_tokens for work in works)
-        if works:  # what decodes waits for the whole step: a chunk beside it is no longer than pays
-            budget = min(budget, self.limits.saturating_tokens)
+        decodes = sum(work.num_tokens for work in works)
+        budget = self.limits.max_num_batched_tokens - decodes
+        if works:  # what decodes waits for the whole step: a chunk fills it up to where it pays, and prompts go on
+            saturating = self.limits.saturating_tokens
+            budget = min(budget, max(saturating - decodes, -(-saturating // _LEAST_CHUNKS)))
         for seq in [s for s in self.running if _is_prompt(s, s.num_scheduled) and not _is_forced(s)]:
             budget = self._plan_prefill(works, seq, budget)
         if self.waiting and budget > 0:

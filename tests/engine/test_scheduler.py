@@ -97,8 +97,18 @@ def test_a_prompt_that_saturates_the_device_has_the_step_for_itself() -> None:
     for id, length in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
         s.add(sequence(id, [ord(id)] * length))
     assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 30)]
-    # beside a decode, prompts get no more than what saturates
-    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 8), ("c", 8), ("d", 4)]
+    # a step with a decode is filled up to what saturates
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 8), ("c", 8), ("d", 3)]
+
+
+def test_prompts_go_on_beside_decodes_that_saturate_the_device() -> None:
+    s = scheduler(budget=64, saturating=8, seqs=16)
+    for id in "abcdefghi":
+        s.add(sequence(id, [ord(id)] * 2, 40))
+    while s.waiting or any(seq.num_computed < 2 for seq in s.running):
+        step(s)
+    s.add(sequence("z", [1] * 30))
+    assert [w.num_tokens for w in step(s)] == [1] * 9 + [2]
 
 
 def test_equal_prompts_are_computed_once() -> None:
