@@ -32,6 +32,7 @@ class Script:
     forgets: bool = False  # nothing is written
     by_mover: bool = False  # the mover's own work brings the bytes, as in lanes between GPUs
     bytes_per_s: float = float("inf")
+    first_long_s: float = 0.0  # the first pull of more than a MiB takes so much longer: something is set up for it
     heard: list[bytes] = field(default_factory=list)
     rejects_messages: bool = False
     never_lets_go: bool = False  # of the memory, when it is closed
@@ -50,6 +51,9 @@ class CopyPull:
         self.size_bytes = sum(len(b.local) * pair.slicings[b.group].piece_bytes for b in blocks)
         self.num_descriptors = sum(len(b.local) for b in blocks)
         self._due_s = time.perf_counter() + self.size_bytes / script.bytes_per_s
+        if self.size_bytes > 1 << 20:
+            self._due_s += script.first_long_s
+            script.first_long_s = 0.0
         self.work: Work | None = None
         self._polls = 0
         if script.by_mover:
