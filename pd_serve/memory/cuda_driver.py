@@ -195,10 +195,20 @@ class CudaDriver:
             raise
         wanted = int(self._call("cuMemGetAllocationPropertiesFromHandle", handle).requestedHandleTypes)
         types = [kind for kind, flag in self._handle_types.items() if wanted & int(flag)]
-        attribute = self._cu.CUpointer_attribute
-        base = self._call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, address)
-        size = self._call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MAPPING_SIZE, address)
-        return Mapping(int(base), int(size), handle, types[0] if types else HandleType.NONE)
+        attributes = self._cu.CUpointer_attribute
+        base = self._pointer_attribute(attributes.CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, address)
+        size = self._pointer_attribute(attributes.CU_POINTER_ATTRIBUTE_MAPPING_SIZE, address)
+        return Mapping(base, size, handle, types[0] if types else HandleType.NONE)
+
+    def _pointer_attribute(self, attribute: Any, address: int) -> int:
+        """64 bits. Not by cuda.bindings, which refuses attributes of mappings (TypeError, 13.0)."""
+        function, _ = self._call("cuGetProcAddress", b"cuPointerGetAttribute", 12000, 0)
+        call = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64)(int(function))
+        value = ctypes.c_uint64(0)
+        status = call(ctypes.addressof(value), int(attribute), address)
+        if status:
+            raise DriverError("cuPointerGetAttribute", f"error {status}")
+        return value.value
 
     def synchronize(self, device: int) -> None:
         with self._current(device):

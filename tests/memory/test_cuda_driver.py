@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 from collections.abc import Callable
 from enum import IntEnum
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pd_serve.memory import switches
-from pd_serve.memory.cuda_driver import CudaDriver, reason
+from pd_serve.memory.cuda_driver import CudaDriver, Mapping, reason
 from pd_serve.memory.driver import DriverError, HandleType, MemoryKind
 
 
@@ -161,6 +162,33 @@ def test_handles_to_hand_over(bindings: Bindings) -> None:
     assert driver.import_fabric(b"f" * 64) == 78
     with pytest.raises(DriverError, match="INVALID_VALUE"):
         driver.import_fabric(b"short")
+
+
+def test_what_somebody_else_has_mapped(bindings: Bindings) -> None:
+    """cuda.bindings raises TypeError where it is asked for these attributes (13.0)."""
+    cuda: Any = bindings
+    cuda.CUpointer_attribute = SimpleNamespace(
+        CU_POINTER_ATTRIBUTE_MAPPING_SIZE=18, CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR=19
+    )
+    cuda.CUmemAllocationHandleType = SimpleNamespace(
+        CU_MEM_HANDLE_TYPE_FABRIC=8, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR=1, CU_MEM_HANDLE_TYPE_NONE=0
+    )
+    bindings.fail["cuPointerGetAttribute"] = TypeError("Unsupported attribute")
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_int, ctypes.c_uint64)
+    def attribute(value: Any, which: int, address: int) -> int:
+        value[0] = {18: 2 << 20, 19: 3 << 40}[which]
+        return 0 if address == (3 << 40) + 5 else 1
+
+    bindings.results["cuGetProcAddress"] = (ctypes.cast(attribute, ctypes.c_void_p).value, 0)
+    bindings.results["cuMemRetainAllocationHandle"] = (9,)
+    bindings.results["cuMemGetAllocationPropertiesFromHandle"] = (SimpleNamespace(requestedHandleTypes=1),)
+    driver = CudaDriver()
+    assert driver.mapping_of((3 << 40) + 5) == Mapping(3 << 40, 2 << 20, 9, HandleType.POSIX_FD)
+    with pytest.raises(DriverError):
+        driver.mapping_of(7)
+    bindings.fail["cuMemRetainAllocationHandle"] = Status.CUDA_ERROR_INVALID_VALUE
+    assert driver.mapping_of(7) is None, "plain memory"
 
 
 def test_facts_of_a_device(bindings: Bindings) -> None:
