@@ -28,6 +28,7 @@ _PLACES = {
     "memory/cuda_driver.py": "the call of the driver",
     "memory/host_buffers.py": "given a pinner where the answer was yes",
     "compute/cuda/host_copies.py": "a thread that is started where the answer was yes",
+    "integrations/vllm/device.py": "a word, read while the device writes it",
     "transfer/movers/cuda_buffers.py": "kernels read addresses there: a few MiB, whatever is answered for copies",
     **dict.fromkeys(
         ("compute/cuda/delivery.py", "compute/cuda/inputs.py", "compute/cuda/sampler.py"),

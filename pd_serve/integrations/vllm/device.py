@@ -55,6 +55,12 @@ class DeviceMemory:
         import torch
 
         self._torch = torch
+        # Steps that were launched, counted by the device, and its count where it can be read without asking the driver:
+        # that waits while another thread launches into a full queue, for as long as the step before still takes.
+        self._launched = 0
+        self._count = torch.zeros(1, dtype=torch.int64, device=f"cuda:{device}")
+        self._counted = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self.step_ended()  # its kernel is loaded now: that waits for the device
         self._probe: torch.Tensor | None = None
         segments = _segments(regions)
         if segments:
@@ -66,9 +72,12 @@ class DeviceMemory:
         self.memory = PoolMemory(device, (*regions, Region(start, PROBE_BLOCK_BYTES, PROBE_BLOCKS)), tuple(segments))
 
     def step_ended(self) -> Callable[[], bool] | None:
-        event = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event.query
+        self._launched = step = self._launched + 1
+        with self._torch.inference_mode():  # as vLLM's steps
+            self._count.add_(1)
+            self._counted.copy_(self._count, non_blocking=True)
+        counted = self._counted.numpy()
+        return lambda: int(counted[0]) >= step
 
 
 def _segments(regions: tuple[Region, ...]) -> list[Segment]:

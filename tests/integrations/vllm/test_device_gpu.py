@@ -1,6 +1,9 @@
-"""Whose memory vLLM's KV cache is, seen by its addresses alone."""
+"""Whose memory vLLM's KV cache is, seen by its addresses alone; when a step has ended."""
 
 from __future__ import annotations
+
+import threading
+import time
 
 import pytest
 import torch
@@ -28,6 +31,28 @@ def test_torchs_own_memory_has_no_handles() -> None:
     torch.cuda.synchronize()
     assert ended is not None
     assert ended()
+
+
+def test_asking_whether_a_step_has_ended_does_not_wait_for_who_launches() -> None:
+    """As the transfer thread asks while vLLM's launches a prefill of more kernels than the device's queue holds."""
+    memory = DeviceMemory(regions([torch.zeros(MIB, dtype=torch.uint8, device="cuda:0")]), 0)
+    numbers = torch.zeros(1024, device="cuda:0")
+    before = memory.step_ended()
+    torch.cuda._sleep(1_000_000_000)  # half a second
+    after = memory.step_ended()
+    assert before is not None
+    assert after is not None
+    launching = threading.Thread(target=lambda: [numbers.add_(1) for _ in range(5000)])
+    launching.start()
+    time.sleep(0.1)
+    begun_s = time.monotonic()
+    answers = [before(), after()]
+    assert time.monotonic() - begun_s < 0.05
+    assert launching.is_alive(), "the queue is full"
+    launching.join()
+    assert answers == [True, False]
+    torch.cuda.synchronize()
+    assert after()
 
 
 def test_memory_that_we_supply_is_covered_by_its_handles_and_so_is_the_probe() -> None:
