@@ -204,8 +204,8 @@ class PdServeConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _results(self) -> Results:
         """Of this step. Where failed requests have no names, their blocks are told."""
-        if self._worker is not None and not self._computes:
-            self._worker.rest()
+        if self._worker is not None:
+            self._worker.rest(computes=self._computes)
         results = self._worker.results() if self._worker is not None else Results()
         self._failed_blocks = set() if engine.NAMES_FAILED_REQUESTS else results.failed_blocks
         return results

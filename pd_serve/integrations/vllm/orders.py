@@ -28,6 +28,12 @@ class Fetch:
     tables: list[Ids]
     first: int
 
+    @property
+    def num_tokens(self) -> int:
+        """About: in whole blocks."""
+        blocks = max(map(len, self.tables))
+        return self.held.num_tokens * (blocks - self.first) // max(1, blocks)
+
 
 @dataclass
 class Orders:

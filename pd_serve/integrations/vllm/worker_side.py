@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 NO_TOKEN = -1  # the first token is in the prefill server's answer, not in the announcement of its blocks
 MAX_ENDED = 4096
-IDLE_WAIT_S = 3e-3  # what a short pull takes
+IDLE_WAIT_S = 3e-3  # what a short pull takes; a device has that much of a step before it still to do
 
 
 @dataclass
@@ -134,11 +134,16 @@ class WorkerSide:
 
     # --- what has ended
 
-    def rest(self) -> None:
-        """In a step that computes nothing, and until something has arrived: vLLM sleeps for a millisecond after it, and
-        acts on what it is told two such steps later."""
+    def rest(self, *, computes: bool) -> None:
+        """Until something has arrived: what vLLM is told with one step it acts on in the next but one.
+
+        After a step that computes nothing vLLM would sleep for a millisecond. One that ``computes`` has been launched,
+        mostly while its device is still at the step before: waiting is free then, but only what was just begun is
+        waited for, and only if all can come in that time."""
+        if computes and (not self._just_begun or self._takes_s() > IDLE_WAIT_S):
+            return
         until_s = time.monotonic() + IDLE_WAIT_S
-        while any(fetching.fetch is not None for fetching in self._fetching.values()) and not self._results.received:
+        while self._wanted and not self._results.received:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return
@@ -146,6 +151,20 @@ class WorkerSide:
             poller.register(self._inbox.fileno(), select.POLLIN)
             poller.poll(left_s * 1e3)
             self._look()
+
+    @property
+    def _wanted(self) -> list[Fetch]:
+        return [one.fetch for one in self._fetching.values() if one.fetch is not None and not one.dropped]
+
+    @property
+    def _just_begun(self) -> bool:
+        since_s = self._clock() - IDLE_WAIT_S
+        return any(one.begun_s > since_s for one in self._fetching.values() if one.fetch is not None)
+
+    def _takes_s(self) -> float:
+        """All that is on its way, at the rates that lanes had in their self-tests; infinite where one is not known."""
+        lanes = self._inbox.lanes()
+        return sum(fetch.num_tokens / lanes.get(fetch.held.node_id, 1e-9) for fetch in self._wanted)
 
     def results(self) -> Results:
         """Since the last call. Raises TransferError where the transfer thread has given up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,8 +91,8 @@ def computed(p: Server, prompt: int = 40) -> dict[str, Any]:
     return answer
 
 
-def fetch(d: Server, answer: dict[str, Any], computed: int = 0) -> Any:
-    asked = request("d", 41, answer)
+def fetch(d: Server, answer: dict[str, Any], computed: int = 0, request_id: str = "d") -> Any:
+    asked = request(request_id, 41, answer)
     count = d.scheduler.matched(asked, computed)
     assert count == 40 - computed
     d.scheduler.allocated(asked, (OURS,), count)
@@ -115,8 +116,32 @@ def test_a_step_that_computes_nothing_rests_until_something_has_arrived(
 ) -> None:
     monkeypatch.setattr(worker_side, "IDLE_WAIT_S", 10.0)
     fetch(d, computed(p))
-    d.worker.rest()
+    d.worker.rest(computes=False)
     assert d.worker.results().received == {"d"}
+
+
+def test_a_step_that_computes_waits_for_what_comes_meanwhile_and_not_for_more(
+    p: Server, d: Server, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_side, "IDLE_WAIT_S", 10.0)
+    rate: dict[str, float] = {}
+    monkeypatch.setattr(d.end.inbox, "lanes", lambda: rate)
+    answer = computed(p)
+    answer["pd_serve"]["key"], held = "another", answer["pd_serve"]["key"]
+    fetch(d, answer)
+    until(lambda: p.end.outbox.counters()["handshakes"] == 1)
+    begun_s = time.monotonic()
+    d.worker.rest(computes=True)  # nobody knows how fast it comes
+    rate[p.end.source.node_id] = 1.0
+    d.worker.rest(computes=True)  # not soon enough
+    rate[p.end.source.node_id] = 1e6
+    clock.now_s += 11.0
+    d.worker.rest(computes=True)  # the steps before have waited
+    assert time.monotonic() - begun_s < 5.0
+    answer["pd_serve"]["key"] = held
+    fetch(d, answer, request_id="e")
+    d.worker.rest(computes=True)
+    assert d.worker.results().received == {"e"}
 
 
 def test_a_prefill_server_that_has_forgotten_is_waited_for_and_then_not(p: Server, d: Server, clock: Clock) -> None:
