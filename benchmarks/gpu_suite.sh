@@ -47,7 +47,7 @@ for each in $parts; do
              [ -z "$real" ] || CUDA_VISIBLE_DEVICES=1 pytest tests-real 200 $real -n 2 --dist loadscope
              wait) &
             wait
-            pytest tests-tp 100 tests/e2e/test_tp.py &
+            pytest tests-tp 120 tests/e2e/test_tp.py tests/e2e/test_gpu_offload.py &
             pytest tests-pairs 120 tests/transfer tests/distributed -n 4 --dist load
             wait ;;
         engine) CUDA_VISIBLE_DEVICES=0 part engine 90 "$python" -m benchmarks.gpu_engine ;;

@@ -51,10 +51,11 @@ def _check_offload(settings: EngineSettings, nodes: int) -> None:
         )
 
 
-def memory_bytes() -> int:
-    """What this machine has, or this container may use of it."""
+def memory_bytes(*, free: bool = False) -> int:
+    """What this machine has, or this container may use of it. ``free``: that nobody has taken, or only caches files."""
+    name = "MemAvailable:" if free else "MemTotal:"
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(name)]
     for path in _CGROUP_LIMITS:
         try:
             found.append(int(Path(path).read_text(encoding="ascii")))

@@ -26,6 +26,7 @@ class MemoryReport(msgspec.Struct, frozen=True):
     tags: dict[str, TagUsage] = {}
     fragmentation: float = 0.0  # share of the physical memory that nobody asked for, 0 to 1
     asleep: list[str] = []  # tags without physical memory
+    host: dict[str, TagUsage] = {}  # what of a tag lies in the host's memory for good: weights that are offloaded
 
 
 _USAGE = {  # field of TagUsage: the metric's name, what it means
@@ -44,8 +45,9 @@ def memory_metrics(
     for field, (name, text) in _USAGE.items():
         gauge = GaugeMetricFamily(prefix + name, text, labels=[*labels, "device", "tag"])
         for values, report in reports:
-            for tag, usage in report.tags.items():
-                gauge.add_metric([*values, report.device, tag], getattr(usage, field))
+            for device, tags in ((report.device, report.tags), ("host", report.host)):
+                for tag, usage in tags.items():
+                    gauge.add_metric([*values, device, tag], getattr(usage, field))
         yield gauge
     text = "Share of the physical memory that nobody asked for"
     gauge = GaugeMetricFamily(prefix + "memory_fragmentation_ratio", text, labels=[*labels, "device"])

@@ -60,7 +60,9 @@ def main() -> int:
     def status() -> engine.Report:
         tags = {"weights": TagUsage(20, 30, 20), "kv_cache": TagUsage(8, 8, 0 if "kv_cache" in asleep else 8)}
         counters = {name: float(count) for name, count in heard.items()} | {"leaks": 0.0}
-        report = link.Status(load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep)))
+        report = link.Status(
+            load(), counters, MemoryReport("cpu", tags, 0.25, list(asleep), {"weights": TagUsage(6, 6, 7)})
+        )
         return engine.Report(report, dict(submits))
 
     model = link.ModelInfo(config.served_model_name, "f00d", 128, 1000, [2])

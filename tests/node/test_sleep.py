@@ -67,6 +67,7 @@ def test_sleeps_and_wakes(start_node: StartNode) -> None:
     assert "pd_serve_node_sleeping 1.0" in metrics
     assert 'pd_serve_node_memory_peak_bytes{device="cpu",tag="weights"} 30.0' in metrics
     assert 'pd_serve_node_memory_reserved_bytes{device="cpu",tag="kv_cache"} 0.0' in metrics
+    assert 'pd_serve_node_memory_reserved_bytes{device="host",tag="weights"} 7.0' in metrics
     assert 'pd_serve_node_memory_fragmentation_ratio{device="cpu"} 0.25' in metrics
     assert close_code(node.link, node) == 1013
 

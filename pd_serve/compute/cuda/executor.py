@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ class CudaExecutor:
         """Says what weights in the host's memory are, and what they cost."""
         log.info("%s", offload.describe(self.report().tags[WEIGHTS].bytes))
         alone_ms = None
-        if offload.ring is not None:
+        if offload.ring is not None and offload.copies_all:
             with offload.ring.still():
                 alone_ms = self._step_ms()
         offload.compare(self._step_ms(), alone_ms)
@@ -404,7 +405,8 @@ class CudaExecutor:
         torch.cuda.synchronize(self._device)
 
     def report(self) -> MemoryReport:
-        return self._memory.report()
+        report = self._memory.report()
+        return report if self._offload is None else msgspec.structs.replace(report, host=self._offload.usage())
 
     def close(self) -> None:
         """Gives all memory back: what still had tensors in it would stay taken to the end of the process."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from pd_serve.compute.cuda.pieces import Pieces
 from pd_serve.errors import ConfigError, PDServeError
 from pd_serve.memory.host_buffers import HostBuffer
+from pd_serve.memory.usage import WEIGHTS
 from pd_serve.models.interface import Home, Offload
 from pd_serve.models.layers import DecoderLayer
 from pd_serve.models.offload import Plan, Times, Wanted, after, choose_slots, plan
 from pd_serve.preflight import memory_bytes
 from pd_serve.values import readable_size
+from pd_serve.wire.memory import TagUsage
 
 log = logging.getLogger(__name__)
 
@@ -68,79 +70,113 @@ class HostWeights:
     def __init__(self, wanted: Wanted, bus: Bus, *, ranks: int = 1) -> None:
         self.plan_made = Plan((), frozenset(), 0, 0, 0)
         self.ring: Ring | None = None
-        self.bus_rate = 0.0  # bytes a second
+        self.copy_rate = self.read_rate = 0.0  # over the bus, bytes a second
         self._wanted = wanted
         self._bus = bus
         self._ranks = ranks
-        self._homes: dict[int, _Layer] = {}
+        self._copied: dict[int, _Layer] = {}  # what the ring brings of each layer
+        self._read: dict[int, _Layer] = {}  # what kernels read where it is
         self._num_layers = 0
 
     def plan(self, sizes: Sequence[Mapping[str, int]]) -> None:
         """Decides which layers it keeps, and takes the memory for them. Raises PDServeError, OSError, MemoryError."""
         self.plan_made = made = plan(sizes, self._wanted)
         self._num_layers = len(sizes)
-        wanted, present = made.host_bytes * self._ranks, memory_bytes()
-        if wanted > present:
+        each, present, free = made.host_bytes, memory_bytes(), memory_bytes(free=True)
+        if each * self._ranks > present or each > free:  # other ranks may have taken theirs already
             raise ConfigError(
-                f"--weight-offload-size {self._wanted.size}: weights of {readable_size(wanted)} have no room in the "
-                f"host's {readable_size(present)}; offload less, or use more GPUs (--tp)"
+                f"--weight-offload-size {self._wanted.size}: weights of {readable_size(each * self._ranks)} have no "
+                f"room in the host's {readable_size(present)}, of which {readable_size(free)} are free; offload less, "
+                "or use more GPUs (--tp)"
             )
-        for number in made.layers:
-            # experts have two matrices
-            room = sum(size for name, size in sizes[number].items() if name in made.params) + 6 * _ALIGNMENT
-            self._homes[number] = _Layer(self._bus.buffer(room))
-        if self._wanted.mode == "uva":
-            for home in self._homes.values():
-                home.seen_at = self._bus.mapped(home.buffer)
-            self._measure()
-        else:
+        copied = self._copied_params()
+        self._copied, self._read = (self._take(sizes, names) for names in (copied, made.params - copied))
+        for home in self._read.values():
+            home.seen_at = self._bus.mapped(home.buffer)
+        if self._copied:
             self._make_ring(made)
+        else:
+            self._measure()
+
+    def _copied_params(self) -> frozenset[str]:
+        """With uva the bus would rest while layers on the device are computed: meanwhile the first matrices of the next
+        one come. Of a single layer they would stay for good."""
+        made = self.plan_made
+        if self._wanted.mode == "prefetch":
+            return made.params
+        return made.params & _ATTENTION if len(made.layers) > 1 else frozenset()
+
+    def _take(self, sizes: Sequence[Mapping[str, int]], names: Collection[str]) -> dict[int, _Layer]:
+        """Memory for these matrices of the layers that have any."""
+        found = {}
+        for number in self.plan_made.layers:
+            size = sum(size for name, size in sizes[number].items() if name in names)
+            if size:  # experts have two matrices
+                found[number] = _Layer(self._bus.buffer(size + 6 * _ALIGNMENT))
+        return found
+
+    @property
+    def copies_all(self) -> bool:
+        """Whether nothing is read over the bus, so that steps can be computed without it (:meth:`Ring.still`)."""
+        return not self._read
+
+    @property
+    def bus_ms(self) -> float:
+        """Of a step, while nothing else crosses the bus."""
+        read = sum(home.loaded_bytes for home in self._read.values())
+        ms = read / self.read_rate * 1e3 if read else 0.0
+        return ms if self.ring is None else ms + self.ring.step_bytes / self.copy_rate * 1e3
 
     def _measure(self) -> None:
         """How fast one copy, or one kernel that reads, is while nothing else crosses the bus. The ring begins anew."""
-        largest = max(self._homes.values(), key=lambda home: len(home.bytes))
-        if self._wanted.mode == "uva":
-            self.bus_rate = self._bus.read_rate(largest.seen_at)
-            return
-        self.bus_rate = self._bus.copy_rate(largest.bytes, 0)
+        if self._read:
+            self.read_rate = self._bus.read_rate(_largest(self._read).seen_at)
+        if self._copied:
+            self.copy_rate = self._bus.copy_rate(_largest(self._copied).bytes, 0)
         if self.ring is not None:
             self.ring.begin()
 
     def _make_ring(self, made: Plan) -> None:
-        homes = list(self._homes.values())
-        size = max(len(home.bytes) for home in homes)
+        homes = list(self._copied.values())
+        size = len(_largest(self._copied).bytes)
         slots = [self._bus.add_slot(size)]
         self._measure()
-        device_rate = self._bus.read_rate(slots[0])
-        copy, own = size / self.bus_rate * 1e3, size / device_rate * 1e3
-        between = made.device_bytes / len(homes) / device_rate * 1e3
-        # a step of few rows, and one that computes for as long as it copies
-        count = choose_slots(len(homes), (Times(copy, own, between), Times(copy, copy, between)))
-        slots += [self._bus.add_slot(size) for _ in range(1, count)]
+        count = 1
+        if not self._read:
+            device_rate = self._bus.read_rate(slots[0])
+            copy, own = size / self.copy_rate * 1e3, size / device_rate * 1e3
+            between = made.device_bytes / len(homes) / device_rate * 1e3
+            # a step of few rows, and one that computes for as long as it copies
+            count = choose_slots(len(homes), (Times(copy, own, between), Times(copy, copy, between)))
+            slots += [self._bus.add_slot(size) for _ in range(1, count)]
         for nth, home in enumerate(homes):
             home.seen_at = slots[nth % count]
         self.ring = Ring(self._bus, [home.bytes for home in homes], count)
 
     def home(self, layer: int, matrix: str) -> Home | None:
-        return self._homes.get(layer) if matrix in self.plan_made.params else None
+        if matrix not in self.plan_made.params:
+            return None
+        return (self._copied if matrix in self._copied_params() else self._read).get(layer)
 
     def reads_bus(self, tensor: Tensor) -> bool:
         """Whether kernels that read it read the host's memory."""
-        starts = [(home.seen_at.data_ptr(), len(home.bytes)) for home in self._homes.values() if self.ring is None]
+        starts = [(home.seen_at.data_ptr(), len(home.bytes)) for home in self._read.values()]
         return any(start <= tensor.data_ptr() < start + size for start, size in starts)
 
     def attach(self, layers: Sequence[DecoderLayer]) -> None:
         """When all is loaded: from now on layers wait for what is brought to them. Raises PDServeError."""
-        loaded = sum(home.loaded_bytes for home in self._homes.values())
+        loaded = sum(home.loaded_bytes for home in self.homes)
         if loaded != self.plan_made.host_bytes:
             raise PDServeError(
                 f"{loaded} bytes of weights were loaded to the host, {self.plan_made.host_bytes} planned"
             )
         if self.ring is None:
             return
-        params = self.plan_made.params
-        for nth, number in enumerate(self.plan_made.layers):
-            self.ring.surround(nth, layers[number], attention=bool(params & _ATTENTION), mlp=bool(params - _ATTENTION))
+        # with uva a slot is left with the layer: until then other matrices need the bus
+        params = self._copied_params()
+        attention, mlp = bool(params & _ATTENTION), bool(self._read or params - _ATTENTION)
+        for nth, number in enumerate(self._copied):
+            self.ring.surround(nth, layers[number], attention=attention, mlp=mlp)
         self.ring.begin()
 
     def left_out(self) -> Offload:
@@ -151,25 +187,30 @@ class HostWeights:
         """``device_bytes``: of all weights there."""
         made, slots = self.plan_made, ""
         if self.ring is not None:
-            slots = (
-                f", {readable_size(self.ring.size_bytes)} of it {self.ring.num_slots} slots that they are brought to"
-            )
+            number, what = self.ring.num_slots, "that they are brought to"
+            if self._read:
+                what = f"that {' and '.join(sorted(self._copied_params(), reverse=True))} are brought to"
+            slots = f", {readable_size(self.ring.size_bytes)} of it {number} slot{'s' * (number > 1)} {what}"
         return (
             f"weights: {readable_size(made.host_bytes)} in the host's memory ({self._wanted.size} asked for: "
             f"{len(made.layers)} of {self._num_layers} layers), {readable_size(device_bytes)} on the device{slots}"
         )
 
+    def usage(self) -> dict[str, TagUsage]:
+        """Of the host's memory, by tag."""
+        used, reserved = self.plan_made.host_bytes, sum(home.buffer.size for home in self.homes)
+        return {WEIGHTS: TagUsage(used, used, reserved)}
+
     def compare(self, measured_ms: float, alone_ms: float | None) -> None:
         """Logs what a step of one row takes, and ought to. ``alone_ms``: without copies."""
         self._measure()  # again: what was read when memory was new is up to an eighth too low
-        step_bytes = self.plan_made.host_bytes if self.ring is None else self.ring.step_bytes
-        copies_ms = step_bytes / self.bus_rate * 1e3
+        copies_ms = self.bus_ms
         log.info(
             "a step of one token: %.1f ms on the bus (%.1f GB/s)%s; predicted %s%.1f ms, measured %.1f ms",
             copies_ms,
-            self.bus_rate / 1e9,
+            (self.read_rate or self.copy_rate) / 1e9,
             "" if alone_ms is None else f", {alone_ms:.1f} ms of computing beside it",
-            "more than " if alone_ms is None else "",
+            "more than " if self.ring is None else "",
             max(copies_ms, alone_ms or 0.0),
             measured_ms,
         )
@@ -186,10 +227,14 @@ class HostWeights:
 
     def close(self) -> None:
         """Nobody computes any more."""
-        for home in self._homes.values():
+        for home in self.homes:
             home.buffer.close()
-        self._homes.clear()
+        self._copied, self._read = {}, {}
         self._bus.close()
+
+    @property
+    def homes(self) -> list[_Layer]:
+        return [*self._copied.values(), *self._read.values()]
 
 
 class _Layer:
@@ -213,6 +258,10 @@ class _Layer:
             return matrix
         at = matrix.data_ptr() - self.bytes.data_ptr()
         return self.seen_at[at : at + matrix.nbytes].view(matrix.dtype).view(matrix.shape)
+
+
+def _largest(homes: Mapping[int, _Layer]) -> _Layer:
+    return max(homes.values(), key=lambda home: len(home.bytes))
 
 
 class _LeftOut:

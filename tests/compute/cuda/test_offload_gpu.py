@@ -37,7 +37,7 @@ from pd_serve.memory.upload import Upload  # noqa: E402
 from pd_serve.memory.usage import KV_CACHE, WEIGHTS  # noqa: E402
 from tests.compute.cuda.loop import GREEDY, Line, step_of  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(100)]
 
 BLOCK, EACH, OUTPUT = 16, 12, 24
 PROMPTS = ([5, 9, 200, 31], list(range(40, 139)), [7], list(range(100, 120)))
@@ -203,7 +203,7 @@ def test_sleep_leaves_it_where_it_is(make: Make, mode: str) -> None:
     executor = make(wanted=Wanted(mode, "5layers"))
     offload = executor._offload
     assert offload is not None
-    before, homes = numbers(executor), list(offload._homes.values())
+    before, homes = numbers(executor), list(offload.homes)
     kept = [home.bytes.clone() for home in homes]
     for level in (1, 2, 1):
         executor.sleep(level)
@@ -234,9 +234,9 @@ def test_as_many_bytes_leave_the_device_as_come_to_the_host(models: dict[str, Pa
     slots_bytes = 0 if offload.ring is None else offload.ring.size_bytes
     made = offload.plan_made
     assert whole_bytes - (requested_bytes() - start) == made.host_bytes - slots_bytes
-    in_host = sum(home.buffer.size for home in offload._homes.values())
-    assert made.asked_bytes <= made.host_bytes <= in_host <= made.host_bytes + 8192 * len(made.layers)
-    assert all(home.buffer.pinned for home in offload._homes.values())
+    in_host = sum(home.buffer.size for home in offload.homes)
+    assert made.asked_bytes <= made.host_bytes <= in_host <= made.host_bytes + 8192 * len(offload.homes)
+    assert all(home.buffer.pinned for home in offload.homes)
     torch.cuda.synchronize()
     del decoder
     offload.close()
