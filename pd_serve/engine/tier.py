@@ -48,6 +48,11 @@ def open_tier(
         copies.num_slots[0] - 1,
         pool.regions[0].num_blocks - 1,
     )
+    if config.weight_offload == "prefetch":
+        log.warning(
+            "--host-kv-memory beside --weight-offload prefetch: while steps run, copies of weights leave KV from the host "
+            "hardly a turn on the bus; see docs/weight-offload.md"
+        )
     return copies
 
 
