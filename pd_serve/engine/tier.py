@@ -50,8 +50,8 @@ def open_tier(
     )
     if config.weight_offload == "prefetch":
         log.warning(
-            "--host-kv-memory beside --weight-offload prefetch: while steps run, copies of weights leave KV from the host "
-            "hardly a turn on the bus; see docs/weight-offload.md"
+            "--host-kv-memory beside --weight-offload prefetch: while steps run, copies of weights leave KV from the"
+            " host hardly a turn on the bus; see docs/weight-offload.md"
         )
     return copies
 
