@@ -33,7 +33,7 @@ class BlockPool(Generic[Owner]):
         # Least recently used first. A dict would do but for its time: it looks for its first entry anew behind all
         # that were taken since it last grew.
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self.passed = 0  # blocks that have left the order in which they are taken, since the pool began
+        self.passed = 0  # cached blocks that have left the order in which they are taken, since the pool began
 
     @property
     def available(self) -> int:
@@ -47,13 +47,13 @@ class BlockPool(Generic[Owner]):
         """
         if count > self.available:
             raise PoolExhausted(f"{count} KV blocks wanted, {self.available} of {self.num_blocks - 1} available")
-        self.passed += count
         blocks = []
         for _ in range(count):
             if self._free:
                 block = self._free.pop()
             else:
                 block, _ = self._cached.popitem(last=False)
+                self.passed += 1
                 self.disown(block)
             self._holders[block] = 1
             blocks.append(block)
@@ -97,12 +97,17 @@ class BlockPool(Generic[Owner]):
         """Blocks that can be taken and give up nothing."""
         return len(self._free)
 
-    def evicted_next(self, count: int) -> list[int]:
-        """The cached blocks that the next ``count`` taken would be, first to last."""
-        return list(islice(self._cached, max(0, count - len(self._free))))
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    def evicted_next(self, count: int, skip: int = 0) -> list[int]:
+        """The cached blocks that the next ``count`` taken would be, first to last, without the first ``skip``."""
+        return list(islice(self._cached, skip, max(skip, count - len(self._free))))
 
     def forget(self) -> None:
         """Gives all content up; blocks that are held stay so."""
+        self.passed += len(self._cached)
         self._free += self._cached
         self._cached.clear()
         for block in range(1, self.num_blocks):

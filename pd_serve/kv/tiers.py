@@ -72,11 +72,14 @@ class HostTier:
         self._slots: list[BlockPool[Place]] = [BlockPool(n, self._evicted) for n in num_slots]
         self._storing: dict[tuple[int, int], Place | None] = {}  # by group and slot; None: it will be dropped
         self._fresh: list[deque[PrefixNode]] = [deque(maxlen=MAX_FRESH) for _ in num_slots]
-        # Of each group: when that many blocks of the device have passed, its next ones are to be looked at again.
-        self._due = [0] * len(num_slots)
+        # Of each group: how many blocks that the device gives up next have been looked at, when so many had passed, so
+        # many were cached and so many free.
+        self._looked = [(0, (0, 0, 0))] * len(num_slots)
+        self._due = [0] * len(num_slots)  # when that many have passed, all are to be looked at again
 
     def restarted(self) -> None:
         """The device's pools are new."""
+        self._looked = [(0, (0, 0, 0))] * len(self._due)
         self._due = [0] * len(self._due)
 
     # --- what is there
@@ -103,11 +106,12 @@ class HostTier:
         begun: list[Copy] = []
         for group, (pool, slots) in enumerate(zip(pools, self._slots, strict=True)):
             half = max(1, (slots.num_blocks - 1) // 2)
-            room = min(MAX_BEGUN, min(MAX_STORING, half) - sum(of == group for of, _ in self._storing))
+            storing = sum(of == group for of, _ in self._storing)
+            room = min(MAX_BEGUN, min(MAX_STORING, half) - storing, slots.available)
             if room <= 0:
                 continue
             wanted = self._wanted(group, pool, room, horizon, pool.num_free + half)
-            for node, slot in zip(wanted, slots.take(min(len(wanted), slots.available)), strict=False):
+            for node, slot in zip(wanted, slots.take(len(wanted)), strict=True):
                 if node.host is None:
                     node.host = [0] * len(self._slots)
                 node.host[group] = slot
@@ -116,24 +120,32 @@ class HostTier:
         return begun
 
     def _wanted(self, group: int, pool: BlockPool[Place], room: int, horizon: int, most: int) -> dict[PrefixNode, None]:
-        """Looks twice as far as the horizon, and again when half of that has passed. ``most``: no more than the tier
-        has room for, or they would push each other out at every step anew."""
+        """Looks twice as far as the horizon, at what has come into sight, and at all again when half of that has
+        passed: the tier may have given copies up. ``most``: no more than the tier has room for, or they would push
+        each other out at every step anew."""
         wanted: dict[PrefixNode, None] = {}
         fresh = self._fresh[group]
         while fresh and len(wanted) < room:
             node = fresh.popleft()
             if node.blocks[group] and not (node.host and node.host[group]):
                 wanted[node] = None
-        if pool.passed < self._due[group]:
+        now = pool.passed, pool.num_cached, pool.num_free
+        looked, then = self._looked[group]
+        again = pool.passed >= self._due[group]
+        if now == then and not again:
             return wanted
-        for block in pool.evicted_next(min(2 * horizon, most)):
+        seen = 0 if again else max(0, looked - (now[0] - then[0]))
+        ahead = min(2 * horizon, most)
+        blocks = pool.evicted_next(ahead, seen)
+        for block in blocks:
             if len(wanted) >= room:
                 return wanted
             node, _ = pool.owner(block)  # type: ignore[misc]  # cached blocks have one
             if node.host is None or not node.host[group]:
                 wanted[node] = None
-        if min(2 * horizon, most) < pool.available:  # what is given back goes behind what was looked at
-            self._due[group] = pool.passed + min(2 * horizon, most) - min(horizon, most)
+        self._looked[group] = seen + len(blocks), now
+        if again:
+            self._due[group] = pool.passed + max(1, ahead - min(horizon, most))
         return wanted
 
     def lost(self, node: PrefixNode, group: int) -> None:

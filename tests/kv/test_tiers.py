@@ -307,3 +307,30 @@ def test_what_is_begun_at_once_is_bounded_and_nothing_is_left_out() -> None:
     for opened in blocks:
         kv.close(opened)
     kv.check(idle=True)
+
+
+def test_only_what_has_come_into_sight_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = manager((FULL,), 100, 400, eager=False)
+    pool, looked = kv.pools[0], list[int]()
+    owner = pool.owner
+    monkeypatch.setattr(pool, "owner", lambda block: (looked.append(block), owner(block))[1])
+
+    def begun(text: int) -> int:
+        tokens = np.array([text] * 21, np.int32)
+        opened = kv.open(kv.match(tokens, len(tokens) - 1))
+        kv.extend(opened, len(tokens))
+        kv.commit(opened, tokens, len(tokens))
+        kv.close(opened)
+        looked.clear()
+        copies = kv.tier.stores(kv.pools, 60)
+        kv.tier.stored(copies)
+        return len(copies)
+
+    assert [begun(text) for text in range(4)] == [5] * 4
+    assert len(looked) == 5  # of twenty
+    assert [begun(text) for text in range(4, 30)] == [5] * 26  # more than the cache has room for
+    assert len(looked) <= 6
+    kv.forget([])
+    kv.tier.forget()
+    assert begun(1) == 5
+    kv.check(idle=True)
