@@ -249,6 +249,20 @@ def load_int(typingctx: Any, kind: Any, address: Any, index: Any) -> Any:
 
 
 @intrinsic
+def move(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
+    """``memcpy``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i64, byte = ir.IntType(64), ir.IntType(8).as_pointer()
+        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [byte, byte, i64])
+        target, source = (builder.inttoptr(a, byte) for a in arguments[:2])
+        builder.call(memcpy, [target, source, arguments[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def prefetch(typingctx: Any, element: Any, address: Any, index: Any) -> Any:
     """Asks for the cache line of ``address[index]``; never faults."""
 

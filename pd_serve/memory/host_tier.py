@@ -11,11 +11,19 @@ import ctypes
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from pd_serve.errors import ConfigError
 from pd_serve.kv.layout import REGION_ALIGNMENT, KVLayout
+from pd_serve.kv.tiers import Copy
+from pd_serve.memory.region import Region
 from pd_serve.values import readable_size
+
+I64 = npt.NDArray[np.int64]
 
 
 class TierMemory:
@@ -52,6 +60,13 @@ class TierMemory:
     def place(self, group: int, slot: int) -> int:
         """Address of a slot, from 1 on."""
         return self._starts[group] + (slot - 1) * self._block_bytes[group]
+
+    def places(self, copies: Sequence[Copy], regions: Sequence[Region]) -> tuple[I64, I64, I64]:
+        """Addresses in the pool, which has these regions, and here, and bytes."""
+        pool = [regions[group].address + block * regions[group].block_bytes for group, block, _ in copies]
+        here = [self.place(group, slot) for group, _, slot in copies]
+        sizes = [self._block_bytes[group] for group, _, _ in copies]
+        return np.array(pool, np.int64), np.array(here, np.int64), np.array(sizes, np.int64)
 
     def discard(self) -> None:
         """Gives pages back to the kernel where they are memory; contents are lost. A file keeps its size."""

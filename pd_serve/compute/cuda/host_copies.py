@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 I64 = npt.NDArray[np.int64]
 
 MAX_COPIES = 8192  # of one call: drivers have been seen to crash with tens of thousands
-# Of one call; two are on their way at a time. What else crosses the bus by a copy engine, such as the plan of a
+# Of one call; so many are on their way at a time. What else crosses the bus by a copy engine, such as the plan of a
 # prompt's attention, waits behind them: half a millisecond each.
 PART_BYTES = 24 << 20
+IN_FLIGHT = 2
 CHUNK_BYTES = 1 << 30  # of host memory that is registered at a time
 
 
@@ -58,23 +59,17 @@ class CudaHostMover:
             self._pinning.start()
 
     def load(self, copies: list[Copy]) -> None:
-        device, host, sizes = self._places(copies)
+        device, host, sizes = self._memory.places(copies, self._regions)
         self._copy(device, host, sizes, self._load, to_host=False)
 
     def store(self, copies: list[Copy]) -> None:
-        device, host, sizes = self._places(copies)
+        device, host, sizes = self._memory.places(copies, self._regions)
         end = int((host + sizes).max()) - self._memory.address
         with self._registered:
             self._registered.wait_for(lambda: self._registered_bytes >= end or self._closing)
         if self._closing:
             raise RuntimeError("the engine ends")
         self._copy(device, host, sizes, self._store, to_host=True)
-
-    def _places(self, copies: list[Copy]) -> tuple[I64, I64, I64]:
-        device = [self._regions[g].address + block * self._regions[g].block_bytes for g, block, _ in copies]
-        host = [self._memory.place(group, slot) for group, _, slot in copies]
-        sizes = [self._regions[group].block_bytes for group, _, _ in copies]
-        return np.array(device, np.int64), np.array(host, np.int64), np.array(sizes, np.int64)
 
     def _copy(self, device: I64, host: I64, sizes: I64, stream: torch.cuda.Stream, *, to_host: bool) -> None:
         torch.cuda.set_device(self._device)
@@ -86,7 +81,7 @@ class CudaHostMover:
         queued: deque[torch.cuda.Event] = deque()
         for part in parts(sizes):
             targets, sources = (host[part], device[part]) if to_host else (device[part], host[part])
-            if len(queued) == 2:
+            if len(queued) == IN_FLIGHT:
                 queued.popleft().synchronize()
             batch(targets, sources, sizes[part], stream.cuda_stream)
             queued.append(torch.cuda.Event(blocking=True))  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pd_serve.jit import kernel, load_int
+from pd_serve.jit import kernel, load_int, move
 
 _I64 = np.int64(0)
 _LOW, _ONE, _HIGH = np.uint64(0xFFFFFFFF), np.uint64(1), np.uint64(32)
@@ -43,20 +43,6 @@ def _word(typingctx: Any, address: Any) -> Any:
     return types.uint64(types.int64), generate
 
 
-@intrinsic
-def _move(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
-    """``memcpy``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i64, byte = ir.IntType(64), ir.IntType(8).as_pointer()
-        memcpy = builder.module.declare_intrinsic("llvm.memcpy", [byte, byte, i64])
-        target, source = (builder.inttoptr(a, byte) for a in arguments[:2])
-        builder.call(memcpy, [target, source, arguments[2], ir.IntType(1)(0)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
 @kernel
 def copy_rows(
     source: int,
@@ -75,7 +61,7 @@ def copy_rows(
         s = source + load_int(_I64, source_starts, n)
         t = target + load_int(_I64, target_starts, n)
         for r in range(num_rows):
-            _move(t + load_int(_I64, target_rows, r), s + load_int(_I64, source_rows, r), row_bytes)
+            move(t + load_int(_I64, target_rows, r), s + load_int(_I64, source_rows, r), row_bytes)
 
 
 @kernel
