@@ -95,6 +95,18 @@ def decode_ms(
     return statistics.median(times[steps // 5 :])
 
 
+def beside_ms(executor: CudaExecutor, chunk: int, decodes: int, tables: np.ndarray, prefix: int = 1024) -> float:
+    """Of a step in which ``decodes`` sequences of ``prefix`` tokens go on, and another by a chunk of its prompt."""
+    mixed = step([1] * decodes + [chunk], prefix, tables, False)
+    mixed.num_decode, mixed.from_samples = decodes, np.full(decodes, -1, np.int32)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        executor.collect(executor.launch(mixed))
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[2:])
+
+
 def make_executor(
     layers: int | None = None,
     *,
@@ -203,6 +215,11 @@ def measure(options: argparse.Namespace) -> None:
             executor.collect(executor.launch(step([tokens], 0, tables, False)))
             times.append((time.perf_counter() - start) * 1e3)
         print(f"RESULT prefill {tokens} {statistics.median(times):.1f} ms", flush=True)
+    for decodes in (8, 32):
+        tables = scattered(rng, executor.num_blocks, decodes + 1, -(-(1024 + 512) // BLOCK))
+        found = {chunk: beside_ms(executor, chunk, decodes, tables) for chunk in (512 - decodes, 512)}
+        words = ", ".join(f"{ms:.2f} ms with a chunk of {chunk}" for chunk, ms in found.items())
+        print(f"RESULT {decodes} decodes at 1024: {words}", flush=True)
     executor.close()
 
 

@@ -1,8 +1,9 @@
 """A host tier beside one GPU: how fast KV blocks go there and come back, and what decode steps lose meanwhile.
 
-``python -m benchmarks.gpu_host_kv [--layers 32] [--gib 8] [--batch 32] [--context 1024]``: Llama-3.1-8B's shape with
-made-up weights. Prints lines that begin with RESULT: whether blocks come back as they were; GB/s of stores and loads,
-beside one long copy of registered memory in the same run; milliseconds of a decode step alone and beside each.
+``python -m benchmarks.gpu_host_kv [--layers 32] [--gib 8] [--batches 1 32] [--context 1024] [--sweep]``: Llama-3.1-8B's
+shape with made-up weights. Prints lines that begin with RESULT: decode steps while host memory is registered; whether
+blocks come back as they were; GB/s of stores and loads, beside one long copy of registered memory in the same run; what
+a decode step loses beside each, of five measurements by turns with steps alone the middle one, the least and the most.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from benchmarks.gpu_engine import BLOCK, ROW, decode_ms, make_executor, scattered
-from pd_serve.compute.cuda.host_copies import CHUNK_BYTES, CudaHostMover
+from pd_serve.compute.cuda import host_copies
+from pd_serve.compute.cuda.executor import CudaExecutor
+from pd_serve.compute.cuda.host_copies import CudaHostMover
 from pd_serve.kv.tiers import Copy
 from pd_serve.memory.host_tier import TierMemory
 
 STORE_BLOCKS = 256  # as many as an engine stores at a time
+REPEATS = 5
+FEW = 8  # steps
+SWEEP = ((24, 2), (24, 1), (16, 2), (16, 1), (8, 2), (8, 1))  # MiB of a part, parts on their way
 
 
 def bus_rates(size: int = 1 << 30) -> tuple[float, float]:
@@ -75,38 +82,35 @@ def beside(move: Callable[[list[Copy]], None], copies: list[Copy], decode: Calla
     return ms, blocks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--gib", type=float, default=8.0, help="of the host tier")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--context", type=int, default=1024)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    executor, layout = make_executor(options.layers)
-    each = layout.block_bytes(0)
-    start = time.perf_counter()
-    memory = TierMemory(layout, int(options.gib * 2**30))
+def registered(executor: CudaExecutor, memory: TierMemory, decode: Callable[..., float]) -> CudaHostMover:
+    """A mover whose memory is registered, while steps are computed."""
+    alone, start = decode(), time.perf_counter()
     mover = CudaHostMover(executor.memory()[0], memory, pin=True)
     made_ms = (time.perf_counter() - start) * 1e3
-    slots = memory.num_slots[0] - 1
-    per_seq = -(-(options.context + 64) // BLOCK)
-    tables = scattered(np.random.default_rng(1), executor.num_blocks, options.batch, per_seq)
-    used = set(tables.ravel().tolist())
-    free = [block for block in range(1, executor.num_blocks) if block not in used][:slots]
-    order = np.random.default_rng(2).permutation(len(free)) + 1
-    copies = [Copy(0, block, int(slot)) for block, slot in zip(free, order, strict=True)]
-    print(f"RESULT {len(copies)} blocks of {each >> 20} MiB, made in {made_ms:.0f} ms", flush=True)
+    steps = []
+    while mover._pinning is not None and mover._pinning.is_alive():
+        before = time.perf_counter()
+        decode(steps=FEW)
+        steps.append((time.perf_counter() - before) / FEW * 1e3)
+    print(
+        f"RESULT made in {made_ms:.0f} ms; {memory.size_bytes / 2**30:.1f} GiB registered in "
+        f"{time.perf_counter() - start:.2f} s, steps meanwhile, means of {FEW}: "
+        f"{', '.join(f'{ms:.1f}' for ms in steps)} ms; {alone:.2f} before",
+        flush=True,
+    )
+    return mover
 
+
+def comes_back(executor: CudaExecutor, mover: CudaHostMover, memory: TierMemory, copies: list[Copy]) -> None:
+    each = executor.memory()[0].regions[0].block_bytes
     pool = executor._pool.tensors()[0].view(-1, each)
     some = [copy.block for copy in copies[:64]]
     values = torch.randint(0, 256, (len(some), each), dtype=torch.uint8, device="cuda")
     pool[some] = values
     torch.cuda.synchronize()
     start = time.perf_counter()
-    mover.store(copies)  # waits for what is still to be registered
-    chunks = -(-memory.size_bytes // CHUNK_BYTES)
-    print(f"RESULT first store of all, {chunks} chunks registered: {time.perf_counter() - start:.2f} s", flush=True)
+    mover.store(copies)
+    print(f"RESULT first store of all: {time.perf_counter() - start:.2f} s", flush=True)
     pool[some] = 0
     torch.cuda.synchronize()
     mover.load(copies[:64])
@@ -114,7 +118,8 @@ def main() -> None:
     first = ctypes.string_at(memory.place(0, copies[0].slot), 16).hex()
     print(f"RESULT the host has them: {first == bytes(values[0][:16].tolist()).hex()}", flush=True)
 
-    limits = bus_rates()
+
+def rates(mover: CudaHostMover, copies: list[Copy], each: int, limits: tuple[float, float]) -> None:
     for name, move, limit in (("store", mover.store, limits[0]), ("load", mover.load, limits[1])):
         for at_once in (1, 16, STORE_BLOCKS, len(copies)):
             found = rate(move, copies[: max(at_once, 512)], at_once, each)
@@ -123,18 +128,69 @@ def main() -> None:
                 flush=True,
             )
 
-    def decode() -> float:
-        return decode_ms(executor, options.batch, options.context, tables, ROW)
 
-    decode()
-    alone = decode()
-    print(f"RESULT decode batch={options.batch} context={options.context}: {alone:.2f} ms alone", flush=True)
-    for name, move in (("stores", mover.store), ("loads", mover.load)):
+def slowdown(move: Callable[[list[Copy]], None], copies: list[Copy], decode: Callable[[], float], each: int) -> str:
+    """Decode steps alone and beside copies by turns."""
+    found = []
+    for _ in range(REPEATS):
+        alone = decode()
         ms, blocks = beside(move, copies, decode)
+        found.append((ms / alone - 1, alone, ms, blocks * each / 1e9))
+    lost, alone, ms, gb = sorted(found)[REPEATS // 2]
+    low, high = min(found)[0], max(found)[0]
+    return f"{lost:+.1%} ({low:+.1%} to {high:+.1%}), {alone:.2f} ms alone, {ms:.2f} beside {gb:.1f} GB/s"
+
+
+def sweep(mover: CudaHostMover, copies: list[Copy], decode: Callable[[], float], each: int, bus: float) -> None:
+    """Loads in parts of several sizes: what a step loses, and what is left of the bus where nothing else runs."""
+    kept = host_copies.PART_BYTES, host_copies.IN_FLIGHT
+    for mib, in_flight in SWEEP:
+        host_copies.PART_BYTES, host_copies.IN_FLIGHT = mib << 20, in_flight
+        found = rate(mover.load, copies[:512], STORE_BLOCKS, each)
         print(
-            f"RESULT decode beside {name} at {blocks * each / 1e9:.1f} GB/s: {ms:.2f} ms, {ms / alone - 1:+.1%}",
+            f"RESULT loads of {mib} MiB, {in_flight} on their way: {found / bus:.2f} of the bus; decode "
+            f"{slowdown(mover.load, copies, decode, each)}",
             flush=True,
         )
+    host_copies.PART_BYTES, host_copies.IN_FLIGHT = kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--gib", type=float, default=8.0, help="of the host tier")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32], help="rows of a decode step")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--sweep", action="store_true", help="also loads in parts of other sizes")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    executor, layout = make_executor(options.layers)
+    each = layout.block_bytes(0)
+    per_seq = -(-(options.context + 64) // BLOCK)
+    tables = scattered(np.random.default_rng(1), executor.num_blocks, max(options.batches), per_seq)
+
+    def decode(batch: int, steps: int = 40) -> float:
+        return decode_ms(executor, batch, options.context, tables[:batch], ROW, steps)
+
+    last = options.batches[-1]
+    decode(last)
+    memory = TierMemory(layout, int(options.gib * 2**30))
+    mover = registered(executor, memory, partial(decode, last))
+    used = set(tables.ravel().tolist())
+    free = [block for block in range(1, executor.num_blocks) if block not in used][: memory.num_slots[0] - 1]
+    order = np.random.default_rng(2).permutation(len(free)) + 1
+    copies = [Copy(0, block, int(slot)) for block, slot in zip(free, order, strict=True)]
+    print(f"RESULT {len(copies)} blocks of {each >> 20} MiB", flush=True)
+    comes_back(executor, mover, memory, copies)
+    limits = bus_rates()
+    rates(mover, copies, each, limits)
+    for batch in options.batches:
+        decode(batch)
+        for name, move in (("stores", mover.store), ("loads", mover.load)):
+            found = slowdown(move, copies, partial(decode, batch), each)
+            print(f"RESULT decode of {batch} at {options.context} beside {name}: {found}", flush=True)
+    if options.sweep:
+        sweep(mover, copies, partial(decode, last), each, limits[1])
     mover.close()
     executor.close()
 

@@ -54,15 +54,16 @@ Send = Callable[[bytes], Awaitable[Record]]
 
 
 @contextlib.contextmanager
-def served(system: str, layers: int, flags: list[str]) -> Iterator[str]:
-    """``pd-serve up``, ready; says how long that took."""
+def served(system: str, layers: int, flags: list[str], model: Path | None = None) -> Iterator[str]:
+    """``pd-serve up``, ready; says how long that took. ``model``: instead of Llama-3.1-8B's shape."""
     with tempfile.TemporaryDirectory() as name, listen("127.0.0.1", 0) as port:
         number = port.getsockname()[1]
         port.close()
-        log = Path(os.environ.get("OUT", name)) / f"up-{system}.log"
-        model = write_model(Path(name) / "llama", layers) / "config.json"
+        log = Path(os.environ.get("OUT", name)) / f"up-{system}-{number}.log"  # others may run beside
+        model = model or write_model(Path(name) / "llama", layers) / "config.json"
         command = [sys.executable, "-m", "pd_serve.cli", "up", "--port", str(number), "--model", str(model)]
         command += ["--load-format", "dummy", "--max-model-len", "10240", *UP[system], *flags]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and what was started ends, too
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         try:
