@@ -70,6 +70,7 @@ class Arrived(msgspec.Struct, frozen=True, tag=True):
     size_bytes: int
     seconds: float  # during which bytes moved
     whole_from: tuple[int, ...] = ()  # a group: blocks before it may not be whole and must not be offered to others
+    num_tokens: int = 0  # of the prompt, as the prefill node had it
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -512,7 +513,8 @@ class Inbox:
         if job.key in self._keys and (arrived := job.arrived()) is not None:
             first_token, whole_from = arrived
             del self._keys[job.key]
-            self._events.put(Arrived(job.key, first_token, job.size_bytes, job.seconds, whole_from))
+            num_tokens = job.parts[0].num_tokens
+            self._events.put(Arrived(job.key, first_token, job.size_bytes, job.seconds, whole_from, num_tokens))
 
     # --- transfer thread: ends
 

@@ -72,6 +72,7 @@ class _Key:
                 sum(part.size_bytes for part in parts),
                 max(part.seconds for part in parts),
                 tuple(map(max, zip(*(part.whole_from for part in parts), strict=True))),
+                parts[0].num_tokens,
             )
         ]
 

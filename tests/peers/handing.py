@@ -13,14 +13,8 @@ from typing import Any
 import httpx
 
 from tests.integrations.vllm.steps import TO_HAND_OVER
-from tests.peers.servers import NAME, Server
+from tests.peers.servers import NAME, OURS, Server
 
-OURS = {
-    "kv_connector": "PdServeConnector",
-    "kv_connector_module_path": "pd_serve.integrations.vllm",
-    "kv_role": "kv_both",
-    "kv_load_failure_policy": "recompute",
-}
 SOON = {"lease_s": 8, "step_timeout_s": 4, "pull_timeout_s": 20}
 # around the ends of chunks (256 tokens) and of blocks (128)
 ENDS = tuple(end + step for end in (128, 256, 512, 1024) for step in (-1, 0, 1))
@@ -34,9 +28,8 @@ def pair_of(
     model: Path, logs: Path, arguments: Sequence[str], settings: Mapping[str, float] = SOON
 ) -> Iterator[list[Server]]:
     """A prefill and a decode server. ``settings``: of the connector."""
-    env = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    connector = {**OURS, "kv_connector_extra_config": dict(settings)}
-    servers = [Server(model, logs / name, connector, (*arguments, *CHUNKS), env) for name in ("p.log", "d.log")]
+    connector = {**OURS, "kv_role": "kv_both", "kv_connector_extra_config": dict(settings)}
+    servers = [Server(model, logs / name, connector, (*arguments, *CHUNKS)) for name in ("p.log", "d.log")]
     try:
         for server in servers:
             server.wait()

@@ -17,12 +17,23 @@ import httpx
 
 NAME = "smollm2"
 NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
+OURS = {
+    "kv_connector": "PdServeConnector",
+    "kv_connector_module_path": "pd_serve.integrations.vllm",
+    "kv_load_failure_policy": "recompute",
+}
+HERE = {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def free_port() -> int:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return int(bound.getsockname()[1])
+
+
+def behind_the_router() -> dict[str, str]:
+    """NixlConnector; where it does not start on CPUs, as vLLM's own of 0.24, ours."""
+    return OURS if Path(os.environ["PEER_VENV"]).name.startswith("0.24.") else NIXL
 
 
 def scale_out() -> list[str]:
@@ -40,7 +51,6 @@ class Server:
         log: Path,
         connector: Mapping[str, Any] | None,
         arguments: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
     ) -> None:
         venv = Path(os.environ["PEER_VENV"])
         self.port = free_port()
@@ -56,7 +66,7 @@ class Server:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **HERE, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}",
         }  # fmt: skip
         iomp = venv / "lib" / "libiomp5.so"
         if iomp.exists():
@@ -64,7 +74,7 @@ class Server:
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         with log.open("wb") as out:
             self._process = subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True, env={**inherited, **variables, **(env or {})}
+                command, stdout=out, stderr=out, start_new_session=True, env={**inherited, **variables}
             )
 
     def wait(self, timeout_s: float = 400.0) -> None:

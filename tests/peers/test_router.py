@@ -1,4 +1,4 @@
-"""The router in front of two prefill and two decode servers of vLLM with NixlConnector, in float32."""
+"""The router in front of two prefill and two decode servers of vLLM, in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pd_serve.config import RouterConfig
-from tests.peers.servers import NAME, NIXL, Server, scale_out
+from tests.peers.servers import NAME, Server, behind_the_router, scale_out
 from tests.router.conftest import Running, until
 
 pytestmark = pytest.mark.peer
@@ -44,7 +44,7 @@ def servers(
     found = Servers([], [], smollm2)
     for role, kind, group in (("prefill", "kv_producer", found.prefill), ("decode", "kv_consumer", found.decode)):
         for number in range(count):
-            config = {**NIXL, "kv_role": kind}
+            config = {**behind_the_router(), "kv_role": kind}
             group.append(Server(smollm2, logs / f"{role}-{number}.log", config, [*chunks, *opened]))
     try:
         for server in found.all:

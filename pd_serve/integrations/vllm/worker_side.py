@@ -199,7 +199,11 @@ class WorkerSide:
                 fetching.offered_s, fetching.until_s = self._clock(), float("inf")
             case Arrived():
                 fetching.moving_s = event.seconds
-                if any(event.whole_from):  # vLLM would take such blocks for whole ones
+                if fetching.fetch is not None and event.num_tokens != fetching.fetch.held.num_tokens:
+                    # a client's word: vLLM would cache what is not there for whoever asks the same
+                    said = fetching.fetch.held.num_tokens
+                    fetching.failure = f"the prefill server kept {event.num_tokens} tokens, its params say {said}"
+                elif any(event.whole_from):  # vLLM would take such blocks for whole ones
                     fetching.failure = "the prefill server holds less of a window than this one needs"
                 self._received(event.key, fetching)
             case Failed():

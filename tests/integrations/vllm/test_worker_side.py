@@ -156,6 +156,16 @@ def test_a_prefill_server_that_has_forgotten_is_waited_for_and_then_not(p: Serve
     assert (d.seen.failed, d.seen.failed_blocks) == ({"d"}, set(OURS))
 
 
+def test_params_that_say_more_than_was_kept_are_a_failure(p: Server, d: Server) -> None:
+    answer = computed(p)
+    answer["pd_serve"]["num_tokens"] = 48
+    asked = request("d", 49, answer)
+    d.scheduler.allocated(asked, (OURS,), d.scheduler.matched(asked, 0))
+    d.step()
+    d.until("failed", "d")
+    p.until("sent", "p")
+
+
 def test_a_lease_that_has_ended_is_a_failure(p: Server, d: Server) -> None:
     answer = computed(p)
     p.end.outbox.cancel(answer["pd_serve"]["key"], "expired")
