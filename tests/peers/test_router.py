@@ -108,6 +108,8 @@ async def test_the_same_tokens_as_one_engine(servers: Servers, running: Running)
     assert again == wanted
     metrics = (await running.http.get("/metrics")).text
     assert 'pd_serve_attempts_total{placement="pair"} 48.0' in metrics and "pd_serve_retries_total{" not in metrics
+    fetched = sum(server.metric("vllm:external_prefix_cache_hits_total") for server in servers.decode)
+    assert fetched > 3000, "prompts are not computed twice"
 
 
 async def test_a_list_of_prompts_and_log_probabilities(servers: Servers, running: Running) -> None:
