@@ -135,15 +135,18 @@ class WorkerSide:
     # --- what has ended
 
     def rest(self, *, computes: bool) -> None:
-        """Until something has arrived: what vLLM is told with one step it acts on in the next but one.
+        """Waits for prompts: what vLLM is told with one step it acts on in the next but one.
 
-        After a step that computes nothing vLLM would sleep for a millisecond. One that ``computes`` has been launched,
-        mostly while its device is still at the step before: waiting is free then, but only what was just begun is
-        waited for, and only if all can come in that time."""
-        if computes and (not self._just_begun or self._takes_s() > IDLE_WAIT_S):
+        After a step that computes nothing, until one has arrived: vLLM would sleep for a millisecond. A step that
+        ``computes`` has been launched, mostly while its device is still at the step before: waiting is free then, but
+        only what was just begun is waited for, and only if all that is on its way can come in that time."""
+        begun = self._just_begun if computes else []
+        if computes and self._takes_s() > IDLE_WAIT_S:
             return
         until_s = time.monotonic() + IDLE_WAIT_S
-        while self._wanted and not self._results.received:
+        while any(key in self._fetching for key in begun) or (
+            not computes and self._wanted and not self._results.received
+        ):
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return
@@ -157,9 +160,9 @@ class WorkerSide:
         return [one.fetch for one in self._fetching.values() if one.fetch is not None and not one.dropped]
 
     @property
-    def _just_begun(self) -> bool:
+    def _just_begun(self) -> list[str]:
         since_s = self._clock() - IDLE_WAIT_S
-        return any(one.begun_s > since_s for one in self._fetching.values() if one.fetch is not None)
+        return [key for key, one in self._fetching.items() if one.fetch is not None and one.begun_s > since_s]
 
     def _takes_s(self) -> float:
         """All that is on its way, at the rates that lanes had in their self-tests; infinite where one is not known."""

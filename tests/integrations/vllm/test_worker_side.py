@@ -91,8 +91,8 @@ def computed(p: Server, prompt: int = 40) -> dict[str, Any]:
     return answer
 
 
-def fetch(d: Server, answer: dict[str, Any], computed: int = 0, request_id: str = "d") -> Any:
-    asked = request(request_id, 41, answer)
+def fetch(d: Server, answer: dict[str, Any], computed: int = 0) -> Any:
+    asked = request("d", 41, answer)
     count = d.scheduler.matched(asked, computed)
     assert count == 40 - computed
     d.scheduler.allocated(asked, (OURS,), count)
@@ -139,9 +139,13 @@ def test_a_step_that_computes_waits_for_what_comes_meanwhile_and_not_for_more(
     d.worker.rest(computes=True)  # the steps before have waited
     assert time.monotonic() - begun_s < 5.0
     answer["pd_serve"]["key"] = held
-    fetch(d, answer, request_id="e")
+    both = [answer, computed(p)]
+    for name, one in zip("ef", both, strict=True):
+        asked = request(name, 41, one)
+        d.scheduler.allocated(asked, (OURS,), d.scheduler.matched(asked, 0))
+    d.worker.begin(d.scheduler.orders(Step()))
     d.worker.rest(computes=True)
-    assert d.worker.results().received == {"e"}
+    assert d.worker.results().received == {"e", "f"}
 
 
 def test_a_prefill_server_that_has_forgotten_is_waited_for_and_then_not(p: Server, d: Server, clock: Clock) -> None:
