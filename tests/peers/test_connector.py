@@ -84,6 +84,18 @@ def test_requests_that_are_left_and_words_that_are_made_up_leave_nothing_behind(
     assert d.metric(HELD) == 0
 
 
+def test_a_prefill_server_that_hangs_takes_no_request_with_it(pair: list[Server]) -> None:
+    p, d = pair
+    prompt = prompts(5)[-1]
+    whole = tokens_of(ask(p, prompt, 9))
+    first, params = prefilled(p, prompt)
+    with p.stopped():
+        assert first + tokens_of(ask(d, prompt + first, 8, params)) == whole
+    soon(lambda: p.metric(HELD) == 0 == d.metric(HELD), 30)
+    whole, plain, second = three_ways(p, d, prompts(6)[-1])
+    assert plain == second == whole
+
+
 def test_a_prefill_server_that_is_killed_takes_no_request_with_it(pair: list[Server]) -> None:
     p, d = pair
     prompt = prompts(3)[-1]

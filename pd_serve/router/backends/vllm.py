@@ -152,7 +152,7 @@ class VLLMLink(ServedLink):
         sampling = sampling_of(submit, len(extra), limit)
         document: dict[str, Any] = {"model": self.hello.model.name, "stream": stream}
         if path == GENERATE:
-            if params:  # vLLM 0.24 to 0.28 leaves aside what stands at the top
+            if params:  # before vllm #42644 (so 0.24 and 0.28) what stands at the top is left aside
                 sampling["extra_args"] = {"kv_transfer_params": msgspec.Raw(params)}
             document |= {"token_ids": tokens, "sampling_params": {**sampling, "detokenize": False}}
         else:
