@@ -123,9 +123,9 @@ class Runner:
         return self._pieces[size].replay(tokens)
 
     def _stage(self, step: Step, seqs: int = 0, tokens: int = 0) -> Staging:
+        """On the host, ready to be delivered with what attention adds."""
         staged = self._stagings[self._turn]
         self._turn = (self._turn + 1) % _STAGINGS
-        """On the host, ready to be delivered with what attention adds."""
         staged.fill(step, seqs, tokens)
         staged.send(self._inputs, self._sampler.rows, self._sampler.masks)
         return staged
