@@ -13,7 +13,7 @@ from pd_serve import tracing
 from pd_serve.errors import ConfigError
 from pd_serve.otel import Tracing, exporting, traceparent, wall_ns
 from tests.collector import Collector
-from tests.node.harness import free_port
+from tests.ports import free_port
 
 
 def test_traces_are_wanted_by_flag_or_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from tests.e2e.cluster import free_port, wait_for
+from tests.e2e.cluster import wait_for
+from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "scontrol", "sinfo")
 NODES = ("n1", "n2", "n3")

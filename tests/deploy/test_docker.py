@@ -10,7 +10,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -27,6 +26,7 @@ from packaging.utils import canonicalize_name
 from pd_serve.config import RouterConfig
 from pd_serve.router import main
 from tests.collector import Collector
+from tests.ports import free_port
 from tests.router.conftest import until
 from tests.router.scripted_node import Fabric, ScriptedNode
 
@@ -63,12 +63,6 @@ def _environ(image: Path, **variables: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "PYTHONPATH": str(image), "PYTHONDONTWRITEBYTECODE": "1", **variables}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 async def _checked(port: int, path: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environ = {"PATH": os.environ["PATH"], "PD_SERVE_PORT": str(port), **variables}
     command = [sys.executable, "-S", str(HEALTHCHECK), path]
@@ -84,7 +78,7 @@ async def test_the_router_serves_on_its_image_packages_alone(image: Path, tmp_pa
     (tmp_path / "secret").write_text(secret)
     (tmp_path / "secret").chmod(0o600)
     (tmp_path / "config.yaml").write_text("\n".join(f"{node.role}: {node.url}" for node in nodes))
-    port = _free_port()
+    port = free_port()
     variables = {"PD_SERVE_PORT": str(port), "PD_SERVE_SECRET_FILE": str(tmp_path / "secret")}
     command = [sys.executable, "-S", "-m", "pd_serve.cli", "router", "--config", str(tmp_path / "config.yaml")]
     collector = Collector()
@@ -216,7 +210,7 @@ def test_compose_gives_each_service_longer_than_its_drain() -> None:
 
 
 async def test_the_health_check_fails_where_nothing_or_an_error_answers() -> None:
-    nothing = await _checked(_free_port(), "/health")
+    nothing = await _checked(free_port(), "/health")
     assert nothing.returncode == 1 and "refused" in nothing.stderr
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,9 @@ import pytest
 
 from tests.deploy import slurm
 from tests.e2e import tiny_model
-from tests.e2e.cluster import HTTP, free_port, wait_for
+from tests.e2e.cluster import HTTP, wait_for
 from tests.e2e.test_failures import Stream
+from tests.ports import free_port, free_ports
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "slurm"
 pytestmark = [
@@ -28,19 +28,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
     running = slurm.Slurm(tmp_path_factory.mktemp("slurm"))
     yield running
     running.close()
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
-    while True:
-        first = free_port()
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            continue
-        return first
 
 
 class Job:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,12 @@ from typing import Any
 import httpx
 
 from tests.nursery import Started, start
+from tests.ports import free_port
 
 START_TIMEOUT_S = 90.0
 
 # one client for all polls: making one costs more CPU than a hundred requests
 HTTP = httpx.Client(timeout=120)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

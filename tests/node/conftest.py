@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests import nursery
-from tests.node.harness import NodeUnderTest, StartNode, free_port
+from tests.node.harness import NodeUnderTest, StartNode
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from array import array
 from collections.abc import Callable
@@ -21,12 +20,6 @@ from tests.nursery import Started
 
 # Making a client costs more CPU than twenty requests. A connection for each request, as of strangers.
 HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RouterEnd:

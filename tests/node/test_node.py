@@ -23,7 +23,8 @@ from websockets.typing import Origin
 from pd_serve.wire import link
 from pd_serve.wire.handshake import LinkRefused, RouterHalf
 from pd_serve.wire.model import ModelBundle, decode_bundle
-from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, free_port, receive, receive_outputs, submit
+from tests.node.harness import NodeUnderTest, RouterEnd, StartNode, receive, receive_outputs, submit
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 

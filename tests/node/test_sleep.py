@@ -12,9 +12,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from pd_serve.wire import link
-from tests.node.harness import NodeUnderTest, StartNode, free_port, receive, receive_outputs, submit
+from tests.node.harness import NodeUnderTest, StartNode, receive, receive_outputs, submit
 from tests.node.test_node import close_code
 from tests.node.test_registration import Registry
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.ports import free_port
 
 NAME = "smollm2"
 NIXL = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
@@ -23,12 +24,6 @@ OURS = {
     "kv_load_failure_policy": "recompute",
 }
 HERE = {"PYTHONPATH": str(Path(__file__).parents[2])}
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 def behind_the_router() -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 from pd_serve.router.dashboard.page import MAX_WATCHERS
 from pd_serve.router.dashboard.recent import KEPT_S, Recent, quantile
 from pd_serve.router.metrics import Metrics
-from tests.e2e.cluster import free_port
+from tests.ports import free_port
 from tests.router.browser import CHROMIUM, WHY_NOT, browser
 from tests.router.conftest import StartNode, StartRouter, until
 

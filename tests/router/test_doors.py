@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pd_serve.router.doors import NONCE_AGE_S, Doors
 from pd_serve.router.main import check
 from pd_serve.wire import link
 from pd_serve.wire.registration import NONCE_HEADER, PROOF_HEADER, order_proof
+from tests.ports import free_port
 from tests.router.conftest import Running, StartNode, StartRouter, until
 from tests.router.scripted_node import ScriptedNode, expected
 from tests.router.test_failures import PROMPT, Stream
@@ -339,12 +339,6 @@ def _no_models(node: ScriptedNode):  # type: ignore[no-untyped-def]
 
 
 # --- listeners -------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("admin_host", ["127.0.0.1", "0.0.0.0"])
