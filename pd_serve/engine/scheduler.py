@@ -151,20 +151,28 @@ class Scheduler:
         works = self._plan_decodes(launched)
         if works is None:
             return None
-        decodes = sum(work.num_tokens for work in works)
-        budget = self.limits.max_num_batched_tokens - decodes
-        if works:  # what decodes waits for the whole step: a chunk fills it up to where it pays, and prompts go on
-            saturating = self.limits.saturating_tokens
-            budget = min(budget, max(saturating - decodes, -(-saturating // _LEAST_CHUNKS)))
+        budget, over = self._prompt_budget(sum(work.num_tokens for work in works))
         for seq in [s for s in self.running if _is_prompt(s, s.num_scheduled) and not _is_forced(s)]:
-            budget = self._plan_prefill(works, seq, budget)
+            budget = self._plan_prefill(works, seq, budget, over)
         if self.waiting and budget > 0:
-            self._admit(works, budget)
+            self._admit(works, budget, over)
         self.pace.blocked(bool(self.waiting) or self.outside_s < math.inf, time.monotonic())
         works.sort(key=lambda w: w.num_tokens != 1)
         for work in works:
             work.seq.num_scheduled = work.end
         return works
+
+    def _prompt_budget(self, decodes: int) -> tuple[int, int]:
+        """How many tokens of prompts come into a step with so many others, and how many more where they end a prompt.
+
+        What decodes waits for the whole step: beside it, chunks fill the step up to where it pays, and yet go on.
+        """
+        most = self.limits.max_num_batched_tokens - decodes
+        if not decodes:
+            return most, 0
+        least = -(-self.limits.saturating_tokens // _LEAST_CHUNKS)
+        budget = min(most, max(self.limits.saturating_tokens - decodes, least))
+        return budget, min(least, most - budget)
 
     def _plan_decodes(self, launched: bool) -> list[Work] | None:
         works: list[Work] = []
@@ -207,14 +215,16 @@ class Scheduler:
         insort_left(self.waiting, seq, key=by_age)
         self.num_preemptions += 1
 
-    def _plan_prefill(self, works: list[Work], seq: Sequence, budget: int) -> int:
-        """Adds as much of ``seq`` as the budget allows; returns what is left of it for other prompts.
+    def _plan_prefill(self, works: list[Work], seq: Sequence, budget: int, over: int) -> int:
+        """Adds as much of ``seq`` as the budget allows, and ``over`` more where that is all of it: few tokens are not
+        worth a step of their own. Returns what is left for other prompts.
 
         Nothing is left once the device is saturated: a second prompt would not be done sooner for sharing the step,
         and the first would wait for it.
         """
         start = seq.num_scheduled
-        count = min(seq.num_tokens - start, budget)
+        rest = seq.num_tokens - start
+        count = rest if budget > 0 and rest <= budget + over else min(rest, budget)
         if seq.sampling.prompt_logprobs >= 0 and start < seq.num_prompt:
             count = min(count, PROMPT_LOGPROBS_CHUNK)
         if start + count == seq.num_tokens and seq.unready:
@@ -222,9 +232,9 @@ class Scheduler:
         if count > 0:
             works.append(Work(seq, start, count, start + count == seq.num_tokens))
         saturated = sum(work.num_tokens for work in works) >= self.limits.saturating_tokens
-        return 0 if saturated else budget - count
+        return 0 if saturated else max(0, budget - count)
 
-    def _admit(self, works: list[Work], budget: int) -> None:
+    def _admit(self, works: list[Work], budget: int, over: int) -> None:
         prompts = [s for s in self.running if _is_prompt(s, s.num_computed)] + self.loading
         computing = {key for s in prompts if (key := self._next_block(s)) is not None}
         end = bisect_left(self.waiting, self.outside_s, key=by_age) if self.outside_s < math.inf else len(self.waiting)
@@ -252,7 +262,7 @@ class Scheduler:
             assert seq.blocks is not None
             self.kv.extend(seq.blocks, seq.num_tokens)
             self.join(seq)
-            budget = self._plan_prefill(works, seq, budget)
+            budget = self._plan_prefill(works, seq, budget, over)
 
     def _open(self, seq: Sequence) -> bool:
         """Gives a waiting sequence its cached prefix, if the rest of its prompt has room too."""

@@ -94,11 +94,26 @@ def test_two_prompts_share_a_step_under_the_budget() -> None:
 
 def test_a_prompt_that_saturates_the_device_has_the_step_for_itself() -> None:
     s = scheduler(budget=64, saturating=20)
-    for id, length in (("a", 30), ("b", 8), ("c", 8), ("d", 8)):
+    for id, length in (("a", 30), ("b", 8), ("c", 8), ("d", 30)):
         s.add(sequence(id, [ord(id)] * length))
     assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 30)]
     # a step with a decode is filled up to what saturates
     assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 8), ("c", 8), ("d", 3)]
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 1), ("c", 1), ("d", 17)]
+    s.add(sequence("e", [1] * 30))
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 1), ("c", 1), ("d", 10), ("e", 7)]
+
+
+def test_the_last_few_tokens_of_a_prompt_have_no_step_of_their_own() -> None:
+    s = scheduler(budget=64, saturating=20)
+    s.add(sequence("a", [1] * 30, 40))
+    step(s)
+    for id, length in (("b", 24), ("c", 24), ("d", 25)):
+        s.add(sequence(id, [ord(id)] * length))
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 24)]
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 1), ("c", 18)]
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 1), ("c", 6), ("d", 12)]
+    assert [(w.seq.id, w.num_tokens) for w in step(s)] == [("a", 1), ("b", 1), ("c", 1), ("d", 13)]
 
 
 def test_prompts_go_on_beside_decodes_that_saturate_the_device() -> None:
