@@ -58,6 +58,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` -> ``[N, vocab]`` float32, the caller's to write to."""
         logits = self.weights.lm_head(hidden).float()
+        if (settle := self._ops.settle) is not None and self.config.tie_word_embeddings:
+            settle(logits, hidden, self.weights.embedding)
         if (cap := self.config.logit_softcap) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -109,6 +109,11 @@ class Ops(Protocol):
     def fp8_weights(self) -> bool:
         """Whether it takes matrices in FP8; else they come dequantised."""
 
+    @property
+    def settle(self) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+        """Of ``logits [N, vocab]`` float32, ``hidden [N, hidden]`` and ``head [vocab, hidden]``: computes the logits
+        again, in place, that rounding may have made equal to the best of their row. None: they stay as they came."""
+
     def linear(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None, /) -> Linear:
         """Of ``weight [out, in]``, ``bias [out]``; may keep them or copies."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pd_serve.compute.cpu.sampling_kernels import near_best
 from pd_serve.jit import element_of, exp, kernel, load, load_int, store
 from pd_serve.models import interface
 from pd_serve.models.interface import Fp8Weight, HeadTransform, Routing
@@ -21,6 +22,7 @@ from pd_serve.models.interface import Fp8Weight, HeadTransform, Routing
 _reorder = torch.ops.mkldnn._reorder_linear_weight
 _linear = torch.ops.mkldnn._linear_pointwise
 _INT64 = np.int64(0)
+_MOST_TIED = 64  # logits of a row: with more of them there is nothing to be settled
 
 offload = None  # weights lie in the host's memory anyway
 fp8_weights = False  # no core multiplies them: they are dequantised when they are loaded
@@ -48,6 +50,18 @@ def _plain(weight: Tensor | Fp8Weight) -> Tensor:
     if isinstance(weight, Fp8Weight):
         raise TypeError("matrices come dequantised (fp8_weights)")
     return weight
+
+
+def settle(logits: Tensor, hidden: Tensor, head: Tensor) -> None:
+    """In float32. A product in bfloat16 ends in steps of 0.125 where logits are 16 or more: often the two best are
+    equal there, and which of them is taken would be an accident."""
+    if hidden.dtype == torch.float32:
+        return
+    ids, counts = np.empty((len(logits), _MOST_TIED), np.int64), np.empty(len(logits), np.int64)
+    near_best(logits.numpy(), torch.finfo(hidden.dtype).eps, ids, counts)
+    for row in np.flatnonzero((counts > 1) & (counts <= _MOST_TIED)).tolist():
+        tied = torch.from_numpy(ids[row, : counts[row]])
+        logits[row, tied] = head[tied].float() @ hidden[row].float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,6 +30,30 @@ def forbid(row: Any, mask: Any) -> None:
 
 
 @kernel
+def near_best(rows: Any, part: float, ids: Any, counts: Any) -> None:
+    """Tokens whose logits are below the row's best by no more than ``part`` of it: how many there are, and the first
+    that ``ids [N, K]`` has room for. A row of NaN has none."""
+    best = np.empty(-(-rows.shape[1] // _CHUNK), np.float32)
+    for n in range(len(rows)):
+        row, highest = rows[n], np.float32(-np.inf)
+        for chunk in range(len(best)):
+            largest = np.float32(-np.inf)
+            for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(row))):
+                largest = larger(largest, row[i])
+            best[chunk] = largest
+            highest = larger(highest, largest)
+        least, count = highest - abs(highest) * np.float32(part), 0
+        for chunk in range(len(best)):
+            if best[chunk] >= least:
+                for i in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(row))):
+                    if row[i] >= least:
+                        if count < ids.shape[1]:
+                            ids[n, count] = i
+                        count += 1
+        counts[n] = count
+
+
+@kernel
 def relative_weights(row: Any, temperature: float, min_p: float, weights: Any) -> Any:
     """``weights = exp((row - max) / temperature)``, 0 where that is below ``min_p``. Returns their sum."""
     highest = np.float32(-np.inf)

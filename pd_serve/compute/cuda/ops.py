@@ -21,6 +21,8 @@ def multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
 class CudaOps:
     """Of one model: it remembers the layers that it made, so that all of them can be timed when all are there."""
 
+    settle = None  # which logits they are is known on the way only, and graphs have nothing of that kind
+
     def __init__(self, *, fp8_weights: bool = False, offload: Offload | None = None) -> None:
         """``fp8_weights``: see :func:`multiplies_fp8`."""
         self.fp8_weights = fp8_weights

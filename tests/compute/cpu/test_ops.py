@@ -35,6 +35,27 @@ def test_linear(dtype: torch.dtype, rows: int, bias: bool) -> None:
     torch.testing.assert_close(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.01)
 
 
+def test_of_logits_that_rounding_makes_equal_the_best_is_found() -> None:
+    head, hidden = random(4096, 64, dtype=torch.bfloat16) * 0.5, random(1000, 64, dtype=torch.bfloat16, seed=1) * 2
+    exact = hidden.double() @ head.double().T
+    rounded = (hidden @ head.T).float()
+    logits = rounded.clone()
+    ops.settle(logits, hidden, head)
+    best = exact.argmax(1)
+    assert (rounded.argmax(1) != best).sum() > 5
+    assert torch.equal(logits.argmax(1), best)
+    far = rounded < rounded.amax(1, keepdim=True) * (1 - 2.0**-6)
+    assert torch.equal(logits[far], rounded[far])
+    torch.testing.assert_close(logits.double(), exact, atol=0.2, rtol=2.0**-7)
+
+
+def test_where_all_logits_are_equal_there_is_nothing_to_settle() -> None:
+    logits = torch.zeros(3, 100_000)
+    ops.settle(logits, torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(100_000, 8, dtype=torch.bfloat16))
+    assert not logits.any()
+    ops.settle(logits[:0], torch.ones(0, 8, dtype=torch.bfloat16), torch.ones(100_000, 8, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("rows", [0, *ROWS])
