@@ -1,4 +1,5 @@
-"""Passes over a row of logits for :mod:`~pd_serve.compute.cpu.sampler`, each reading the vocabulary once, unsorted."""
+"""Passes over rows of logits for the sampler, and for :func:`pd_serve.compute.cpu.ops.settle`, each reading the
+vocabulary once, unsorted."""
 
 from __future__ import annotations
 
